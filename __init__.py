@@ -1,0 +1,1 @@
+"""enginesmith: from a PyTorch checkpoint to an engine that is proven right and proven faster."""

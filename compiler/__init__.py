@@ -1,0 +1,1 @@
+"""From a model to a bundle: sources, capture, graph, pipeline, validator, benchmark, report, loading."""

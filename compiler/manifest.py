@@ -1,0 +1,192 @@
+"""The records that a bundle's manifest.json holds. They are plain JSON, so that loading needs no library to read them.
+
+Units are in the names. A number that does not exist is None (an SNR of equal arrays, device time on a CPU).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+FORMAT = 1
+"""Version of the manifest's layout; a bundle of another version is refused."""
+
+
+class Tolerance(TypedDict):
+    """What an output may differ by; every bound must hold."""
+
+    relative_l2: float
+    max_abs: float
+    cosine: float
+    top1: float
+
+
+class OutputMetrics(TypedDict):
+    """How one output differs from the reference over all samples, the worst sample deciding.
+
+    relative_l2 is ||y - r|| / ||r||; max_abs is max|y - r| / max|r|; snr_db is 20 log10(||r|| / ||y - r||), None where
+    equal; top1 and top5 are the share of rows whose best class agrees, None where the output is not logits.
+    """
+
+    output: str
+    relative_l2: float | None
+    max_abs: float | None
+    cosine: float | None
+    snr_db: float | None
+    nan: int
+    inf: int
+    top1: float | None
+    top5: float | None
+    passed: bool
+    failures: list[str]
+
+
+class TaskMetric(TypedDict):
+    """The user's own metric over the data, with its 95 % bootstrap interval, beside the reference's."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    reference: float
+    samples: int
+
+
+class Validation(TypedDict):
+    """Verdict on one engine."""
+
+    engine: str
+    passed: bool
+    samples: int
+    tolerance: Tolerance
+    outputs: list[OutputMetrics]
+    noise_floor: list[OutputMetrics]
+    noise_floor_of: str
+    metric: TaskMetric | None
+
+
+class SpeedUp(TypedDict):
+    """Ratio of the baseline's time to this candidate's, above 1 where faster, with its bootstrap 95 % interval."""
+
+    against: str
+    ratio: float
+    low: float
+    high: float
+
+
+class Timing(TypedDict):
+    """One candidate at one size of the dynamic axes. Times are of the host, synchronised; device_* by device events."""
+
+    candidate: str
+    sizes: dict[str, int]
+    batch: int
+    iterations: int
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    samples_per_s: float
+    requests_per_s: float
+    device_mean_ms: float | None
+    device_p50_ms: float | None
+    speed_up: SpeedUp | None
+    gpu_utilization_percent: float | None
+    gpu_memory_bytes: int | None
+    sm_clock_mhz: float | None
+    steady: bool
+
+
+class Protocol(TypedDict):
+    """How a benchmark was run."""
+
+    rounds: int
+    slice_s: float
+    warmup_s: float
+    order: str
+    transfers: bool
+    seed: int
+    threads: int
+    description: str
+
+
+class Benchmark(TypedDict):
+    """All candidates, at all sizes, in one interleaved run."""
+
+    protocol: Protocol
+    baseline: str
+    timings: list[Timing]
+    skipped: dict[str, str]
+
+
+class PassRecord(TypedDict):
+    """One pass on one variant of the graph. `refusals` are {"reason", "node"}."""
+
+    variant: str
+    text: str
+    seconds: float
+    modified: bool
+    changes: dict[str, int]
+    refusals: list[dict[str, str]]
+    nodes_before: int
+    nodes_after: int
+
+
+class Attempt(TypedDict):
+    """One exporter tried at capture; `reason` says why it failed and is empty where it did not."""
+
+    exporter: str
+    succeeded: bool
+    seconds: float
+    reason: str
+
+
+class CaptureRecord(TypedDict):
+    """How the graph was captured and checked. `checks` are {"sizes": {...}, "relative_l2": float}."""
+
+    exporter: str | None
+    opset: int | None
+    attempts: list[Attempt]
+    checks: list[dict[str, Any]]
+
+
+class EngineRecord(TypedDict):
+    """One engine that was asked for, built or not. `size_bytes` counts the files of its folder."""
+
+    name: str
+    target: str
+    precision: str
+    status: Literal["ready", "built", "failed", "unavailable"]
+    reason: str
+    to_do: str
+    build_s: float | None
+    size_bytes: int
+    cached: bool
+    details: dict[str, Any]
+    validation: Validation | None
+
+
+class Stage(TypedDict):
+    """One named stage of the compile."""
+
+    name: str
+    seconds: float
+    detail: str
+
+
+class Manifest(TypedDict):
+    """Content of manifest.json. `files` maps each file of the bundle to its SHA-256, manifest.json left out."""
+
+    format: int
+    enginesmith: str
+    created: str
+    verdict: dict[str, Any]
+    source: dict[str, Any]
+    signature: dict[str, Any]
+    data: dict[str, Any]
+    seed: int
+    capture: CaptureRecord
+    stages: list[Stage]
+    passes: list[PassRecord]
+    engines: list[EngineRecord]
+    benchmark: Benchmark | None
+    environment: dict[str, Any]
+    files: dict[str, str]

@@ -1,0 +1,34 @@
+"""The passes by name. A pass is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ..compiler.options import build, split
+from ..errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from .base import Pass
+
+PASSES = {
+    "cast": "cast:Cast",
+    "dedupe": "dedupe:Dedupe",
+    "simplify": "simplify:Simplify",
+}
+"""Name of a pass: module in this package and class."""
+
+
+def parse_pass(text: str) -> Pass:
+    """Makes a pass from its text form, for instance ``cast:to=fp16``.
+
+    Raises:
+        UnknownNameError: no pass or no option of that name.
+        RecipeError: an option with a wrong value.
+    """
+    name, options = split(text)
+    if name not in PASSES:
+        raise UnknownNameError("pass", name, PASSES)
+    module, _, cls = PASSES[name].partition(":")
+    made: Pass = build(getattr(importlib.import_module(f".{module}", __name__), cls), options, name)
+    return made

@@ -1,0 +1,104 @@
+"""The contract of a pass, checked on every run.
+
+                        graph unchanged     graph changed
+    modified is False   as promised         PassContractError
+    modified is True    PassContractError   as promised
+
+After a pass the verifier accepts the graph, and a second run changes nothing more.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..compiler.options import render
+
+if TYPE_CHECKING:
+    from ..compiler.data import Samples
+    from ..compiler.graph import Graph
+    from ..compiler.signature import Signature
+
+
+class PassContractError(AssertionError):
+    """A pass broke its promise: a bug in the pass, never a user's mistake."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A place where a rule did not fire, and why. `node` is empty where the reason is about the whole graph."""
+
+    reason: str
+    node: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """What a pass did to the graph it was given.
+
+    Attributes:
+        modified: true exactly when the graph changed.
+        changes: counts by kind of change, for people ("nodes removed": 12).
+        refusals: places where a rule did not fire.
+    """
+
+    modified: bool
+    changes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a pass may look at beside the graph.
+
+    Attributes:
+        signature: names, dtypes and dynamic axes of the model.
+        samples: data to measure ranges or results on; None where the caller has none.
+        target: name of the target that the graph is for; None where it is for all.
+    """
+
+    signature: Signature
+    samples: Samples | None = None
+    target: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass(abc.ABC):
+    """A rewrite of a graph in place. The fields of the dataclass are the options of the pass."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def apply(self, graph: Graph, context: Context) -> PassResult:
+        """Rewrites `graph`; call the pass itself, not this, to have its promise checked."""
+
+    def __call__(self, graph: Graph, context: Context) -> PassResult:
+        """Runs the pass and checks what it promised.
+
+        Raises:
+            PassContractError: see the table at the top of this file.
+            GraphError: the pass was refused, or left a graph that the verifier rejects.
+        """
+        result = self._checked(graph, context)
+        again = self._checked(graph, context)
+        if again.modified:
+            raise PassContractError(f"{self}: the second run changed the graph again: {dict(again.changes)}")
+        return result
+
+    def _checked(self, graph: Graph, context: Context) -> PassResult:
+        before = graph.fingerprint()
+        result = self.apply(graph, context)
+        if (graph.fingerprint() != before) != result.modified:
+            raise PassContractError(f"{self}: modified={result.modified}, but the graph tells otherwise")
+        if result.modified:
+            graph.verify()
+        return result
+
+    def __str__(self) -> str:
+        return render(self.name, self)
+
+    def options(self) -> dict[str, Any]:
+        """The options by name."""
+        return dataclasses.asdict(self)
