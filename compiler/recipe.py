@@ -1,0 +1,149 @@
+"""What to compile, and how: one model of fields serves recipes (YAML, JSON), the command line and the Python API.
+
+The command line makes its options from these fields, so that an option without a field, or the reverse, cannot exist.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import RecipeError, UnknownNameError
+from .manifest import Tolerance
+
+PATHS = ("weights", "data", "metric", "model")
+"""Fields that name files, relative to the recipe that holds them."""
+
+
+class Flag:
+    """How the command line spells a field: `one` names a single item of a list, `names` are further spellings."""
+
+    def __init__(self, one: str | None = None, *names: str, metavar: str | None = None, argument: bool = False) -> None:
+        self.one = one
+        self.names = names
+        self.metavar = metavar
+        self.argument = argument
+
+
+class Recipe(BaseModel):
+    """A compile, in full. Every field is an option of `enginesmith compile`, and the reverse."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: Annotated[str, Flag(argument=True)] = ""
+    """Model: file.py:factory, TorchScript archive, .pt2 program or ONNX file."""
+    weights: Annotated[str | None, Flag(None, "-w")] = None
+    """Weights for file.py:factory: a state_dict as .pt/.pth, or .safetensors."""
+    arguments: Annotated[dict[str, Any], Flag("argument", metavar="KEY=VALUE")] = Field(default_factory=dict)
+    """Keyword argument of the factory."""
+    inputs: Annotated[tuple[str, ...], Flag("input", "--input-shape", metavar="NAME:SHAPE[:DTYPE]")] = ()
+    """Input, for instance image:1x3x224x224 or ids:1x128:int64."""
+    dynamic: Annotated[tuple[str, ...], Flag(metavar="NAME:AXIS=MIN..OPT..MAX")] = ()
+    """Dynamic axis of an input, for instance image:0=1..8..64."""
+    data: Annotated[str | None, Flag(None, "--load-inputs", "--calibration-data", "--calibration_data_path")] = None
+    """Samples: .npz by input name, .npy, folder of .npz, Polygraphy .json, or file.py:function."""
+    metric: str | None = None
+    """Task metric, file.py:function(outputs, inputs), for instance metric.py:accuracy."""
+    targets: Annotated[tuple[str, ...], Flag("target", "-t", metavar="NAME[:OPTION=VALUE,...]")] = ()
+    """Target with its options, for instance tensorrt:builder_level=4. Default: what this machine runs best."""
+    precisions: Annotated[tuple[str, ...], Flag("precision", "--dtype")] = ("fp32",)
+    """Precision of the engines: fp32 or fp16."""
+    require: tuple[str, ...] = ()
+    """Target without whose engine the compile fails (exit code 4)."""
+    passes: Annotated[tuple[str, ...], Flag("pass", metavar="NAME[:OPTION=VALUE,...]")] = ("simplify", "dedupe")
+    """Pass over the graph with its options, in this order; "none" for no pass."""
+    exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
+    """Exporter that captures the graph."""
+    opset: int | None = Field(default=None, ge=9, le=26)
+    """ONNX opset of the captured graph. Default: the highest that all targets take."""
+    tolerances: Annotated[dict[str, dict[str, float]], Flag("tolerance", metavar="PRECISION.METRIC=VALUE")] = Field(
+        default_factory=dict
+    )
+    """Bound on an error, for instance fp16.relative_l2=0.01."""
+    max_samples: int = Field(default=32, ge=1)
+    """Batches of data that every engine is validated on."""
+    benchmark: bool = True
+    """Measure the engines' speed."""
+    baselines: Annotated[tuple[str, ...], Flag("baseline")] = ("torch",)
+    """What the engines are measured against: torch, torch.compile, or "none"."""
+    rounds: int = Field(default=5, ge=2)
+    """Interleaved rounds of the benchmark."""
+    slice_s: float = Field(default=0.1, gt=0, le=10)
+    """Seconds that a candidate runs in one round."""
+    with_transfers: bool = False
+    """Include copies between host and device in the times."""
+    reference_device: Literal["cpu", "cuda"] = "cpu"
+    """Device on which the reference is computed."""
+    seed: int = 0
+    """Seed of everything that is random."""
+    timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that a native builder may take for one engine."""
+
+    @pydantic.model_validator(mode="after")
+    def _tolerances_are_known(self) -> Recipe:
+        for bounds in self.tolerances.values():
+            for name in bounds:
+                if name not in Tolerance.__annotations__:
+                    raise UnknownNameError("tolerance", name, Tolerance.__annotations__)
+        return self
+
+    def dump(self) -> str:
+        """YAML text of the fields that differ from their defaults."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=120)
+
+
+def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Checks fields and makes a recipe of them.
+
+    Raises:
+        UnknownNameError: a field that does not exist, with the nearest that does.
+        RecipeError: a field with a wrong value.
+    """
+    try:
+        return Recipe(**values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UnknownNameError(f"field of the {where}", field, Recipe.model_fields) from error
+        raise RecipeError(
+            f"field {field!r} of the {where} is not valid", expected=first["msg"], found=repr(first["input"])
+        ) from error
+
+
+def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a recipe; files that it names are relative to its folder. `overrides` take the place of its fields.
+
+    Raises:
+        RecipeError: a file that is missing, not YAML or JSON, or has wrong fields.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read", found=error) from error
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise RecipeError(f"recipe {str(path)!r} is not valid YAML or JSON", found=error) from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {str(path)!r} holds no fields", expected="field: value", found=type(values).__name__)
+    values.pop("$schema", None)
+    for name in PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = str(path.parent / values[name])
+    return make_recipe({**values, **(overrides or {})}, f"recipe {path.name}")
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of recipes, for editors and pipelines."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "enginesmith recipe",
+        **Recipe.model_json_schema(),
+    }
