@@ -1,1 +1,40 @@
-"""enginesmith: from a PyTorch checkpoint to an engine that is proven right and proven faster."""
+"""enginesmith: from a PyTorch checkpoint to an engine that is proven right and proven faster.
+
+    bundle = enginesmith.compile("model.py:net", "build/net", weights="net.pt", inputs=["image:1x3x224x224"])
+    engine = enginesmith.load("build/net")
+    logits = engine(image=array)
+
+Importing this package imports nothing heavy; what is used is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compiler.bundle import Bundle
+    from .compiler.engine import Engine, load
+    from .compiler.pipeline import compile
+    from .compiler.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = ["Bundle", "Engine", "Recipe", "__version__", "compile", "load"]
+
+_HOMES = {
+    "Bundle": ".compiler.bundle",
+    "Engine": ".compiler.engine",
+    "Recipe": ".compiler.recipe",
+    "compile": ".compiler.pipeline",
+    "load": ".compiler.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

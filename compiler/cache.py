@@ -57,12 +57,18 @@ class Cache:
         shutil.rmtree(entry, ignore_errors=True)
         return None
 
-    def put(self, kind: Kind, key: str, folder: Path) -> None:
+    def notes(self, kind: Kind, key: str) -> dict[str, Any]:
+        """What `put` was told to remember beside the folder."""
+        notes: dict[str, Any] = json.loads((self.root / kind / key / "notes.json").read_text())
+        return notes
+
+    def put(self, kind: Kind, key: str, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
         """Keeps a copy of a folder. A cache that cannot be written is no reason to fail: then nothing is kept."""
         try:
             with appearing_folder(self.root / kind / key) as entry:
                 copy_tree(folder, entry / "content")
                 (entry / "hashes.json").write_text(json.dumps(hashes(entry / "content")))
+                (entry / "notes.json").write_text(json.dumps(notes or {}))
             self._prune()
         except (OSError, StorageError, OutputError):
             return

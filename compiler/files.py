@@ -61,21 +61,16 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise full_disk(path, error) from error
+            raise StorageError(
+                f"no space left while writing to {str(path)!r}; nothing was kept",
+                found=error.strerror,
+                hint="free some space, or choose another folder with -o",
+            ) from error
         if error.errno in REFUSED:
             raise OutputError(
                 f"output {str(path)!r} cannot be written", found=error.strerror, hint="choose another folder with -o"
             ) from error
         raise
-
-
-def full_disk(path: Path, error: object) -> StorageError:
-    """The error for a disk that took no more."""
-    return StorageError(
-        f"no space left while writing to {str(path)!r}; nothing was kept",
-        found=error,
-        hint="free some space, or use -o",
-    )
 
 
 @contextmanager

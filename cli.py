@@ -1,0 +1,214 @@
+"""The command line: click commands, and the map from errors to exit codes. All work is done elsewhere.
+
+Exit codes: 0 done and the verdict is good, 1 negative verdict, 2 usage or recipe error, 3 the model could not be loaded
+or captured, 4 no engine could be built or run, 130 interrupted. A traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import EnginesmithError
+
+COMMANDS = {
+    "compile": "Compile a model to a bundle of validated, measured engines.",
+    "validate": "Judge the engines of a bundle again, on this machine or on new data.",
+    "bench": "Measure the engines of a bundle again, interleaved with a baseline.",
+    "inspect": "Show inputs, sizes, operators and precisions of a model, bundle or engine.",
+    "doctor": "Build and run a one-node model on every target, and say why one cannot.",
+    "schema": "Print the JSON schema of recipes.",
+}
+
+
+class Commands(click.Group):
+    """Commands that are made when they are called: making `compile` imports the recipe and with it pydantic."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Makes the command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = _MAKERS[cmd_name]()
+        command.name, command.help = cmd_name, COMMANDS[cmd_name]
+        command.params += [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
+            click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors (and the JSON)."),
+        ]
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without making them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "max_content_width": 110,
+    },
+)
+@click.version_option(__version__, prog_name="enginesmith")
+def cli() -> None:
+    """From a PyTorch checkpoint to an engine that is proven right and proven faster."""
+
+
+def _compile() -> click.Command:
+    from .compiler.flags import overrides, recipe_options
+
+    def run(recipe: Path | None, output: Path, as_json: bool, quiet: bool, **values: Any) -> int:
+        from .compiler.console import progress, show_bundle
+        from .compiler.pipeline import compile
+
+        with progress(quiet) as bars:
+            bundle = compile(output=output, recipe=recipe, progress=bars, **overrides(values))
+        _show(bundle.manifest, as_json, quiet, lambda: show_bundle(bundle))
+        return 0 if bundle.passed else 1
+
+    options: list[click.Parameter] = [
+        *recipe_options(),
+        click.Option(
+            ["--recipe", "-r", "--config", "-c"],
+            type=click.Path(path_type=Path),
+            help="Recipe (YAML or JSON); options given beside it take the place of its fields.",
+        ),
+        click.Option(
+            ["--output", "-o", "--output-path"],
+            type=click.Path(path_type=Path),
+            default=Path("build/bundle"),
+            show_default=True,
+            help="Folder of the bundle.",
+        ),
+    ]
+    return click.Command("compile", params=options, callback=run)
+
+
+_BUNDLE = click.Argument(["bundle"], type=click.Path(path_type=Path))
+_ENGINES = click.Option(["--engine", "-e", "engines"], multiple=True, help="Engine to take; all by default.")
+
+
+def _validate() -> click.Command:
+    from .compiler.flags import field_options, overrides
+
+    def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
+        from .compiler.console import progress, show_validations
+        from .compiler.trial import validate_bundle
+
+        with progress(quiet) as bars:
+            result = validate_bundle(bundle, engines, progress=bars, **overrides(values))
+        _show(result, as_json, quiet, lambda: show_validations(result))
+        return 0 if all(validation["passed"] for validation in result) else 1
+
+    options = field_options("data", "metric", "tolerances", "max_samples")
+    return click.Command("validate", params=[_BUNDLE, _ENGINES, *options], callback=run)
+
+
+def _bench() -> click.Command:
+    from .compiler.flags import field_options, overrides
+
+    def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
+        from .compiler.console import progress, show_benchmark
+        from .compiler.trial import benchmark_bundle
+
+        with progress(quiet) as bars:
+            result = benchmark_bundle(bundle, engines, progress=bars, **overrides(values))
+        _show(result, as_json, quiet, lambda: show_benchmark(result))
+        return 0
+
+    options = field_options("baselines", "data", "rounds", "slice_s", "with_transfers", "seed")
+    return click.Command("bench", params=[_BUNDLE, _ENGINES, *options], callback=run)
+
+
+def _inspect() -> click.Command:
+    def run(path: Path, as_json: bool, quiet: bool) -> int:
+        from .compiler.console import show_inspection
+        from .compiler.inspection import inspect
+
+        result = inspect(path)
+        _show(result, as_json, quiet, lambda: show_inspection(result))
+        return 0
+
+    return click.Command("inspect", params=[click.Argument(["path"], type=click.Path(path_type=Path))], callback=run)
+
+
+def _doctor() -> click.Command:
+    def run(targets: tuple[str, ...], as_json: bool, quiet: bool) -> int:
+        from .compiler.console import progress, show_diagnosis
+        from .compiler.doctor import diagnose
+
+        with progress(quiet) as bars:
+            result = diagnose(targets, progress=bars)
+        _show(result, as_json, quiet, lambda: show_diagnosis(result))
+        return 0 if any(target["usable"] for target in result["targets"]) else 4
+
+    option = click.Option(["--target", "-t", "targets"], multiple=True, help="Target to try; all by default.")
+    return click.Command("doctor", params=[option], callback=run)
+
+
+def _schema() -> click.Command:
+    def run(as_json: bool, quiet: bool) -> int:
+        from .compiler.recipe import schema
+
+        click.echo(json.dumps(schema(), indent=1))
+        return 0
+
+    return click.Command("schema", callback=run)
+
+
+_MAKERS: dict[str, Callable[[], click.Command]] = {
+    "compile": _compile,
+    "validate": _validate,
+    "bench": _bench,
+    "inspect": _inspect,
+    "doctor": _doctor,
+    "schema": _schema,
+}
+
+
+def _show(result: Any, as_json: bool, quiet: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(result, indent=1, default=float))
+    elif not quiet:
+        show()
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits with the documented code."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was begun is cleaned up
+    try:
+        code = cli.main(standalone_mode=False)
+    except EnginesmithError as error:
+        _report(error)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("enginesmith: interrupted; nothing was written", err=True)
+        code = 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: EnginesmithError) -> None:
+    if "--json" in sys.argv:
+        fields = ("message", "expected", "found", "hint", "exit_code")
+        values = {name: getattr(error, name) for name in fields}
+        click.echo(json.dumps({"error": {"type": type(error).__name__, **values}}, indent=1, default=str))
+    click.echo(f"enginesmith: error: {error}", err=True)

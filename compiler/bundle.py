@@ -1,0 +1,78 @@
+"""A finished compile on disk: its verdict, numbers and engines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .manifest import EngineRecord, Manifest
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """What `compile` gives.
+
+    Attributes:
+        path: the folder.
+        cached: whether it was taken from the cache, unchanged.
+    """
+
+    path: Path
+    manifest: Manifest
+    cached: bool = False
+
+    @classmethod
+    def open(cls, path: str | Path, *, cached: bool = False) -> Bundle:
+        """Reads the manifest of a bundle.
+
+        Raises:
+            EngineMismatchError: no bundle, or one of another layout.
+        """
+        from .engine import read_manifest
+
+        return cls(Path(path), read_manifest(Path(path)), cached)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every engine that could be judged is right."""
+        return bool(self.manifest["verdict"]["passed"])
+
+    @property
+    def report(self) -> Path:
+        """The report for people."""
+        return self.path / "report.html"
+
+    def engine(self, name: str) -> EngineRecord:
+        """The record of one engine."""
+        return next(record for record in self.manifest["engines"] if record["name"] == name)
+
+    def load(self, engine: str | None = None) -> Engine:
+        """Loads the best engine for this machine, or the named one."""
+        from .engine import load
+
+        return load(self.path, engine)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON that people can read."""
+    path.write_text(json.dumps(value, indent=1, default=float) + "\n")
+
+
+def write_reproduction(directory: Path, target: str, precision: str, log: list[str]) -> None:
+    """Leaves build.log and a script that builds this one engine again beside it."""
+    directory.joinpath("build.log").write_text("\n".join(log) + "\n")
+    script = directory / "reproduce.sh"
+    script.write_text(
+        "#!/bin/sh\n"
+        "# Builds this engine again, into the folder that is given.\n"
+        'here=$(dirname "$(readlink -f "$0")")\n'
+        f'exec enginesmith compile --recipe "$here/../../recipe.yaml" --target {shlex.quote(target)} '
+        f'--precision {precision} --output "${{1:?give an output folder}}"\n'
+    )
+    script.chmod(0o755)
