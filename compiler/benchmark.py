@@ -165,7 +165,7 @@ class _Run:
         baseline = active.get(self._baseline)
         for name, slices in active.items():
             use = GpuUse()
-            with self._skipping(name, sized):
+            if any(slices.device_ms[0]) or self._memory[name]:
                 use = slices.gpu_use(self._gpu)
             self.timings.append(self._timing(name, sized, slices, use, baseline))
 
@@ -247,7 +247,7 @@ class _Run:
             device_p50_ms=float(np.median(device)) if len(device) else None,
             speed_up=ratio,
             gpu_utilization_percent=use.utilization_percent,
-            gpu_memory_bytes=self._memory[name] if len(device) and self._gpu.memory_bytes() is not None else None,
+            gpu_memory_bytes=self._memory[name] or None,
             sm_clock_mhz=use.sm_clock_mhz,
             steady=slices.steady,
         )

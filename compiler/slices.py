@@ -48,9 +48,7 @@ class Slices:
         return [statistics.median(times) for times in self.host_ms]
 
     def gpu_use(self, gpu: GpuMonitor) -> GpuUse:
-        """Utilisation and clock, in an untimed slice of its own; nothing where there are no device times."""
-        if not any(self.device_ms):
-            return GpuUse()
+        """Utilisation and clock, in an untimed slice of its own."""
         with gpu.sampling() as use:
             deadline = time.perf_counter() + GPU_SLICE_S
             while time.perf_counter() < deadline:
