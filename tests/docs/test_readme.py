@@ -1,0 +1,97 @@
+"""Runs what the pages tell the reader to type, and checks what they say about the program."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from enginesmith import errors
+from enginesmith.targets import TARGETS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("samples/*/README.md"))]
+README = PAGES[0].read_text()
+
+
+def blocks(language: str) -> list[object]:
+    """Each code block of that language in the pages, named by its page and place."""
+    found = []
+    for page in PAGES:
+        texts = re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+        name = page.relative_to(ROOT).as_posix().removesuffix(".md").removesuffix("/README")
+        found += [pytest.param(text, id=f"{name}-{number}") for number, text in enumerate(texts, 1)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a clone to the commands, with a cache of its own."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "samples").symlink_to(ROOT / "samples")
+    (folder / "model").symlink_to(ROOT / "samples" / "digits")
+    (folder / "build").mkdir()
+    return folder
+
+
+def run(command: list[str], clone: Path) -> str:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(clone / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    result = subprocess.run(
+        command, cwd=clone, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", blocks("bash"))
+def test_shell_commands_run(text: str, clone: Path) -> None:
+    dry = re.sub(r"^make\b", f"make -n -C '{ROOT}'", text, flags=re.MULTILINE)  # the real ones run these tests
+    run(["bash", "-euo", "pipefail", "-c", dry], clone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_runs(text: str, clone: Path) -> None:
+    assert "True" in run([sys.executable, "-c", text], clone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_pipeline_commands_run(text: str, clone: Path) -> None:
+    commands = re.findall(r"^- run: (enginesmith .*)$", text, re.MULTILINE)
+    assert commands
+    run(["bash", "-euo", "pipefail", "-c", "\n".join(commands)], clone)
+
+
+def test_the_extras_that_the_page_names_exist() -> None:
+    named = set(re.findall(r"pip install '[\w.]+\[(\w+)\]'", README))
+    named |= set(re.findall(r"`([\w-]+)`", README.partition("with the extras")[2].partition(".")[0]))
+    assert named == set(importlib.metadata.metadata("enginesmith").get_all("Provides-Extra")) - {"dev"}
+
+
+def test_the_table_of_targets_is_complete() -> None:
+    table = README.partition("\n## Targets\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == sorted(TARGETS)
+
+
+def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
+    codes = {int(code) for code in re.findall(r"^\| (\d) \|", README, re.MULTILINE)}
+    bases = (errors.VerdictError, errors.UsageError, errors.ModelError, errors.EngineError)
+    assert codes == {0, *(base.exit_code for base in bases)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

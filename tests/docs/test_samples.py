@@ -1,0 +1,87 @@
+"""The samples hold what their pages say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from enginesmith.compiler.recipe import read_recipe
+from enginesmith.passes import parse_pass
+from enginesmith.targets import parse_target
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+DIGITS = SAMPLES / "digits"
+
+
+def module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"sample_{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def held_out() -> dict[str, np.ndarray]:
+    with np.load(DIGITS / "test.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_digits_reads_as_many_images_as_its_page_says(held_out: dict[str, np.ndarray]) -> None:
+    model = module(DIGITS / "model.py").digits().eval()
+    model.load_state_dict(load_file(DIGITS / "digits.safetensors"))
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(held_out["image"])).numpy()
+    right = module(DIGITS / "metric.py").accuracy({"output": logits}, held_out)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    page = " ".join((DIGITS / "README.md").read_text().split())
+    assert f"{parameters:,} parameters" in page
+    assert f"reads {int(right.sum())} of the {len(right)} held-out images right ({100 * right.mean():.2f} %)" in page
+    assert right.mean() >= 0.98
+
+
+def test_digits_data_are_images_of_the_set_that_training_leaves_out(held_out: dict[str, np.ndarray]) -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    data = datasets.load_digits()
+    digit_of = {
+        (image / 16).astype(np.float32).tobytes(): digit for image, digit in zip(data.images, data.target, strict=True)
+    }
+    assert held_out["image"].shape == (360, 1, 8, 8)
+    assert [digit_of[image.tobytes()] for image in held_out["image"]] == held_out["label"].tolist()
+    assert len({image.tobytes() for image in held_out["image"]}) == 360
+
+
+def test_the_metric_counts_right_rows() -> None:
+    accuracy = module(DIGITS / "metric.py").accuracy
+    assert accuracy({"y": np.eye(3)}, {"label": np.array([0, 2, 2])}).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*/recipe.yaml")), ids=lambda path: path.parent.name)
+def test_recipes_name_files_passes_and_targets_that_exist(path: Path) -> None:
+    recipe = read_recipe(path)
+    named = [recipe.model.partition(":")[0], recipe.weights, recipe.data, (recipe.metric or "").partition(":")[0]]
+    assert all(Path(name).is_file() for name in named if name)
+    for text in recipe.passes:
+        assert str(parse_pass(text)) == text
+    for text in recipe.targets:
+        assert str(parse_target(text)) == text
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.rglob("*.safetensors")), ids=lambda path: path.name)
+def test_checkpoints_are_small(path: Path) -> None:
+    assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("folder", sorted(path for path in SAMPLES.iterdir() if path.is_dir()), ids=lambda p: p.name)
+def test_a_page_names_every_file_of_its_folder(folder: Path) -> None:
+    page = (folder / "README.md").read_text()
+    files = {path.name for path in folder.iterdir() if path.is_file()} - {"README.md"}
+    assert files == set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
