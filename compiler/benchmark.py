@@ -54,8 +54,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rounds < 3:
-            raise RecipeError("too few rounds for an interval", expected="3 or more", found=self.rounds)
+        if self.rounds < 2:
+            raise RecipeError("too few rounds for an interval", expected="2 or more", found=self.rounds)
         if self.slice_s <= 0 or self.warmup_s <= 0:
             raise RecipeError("a slice and the warm-up must last", expected="seconds above 0", found=self)
 

