@@ -1,0 +1,310 @@
+"""Loads an engine from a bundle. Needs NumPy and the engine's runtime; torch, onnx and the compiler stay out."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from ..errors import (
+    DataError,
+    EngineError,
+    EngineMismatchError,
+    TargetUnavailableError,
+    UnknownNameError,
+    UsageError,
+)
+from ..targets import get_target
+from ..targets.base import EngineInfo, Runner, Target
+from . import environment
+from .files import sha256
+from .manifest import FORMAT, EngineRecord, Manifest
+from .signature import Signature
+
+Device = Literal["cpu", "cuda"]
+
+
+def load(bundle: str | Path, engine: str | None = None, *, device: Device | None = None, verify: bool = True) -> Engine:
+    """Loads the best engine of a bundle for this machine, or the one that is named.
+
+    The best is the one with the lowest recorded median latency at the optimum sizes, among those that were built, did
+    not fail validation and can run here. Those that were never timed come after those that were.
+
+    Args:
+        bundle: the folder that `compile` wrote.
+        engine: name of an engine, a folder below ``engines/``.
+        device: only engines that run there.
+        verify: whether to compare the engine's files with the hashes in the manifest.
+
+    Raises:
+        UsageError: `bundle` is no bundle.
+        UnknownNameError: it has no engine of that name.
+        EngineMismatchError: a file changed, or the named engine was built for another machine or version.
+        EngineError: no engine, or not the named one, can run here.
+    """
+    root = Path(bundle)
+    manifest = read_manifest(root)
+    if engine is not None:
+        record = _named(manifest, engine)
+        if verify:
+            check_files(root, engine, manifest)
+        return _open(root, record, device)
+    reasons = {record["name"]: _excluded(record) for record in manifest["engines"]}
+    for record in ranked(manifest):
+        if verify:  # a changed file is never passed over in search of another engine
+            check_files(root, record["name"], manifest)
+        opened = _open_or_reason(root, record, device)
+        if isinstance(opened, Engine):
+            return opened
+        reasons[record["name"]] = opened
+    raise EngineError(
+        f"no engine of {root} can run here",
+        found="; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no engines",
+        hint=_rebuild(root),
+    )
+
+
+class Engine:
+    """A loaded engine. Calls may come from several threads.
+
+    Attributes:
+        info: all of engine.json.
+    """
+
+    def __init__(self, info: EngineInfo, runner: Runner) -> None:
+        self.info = info
+        self._runner: Runner | None = runner
+        self._signature = info.signature
+
+    @property
+    def name(self) -> str:
+        """Name of the engine's folder."""
+        return self.info.name
+
+    @property
+    def target(self) -> str:
+        """Name of the target that built it."""
+        return self.info.target
+
+    @property
+    def precision(self) -> str:
+        """Precision that it computes in."""
+        return self.info.precision
+
+    @property
+    def signature(self) -> Signature:
+        """What it takes and gives."""
+        return self._signature
+
+    def __call__(self, inputs: Mapping[str, Any] | None = None, /, **named: Any) -> Any:
+        """Runs on inputs given by name, and gives the outputs as the model nests them: see `run`."""
+        return self._signature.nest(self.run({**inputs, **named} if inputs is not None else named))
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs by name.
+
+        NumPy arrays give NumPy arrays. Of DLPack tensors (torch, CuPy, JAX), those on the engine's device are read in
+        place, and the outputs stay there: ``torch.from_dlpack(output)`` is a view.
+
+        Raises:
+            DataError: inputs whose names, dtypes or shapes do not fit.
+            EngineError: the runtime failed, or the engine is closed.
+        """
+        for name, value in inputs.items():
+            if not hasattr(value, "dtype"):
+                raise DataError(
+                    f"input {name!r} is no array", expected="a NumPy array or DLPack tensor", found=type(value).__name__
+                )
+        self._signature.check(inputs)
+        return self._open_runner().run(inputs)
+
+    def reset(self) -> None:
+        """Returns an engine that carries state between calls to its first state."""
+        self._open_runner().reset()
+
+    def close(self) -> None:
+        """Gives back memory, devices and worker processes; the engine cannot run any more."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+
+    def _open_runner(self) -> Runner:
+        if self._runner is None:
+            raise EngineError(f"engine {self.name} is closed", hint="load it again")
+        return self._runner
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Engine {self.name}: {', '.join(map(str, self._signature.inputs))}>"
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Reads manifest.json.
+
+    Raises:
+        UsageError: there is none.
+        EngineMismatchError: it cannot be read, or is of another version.
+    """
+    path = bundle / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(
+            f"{bundle} is not a bundle: {error.strerror}",
+            expected="a folder with manifest.json",
+            hint="enginesmith compile MODEL -o BUNDLE makes one",
+        ) from error
+    except ValueError as error:
+        raise EngineMismatchError(f"{path} is damaged: {error}", hint=_rebuild(bundle)) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise EngineMismatchError(
+            f"{path} is of another version", expected=f"format {FORMAT}", found=found, hint=_rebuild(bundle)
+        )
+    return cast("Manifest", manifest)
+
+
+def ranked(manifest: Manifest) -> list[EngineRecord]:
+    """The engines that are ready and did not fail validation: the fastest first, then those without numbers."""
+    times: dict[str, float] = {}
+    signature = Signature.from_json(manifest["signature"])
+    benchmark = manifest["benchmark"]
+    for timing in benchmark["timings"] if benchmark else []:
+        if signature.sizes().items() >= timing["sizes"].items():
+            times[timing["candidate"]] = timing["p50_ms"]
+    usable = [record for record in manifest["engines"] if not _excluded(record)]
+    return sorted(usable, key=lambda record: times.get(record["name"], float("inf")))
+
+
+def check_files(bundle: Path, engine: str, manifest: Manifest) -> None:
+    """Compares an engine's files with their hashes in the manifest.
+
+    Raises:
+        EngineMismatchError: a file is missing or changed.
+    """
+    folder = f"engines/{engine}/"
+    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(folder)}
+    if not files:
+        raise EngineMismatchError(f"{bundle}/manifest.json lists no file of engine {engine!r}", hint=_rebuild(bundle))
+    for name, expected in files.items():
+        try:
+            found = sha256(bundle / name)
+        except OSError as error:
+            raise EngineMismatchError(
+                f"{bundle / name} cannot be read: {error.strerror}", hint=_rebuild(bundle)
+            ) from error
+        if found != expected:
+            raise EngineMismatchError(
+                f"{bundle / name} changed after it was written",
+                expected=f"SHA-256 {expected}",
+                found=found,
+                hint=_rebuild(bundle),
+            )
+
+
+def check_machine(info: EngineInfo, target: Target, hint: str | None = None) -> None:
+    """Compares what the engine requires with this machine.
+
+    `EngineInfo.requires` may hold ``compute_capability`` (one, or several with commas between), ``machine`` (x86_64),
+    ``cpu_flags`` (all of them needed, with spaces between) and the names in the target's `Availability.versions`, each
+    with as much of the version as matters ("8.6" accepts 8.6.1).
+
+    Raises:
+        EngineMismatchError: the first thing that does not hold.
+    """
+    for key, needed in info.requires.items():
+        found = _found(key, needed, target)
+        if not _holds(key, needed, found):
+            raise EngineMismatchError(
+                f"engine {info.name} was built for another {'machine' if key in _MACHINE else 'version'}",
+                expected=f"{key.replace('_', ' ')} {needed}",
+                found=found or "none",
+                hint=hint,
+            )
+
+
+_MACHINE = ("compute_capability", "machine", "cpu_flags")
+
+
+def _found(key: str, needed: str, target: Target) -> str:
+    if key == "compute_capability":
+        return environment.compute_capability(getattr(target, "device_id", 0)) or ""
+    if key == "machine":
+        return platform.machine()
+    if key == "cpu_flags":
+        flags = environment.cpu_flags()
+        return " ".join(flag for flag in needed.split() if flag in flags)
+    return target.availability().versions.get(key, "")
+
+
+def _holds(key: str, needed: str, found: str) -> bool:
+    if key == "compute_capability":
+        return found in needed.split(",")
+    if key == "cpu_flags":
+        return found.split() == needed.split()
+    if key == "machine":
+        return found == needed
+    parts = needed.split(".")
+    return found.split(".")[: len(parts)] == parts
+
+
+def _open_or_reason(root: Path, record: EngineRecord, device: Device | None) -> Engine | str:
+    try:
+        return _open(root, record, device)
+    except EngineError as error:
+        return error.message
+
+
+def _open(root: Path, record: EngineRecord, device: Device | None) -> Engine:
+    folder = root / "engines" / record["name"]
+    try:
+        info = EngineInfo.read(folder)
+        target = get_target(info.target, info.options)
+    except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
+        raise EngineMismatchError(
+            f"engine {record['name']} cannot be read by this version of enginesmith: {error}", hint=_rebuild(root)
+        ) from error
+    if device is not None and device not in (runs_on := _devices(info, target)):
+        raise TargetUnavailableError(
+            f"engine {info.name} does not run on {device}", expected=device, found=" or ".join(runs_on)
+        )
+    check_machine(info, target, _rebuild(root))
+    return Engine(info, target.runner(folder, info))
+
+
+def _devices(info: EngineInfo, target: Target) -> tuple[str, ...]:
+    """Where an engine runs: as its target was told, or where its target always runs."""
+    chosen = str(info.options.get("device") or "").partition(":")[0]
+    return (chosen,) if chosen in target.capabilities.devices else target.capabilities.devices
+
+
+def _named(manifest: Manifest, engine: str) -> EngineRecord:
+    records = {record["name"]: record for record in manifest["engines"]}
+    if engine not in records:
+        raise UnknownNameError("engine", engine, records)
+    record = records[engine]
+    if record["status"] in ("failed", "unavailable"):
+        raise EngineError(f"engine {engine} was not built: {record['reason']}", hint=record["to_do"] or None)
+    return record
+
+
+def _excluded(record: EngineRecord) -> str:
+    """Why an engine is never chosen unless it is named; empty where it may be."""
+    if record["status"] in ("failed", "unavailable"):
+        return f"not built: {record['reason']}"
+    if record["status"] == "built":
+        return "built but never run; name it to load it all the same"
+    if record["validation"] is not None and not record["validation"]["passed"]:
+        return "failed validation; name it to load it all the same"
+    return ""
+
+
+def _rebuild(bundle: Path) -> str:
+    return f"enginesmith compile --recipe {bundle / 'recipe.yaml'} -o {bundle}"
