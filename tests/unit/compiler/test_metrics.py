@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
 from enginesmith.compiler.metrics import TOLERANCES, Judge, compare, resolve_tolerance
 from enginesmith.errors import RecipeError, UnknownNameError
@@ -33,7 +33,7 @@ def network(images: np.ndarray) -> torch.nn.Module:
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for _ in range(30):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(torch.from_numpy(images)), labels).backward()
+        torch.nn.functional.cross_entropy(network(torch.from_numpy(images)), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return network.eval()
 
