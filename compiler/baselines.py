@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,8 +47,8 @@ def torch_baselines(
 class TorchEager:
     """Runs the torch module as users do: inference mode, the module's own memory layout.
 
-    In fp32 on the CPU it shares the model's module; else it works on a copy, and the state of a stateful copy is never
-    reset (no timing depends on it). In fp16 weights and floating-point inputs are half, and so are the outputs.
+    In fp32 on the model's own device it shares the module; else it works on a copy, and the state of a stateful copy is
+    never reset (no timing depends on it). In fp16 weights and floating-point inputs are half, and so are the outputs.
 
     Raises:
         TargetUnavailableError: an ONNX source, or no such device.
@@ -70,7 +71,8 @@ class TorchEager:
         self._device = device
         self._half = precision == "fp16"
         self._module: Any = model.module
-        if self._half or device != "cpu":
+        tensors = itertools.chain(model.module.parameters(), model.module.buffers())
+        if self._half or any(tensor.device.type != device for tensor in tensors):
             self._module = copy.deepcopy(model.module).to(device, torch.float16 if self._half else None)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
