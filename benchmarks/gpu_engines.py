@@ -1,8 +1,8 @@
 """ResNet-50 and MiniLM on one GPU: engines against torch and torch.compile, judged against torch, b1, b8 and b32.
 
 Each model and batch size is a job of its own: engines are built for exactly that size, validated on two batches, and
-measured in one interleaved benchmark with the baselines in fp32 and fp16. A TensorRT build takes minutes, so jobs may be
-spread over several calls: results are merged by model and batch into the same file.
+measured in one interleaved benchmark with the baselines in fp32 and fp16. A TensorRT build takes minutes, so jobs may
+be spread over several calls: results are merged by model and batch into the same file.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def run_job(name: str, batch: int, options: argparse.Namespace, remaining_s: flo
     }
 
 
-def device() -> Any:
+def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

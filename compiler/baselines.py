@@ -19,7 +19,6 @@ from .sources import Model
 if TYPE_CHECKING:
     import torch
 
-Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "fp16"]
 
 COMPILE_LIMIT = 64
@@ -27,7 +26,7 @@ COMPILE_LIMIT = 64
 
 
 def torch_baselines(
-    model: Model, *, device: Device = "cpu", precisions: tuple[Precision, ...] = ("fp32",), compiled: bool = False
+    model: Model, *, device: str = "cpu", precisions: tuple[Precision, ...] = ("fp32",), compiled: bool = False
 ) -> list[Candidate]:
     """The candidates "torch" and, where `compiled`, "torch.compile"; " fp16" is appended where it is in half precision.
 
@@ -56,7 +55,7 @@ class TorchEager:
 
     name = "torch"
 
-    def __init__(self, model: Model, device: Device = "cpu", precision: Precision = "fp32") -> None:
+    def __init__(self, model: Model, device: str = "cpu", precision: Precision = "fp32") -> None:
         import torch
 
         if model.module is None:
@@ -129,7 +128,7 @@ class TorchCompile(TorchEager):
 
     name = "torch.compile"
 
-    def __init__(self, model: Model, device: Device = "cpu", precision: Precision = "fp32") -> None:
+    def __init__(self, model: Model, device: str = "cpu", precision: Precision = "fp32") -> None:
         import torch
 
         if isinstance(model.module, torch.jit.ScriptModule):
