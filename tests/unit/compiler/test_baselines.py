@@ -145,3 +145,37 @@ def test_compile_really_compiles():
     runner = TorchCompile(MODEL)
     check(runner.run(INPUTS))
     runner.close()
+
+
+def test_cuda_calls_are_timed_between_events_and_waited_for(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 0.25
+
+    class Logged(TorchEager):
+        def _call(self, tensors):
+            log.append("call")
+            return super()._call(tensors)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("drain"))
+    runner = Logged(MODEL)
+    monkeypatch.setattr(runner, "_device", "cuda")
+    monkeypatch.setattr(runner, "_place", lambda inputs: [torch.from_numpy(inputs[name]) for name in ("x", "index")])
+    bound = runner.bind(INPUTS)
+    host_ms, device_ms = bound.timed(2)
+    assert log == ["drain"] + 2 * ["record", "call", "record", "wait"]
+    assert len(host_ms) == 2
+    assert device_ms == [0.25, 0.25]
+    check(bound.outputs())
