@@ -6,12 +6,14 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .files import hashes
 from .manifest import EngineRecord, Manifest
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,14 @@ class Bundle:
         return load(self.path, engine)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that people can read."""
-    path.write_text(json.dumps(value, indent=1, default=float) + "\n")
+def write_bundle(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
+    """Writes recipe, report and, last, the manifest with the hash of every other file."""
+    from .report import write_report
+
+    (folder / "recipe.yaml").write_text(recipe.dump())
+    write_report(manifest, folder / "report.html")
+    manifest["files"] = hashes(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, default=float) + "\n")
 
 
 def write_reproduction(directory: Path, target: str, precision: str, log: list[str]) -> None:

@@ -1,9 +1,9 @@
 """Samples for calibration, validation and benchmarks: read as a stream, checked against the signature.
 
 A source is an .npz file keyed by input name, an .npy file for a model of one input, a folder of .npz files (one batch
-each), a Polygraphy input file (.json), or ``file.py:function``, whose function yields dicts of arrays. Where the leading
-axis of a file is longer than a batch, it is cut into batches of the optimum size. Arrays that are not inputs of the model
-(labels, for a metric) travel along.
+each), a Polygraphy input file (.json), or ``file.py:function``, whose function yields dicts of arrays. Where the
+leading axis of a file is longer than a batch, it is cut into batches of the optimum size. Arrays that are not inputs of
+the model (labels, for a metric) travel along.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _reader(source: str, signature: Signature) -> Callable[[], Iterator[Batch]]:
 
 
 def _function_reader(source: str) -> Callable[[], Iterator[Batch]]:
-    from .sources.module import load_symbol
+    from .usercode import load_symbol
 
     function = load_symbol(source, kind="data function")
 
@@ -192,9 +192,10 @@ def _read_polygraphy(path: Path) -> Iterator[Batch]:
 
     try:
         feeds = load_json(str(path))
-    except (PolygraphyException, ValueError, KeyError, TypeError) as error:
+        batches = [{name: np.asarray(array) for name, array in feed.items()} for feed in feeds]
+    except (PolygraphyException, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path.name} is not a Polygraphy input file", found=error) from error
-    yield from ({name: np.asarray(array) for name, array in feed.items()} for feed in feeds)
+    yield from batches
 
 
 def _read_npy(path: Path, signature: Signature) -> Iterator[Batch]:

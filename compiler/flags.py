@@ -89,8 +89,9 @@ def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: a value that cannot be read.
     """
-    given = {name: value for name, value in values.items() if value not in (None, (), False) or value is False}
-    given = {name: value for name, value in given.items() if not (name == "fp16" and value is False)}
+    given = {name: value for name, value in values.items() if value is not None and value != ()}
+    if not given.get("fp16"):
+        given.pop("fp16", None)
     fields: dict[str, Any] = {}
     for name, value in given.items():
         if name == "model_option":

@@ -23,11 +23,11 @@ from .data import Data, describe, open_data
 from .environment import environment
 from .files import appearing_folder, copy_tree, size_bytes
 from .fingerprint import compile_key, is_self_contained, local_modules, still_hold
-from .manifest import FORMAT, CaptureRecord, EngineRecord, Manifest, PassRecord
+from .manifest import FORMAT, Benchmark, CaptureRecord, EngineRecord, Manifest, PassRecord
 from .progress import Progress, Stages
 from .recipe import Recipe, make_recipe, read_recipe
-from .signature import parse_inputs
-from .trial import benchmark_engines, validate_engines, verdict
+from .reference import ReferenceOutputs
+from .trial import benchmark_engines, load, validate_engines, verdict
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,11 @@ class Job:
     folder: Path
     scratch: Path
     stages: Stages
+
+    @property
+    def captured(self) -> Path:
+        """The graph as it was captured, before any pass."""
+        return self.scratch / "captured" / "model.onnx"
 
 
 def compile(
@@ -106,7 +111,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             return Bundle(output, kept, cached=True)
         known_modules = set(sys.modules)
         with stages("load model") as stage:
-            model = _load(recipe, module)
+            model = load(recipe, module)
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"
         if not from_files:
             bundle_key = compile_key(recipe, job.machine, model.fingerprint)
@@ -126,17 +131,16 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
             stage["detail"] = f"{len(built)} of {len(engines)}"
         with stages("validate") as stage:
-            validate_engines(job, model, data, captured, engines)
-            stage["detail"] = data.description
+            stage["detail"] = _validate(job, model, data, captured, engines)
         with stages("benchmark") as stage:
-            benchmark = benchmark_engines(job, model, data, engines)
-            stage["detail"] = f"against {benchmark['baseline']}" if benchmark else "not asked for"
+            benchmark = _benchmark(job, model, data, engines)
+            stage["detail"] = f"against {benchmark['baseline']}" if benchmark else "nothing to measure"
         with stages("write bundle"):
             manifest = Manifest(
                 format=FORMAT,
                 enginesmith=str(job.machine["packages"]["enginesmith"]),
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                verdict=verdict(engines, benchmark),
+                verdict=verdict(engines, benchmark, model.signature),
                 source=_describe(recipe, model),
                 signature=model.signature.to_json(),
                 data=describe(data),
@@ -196,18 +200,6 @@ def _unchanged(job: Job, bundle_key: str) -> Manifest | None:
     return Bundle.open(job.folder).manifest
 
 
-def _load(recipe: Recipe, module: torch.nn.Module | None) -> Model:
-    from .sources import load_model
-
-    return load_model(
-        module if module is not None else recipe.model,
-        weights=Path(recipe.weights) if recipe.weights else None,
-        inputs=parse_inputs(recipe.inputs, recipe.dynamic) if recipe.inputs else None,
-        arguments=recipe.arguments,
-        device=recipe.reference_device,
-    )
-
-
 def _capture(job: Job, model: Model, data: Data) -> Captured:
     """Captures the graph in the highest opset that every target takes."""
     from .capture import capture
@@ -222,10 +214,13 @@ def _capture(job: Job, model: Model, data: Data) -> Captured:
         opset_range=(lowest, highest),
         samples=data,
         seed=job.recipe.seed,
-        directory=job.scratch,
+        directory=_made(job.scratch / "export"),
         log=log.append,
     )
     (job.folder / "capture.log").write_text("\n".join(log) + "\n")
+    if captured.graph is not None:
+        _made(job.captured.parent)
+        captured.graph.save(job.captured)
     if captured.graph is None and all(target.capabilities.consumes == "graph" for target in job.targets):
         reasons = "; ".join(f"{a['exporter']}: {a['reason']}" for a in captured.record["attempts"])
         raise CaptureError(
@@ -404,6 +399,30 @@ def _build_or_reuse(
     info.write(directory)
     job.cache.put("engines", engine_key, directory)
     return info, False
+
+
+def _validate(job: Job, model: Model, data: Data, captured: Captured, engines: list[EngineRecord]) -> str:
+    """Records the reference once, judges every engine that runs here, and says on what."""
+    from .validator import noise_floor
+
+    scratch = _made(job.scratch / "reference")
+    reference = ReferenceOutputs.record(model, data.labelled(), scratch, max_samples=job.recipe.max_samples)
+    floor = noise_floor(reference, model, job.captured if captured.graph else None)
+    validate_engines(job.folder, engines, reference, floor, job.recipe, job.stages.update)
+    reference.save(_made(job.folder / "reference"))
+    return reference.description
+
+
+def _benchmark(job: Job, model: Model, data: Data, engines: list[EngineRecord]) -> Benchmark | None:
+    if not job.recipe.benchmark:
+        return None
+    sample = data.first()
+    return benchmark_engines(job.folder, engines, sample, model.signature, job.recipe, model, job.stages.update)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def _describe(recipe: Recipe, model: Model) -> dict[str, Any]:

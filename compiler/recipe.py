@@ -72,9 +72,9 @@ class Recipe(BaseModel):
     """Measure the engines' speed."""
     baselines: Annotated[tuple[str, ...], Flag("baseline")] = ("torch",)
     """What the engines are measured against: torch, torch.compile, or "none"."""
-    rounds: int = Field(default=5, ge=2)
+    rounds: int = Field(default=10, ge=3)
     """Interleaved rounds of the benchmark."""
-    slice_s: float = Field(default=0.1, gt=0, le=10)
+    slice_s: float = Field(default=0.08, gt=0, le=10)
     """Seconds that a candidate runs in one round."""
     with_transfers: bool = False
     """Include copies between host and device in the times."""

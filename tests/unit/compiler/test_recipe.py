@@ -1,0 +1,70 @@
+import json
+
+import pytest
+import yaml
+
+from enginesmith.compiler.recipe import Recipe, make_recipe, read_recipe, schema
+from enginesmith.errors import RecipeError, UnknownNameError
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: model.py:net\nweights: net.pt\ndata: /abs/data.npz\n")
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert recipe.model == str(tmp_path / "model.py:net")
+    assert recipe.weights == str(tmp_path / "net.pt")
+    assert recipe.data == "/abs/data.npz"
+
+
+def test_overrides_take_the_place_of_fields(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"$schema": "x", "model": "m.onnx", "seed": 1}))
+    assert read_recipe(tmp_path / "recipe.json", {"seed": 2}).seed == 2
+
+
+def test_dump_is_read_back(tmp_path):
+    recipe = make_recipe(
+        {"model": "/m.py:net", "inputs": ["a:1"], "tolerances": {"fp16": {"cosine": 0.9}}, "rounds": 7}
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+    assert "slice_s" not in yaml.safe_load(recipe.dump())
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"target": ["a"]}, UnknownNameError, r"unknown field of the recipe 'target'(.|\n)*did you mean 'targets'"),
+        ({"rounds": 1}, RecipeError, r"field 'rounds' of the recipe is not valid\n.*greater than or equal to 3\n.*1"),
+        ({"exporter": "onnx"}, RecipeError, r"field 'exporter'(.|\n)*'auto', 'dynamo' or 'torchscript'"),
+        ({"tolerances": {"fp16": {"l2": 1}}}, UnknownNameError, "unknown tolerance 'l2'"),
+        ({"tolerances": {"fp16": {"cosine": "high"}}}, RecipeError, "field 'tolerances.fp16.cosine'"),
+    ],
+)
+def test_wrong_fields(values, error, message):
+    with pytest.raises(error, match=message):
+        make_recipe(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "is not valid YAML or JSON"),
+        ("- a\n- b", r"holds no fields\n.*field: value\n.*list"),
+        ("", "holds no fields"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        read_recipe(tmp_path / "absent.yaml")
+
+
+def test_schema_describes_every_field():
+    properties = schema()["properties"]
+    assert set(properties) == set(Recipe.model_fields)
+    assert all(field["description"] for field in properties.values())
+    assert schema()["additionalProperties"] is False
