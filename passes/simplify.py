@@ -1,0 +1,146 @@
+"""Simplifies with onnxsim: constants folded, no-ops removed, BatchNormalization folded into Conv, and the like.
+
+The result is taken only if it still computes the same: outputs within `TOLERANCE` of the graph before, on the first
+sample of data or on random inputs at two sizes of the dynamic axes. Refused, with the graph left as it was: a graph above
+protobuf's 2 GB, one that onnxsim fails on or that keeps changing, one whose inputs, outputs or results would change, one
+whose weights would grow, and one that cannot be run to tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from ..compiler.data import random_batch
+from ..compiler.graph import Graph
+from ..compiler.probe import Arrays, run
+from ..errors import EnginesmithError
+from .base import Context, Pass, PassResult, Refusal
+
+TOLERANCE = 1e-5
+"""Relative L2 by which an fp32 output may differ; folding changes the order of roundings only."""
+
+_ROUNDS = 5
+_GROWTH_BYTES = 1 << 20
+
+
+class _RefusedError(Exception):
+    """Why the graph stays as it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Simplify(Pass):
+    """Replaces the graph by onnxsim's, checked numerically; keeps it with a reason where that fails."""
+
+    name: ClassVar[str] = "simplify"
+
+    def apply(self, graph: Graph, context: Context) -> PassResult:
+        """Simplifies to a fixed point."""
+        try:
+            simplified = _simplify(graph)
+            if simplified is None:
+                return PassResult(modified=False)
+            _check_weights(graph, simplified)
+            _check_results(graph, simplified, context)
+        except _RefusedError as reason:
+            return PassResult(modified=False, refusals=(Refusal(str(reason)),))
+        changes = {"nodes before": len(list(graph.nodes())), "nodes after": len(list(simplified.nodes()))}
+        graph.model = simplified.model
+        return PassResult(modified=True, changes=changes)
+
+
+def _simplify(graph: Graph) -> Graph | None:
+    """The graph that onnxsim changes no more; None where that is the graph itself."""
+    current, identity = graph, graph.fingerprint()
+    for _ in range(_ROUNDS):
+        simplified = _once(current)
+        _restore_interface(graph, simplified)
+        if simplified.fingerprint() == identity:
+            return None if current is graph else current
+        current, identity = simplified, simplified.fingerprint()
+    raise _RefusedError(f"onnxsim still changes the graph after {_ROUNDS} rounds")
+
+
+def _once(graph: Graph) -> Graph:
+    import onnxsim
+
+    largest = max((value.const_value.nbytes for value in _weights(graph)), default=0)
+    try:
+        proto, _ = onnxsim.simplify(
+            graph.to_proto(),
+            include_subgraph=True,
+            # Nothing is folded into a tensor larger than the model's own: that is a computation saved as data.
+            tensor_size_threshold=f"{max(largest, _GROWTH_BYTES)}B",
+            mutable_initializer=any(value.is_initializer() for value in graph.model.graph.inputs),
+        )
+        simplified = Graph.from_proto(proto)
+        simplified.verify()
+    except EnginesmithError as error:
+        raise _RefusedError(str(error)) from error
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        raise _RefusedError(f"onnxsim failed: {error}") from error
+    return simplified
+
+
+def _weights(graph: Graph) -> Iterator[ir.Value]:
+    for scope in graph.graphs():
+        yield from (value for value in scope.initializers.values() if value.const_value is not None)
+
+
+def _restore_interface(before: Graph, after: Graph) -> None:
+    """Gives inputs and outputs the shapes that they had, dynamic axes by name; onnxsim may replace these."""
+    for kind in ("inputs", "outputs"):
+        old: list[ir.Value] = list(getattr(before.model.graph, kind))
+        new: list[ir.Value] = list(getattr(after.model.graph, kind))
+        if [(value.name, value.type) for value in old] != [(value.name, value.type) for value in new]:
+            raise _RefusedError(f"onnxsim changed the {kind} to {', '.join(str(value.name) for value in new)}")
+        for value, restored in zip(old, new, strict=True):
+            restored.shape = value.shape.copy() if value.shape is not None else None
+
+
+def _check_weights(before: Graph, after: Graph) -> None:
+    if after.weight_bytes > before.weight_bytes * 1.1 + _GROWTH_BYTES:
+        raise _RefusedError(f"the weights would grow from {before.weight_bytes} to {after.weight_bytes} bytes")
+
+
+def _check_results(before: Graph, after: Graph, context: Context) -> None:
+    for inputs in _inputs(context):
+        try:
+            expected, found = run(before, inputs), run(after, inputs)
+        except EnginesmithError as error:
+            raise _RefusedError(f"the result cannot be checked: {error}") from error
+        for name, value in expected.items():
+            difference = _difference(value, found[name])
+            if not difference <= TOLERANCE:
+                raise _RefusedError(
+                    f"onnxsim changes output {name!r}: relative L2 {difference:.2e}, allowed {TOLERANCE:.0e}"
+                )
+
+
+def _inputs(context: Context) -> Iterator[Arrays]:
+    if context.samples is not None:
+        yield next(iter(context.samples))
+        return
+    generator = np.random.default_rng(0)
+    points = ("opt", "min") if context.signature.axes else ("opt",)
+    for point in points:
+        yield random_batch(context.signature, generator, context.signature.sizes(point))
+
+
+def _difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """||found - expected|| / ||expected||; infinite where shapes, dtypes, NaN or Inf differ, or integers at all."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return np.inf
+    if expected.dtype.kind != "f":
+        return 0.0 if np.array_equal(expected, found) else np.inf
+    finite = np.isfinite(expected)
+    if not np.array_equal(expected[~finite], found[~finite], equal_nan=True):
+        return np.inf
+    norm = float(np.linalg.norm(expected[finite].astype(np.float64)))
+    error = float(np.linalg.norm(found[finite].astype(np.float64) - expected[finite].astype(np.float64)))
+    return error / norm if norm else error

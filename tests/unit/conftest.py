@@ -1,0 +1,56 @@
+"""Graphs as ONNX text, and passes run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx.parser
+import pytest
+
+from enginesmith.compiler.graph import Graph
+from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
+from enginesmith.passes.base import Context, Pass, PassResult
+
+HEADER = '<ir_version: 8, opset_import: ["": 17, "local": 1, "com.microsoft": 1]>\n'
+
+
+def read_graph(text: str) -> Graph:
+    """A graph from ONNX text; the header with the opsets may be left out."""
+    graph = Graph.from_proto(onnx.parser.parse_model(text if text.lstrip().startswith("<") else HEADER + text))
+    graph.infer()
+    return graph
+
+
+def context_of(graph: Graph, samples: object = None) -> Context:
+    """A context whose signature is read from the graph; each dynamic axis ranges over 1..3..8."""
+    specs = []
+    axes = {}
+    for value in graph.model.graph.inputs:
+        shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+        axes.update({d: AxisRange(1, 3, 8) for d in shape if isinstance(d, str)})
+        dtype = value.dtype.numpy().name
+        specs.append(TensorSpec(value.name, dtype, shape))
+    return Context(Signature(inputs=tuple(specs), axes=axes), samples=samples)
+
+
+@pytest.fixture(scope="session")
+def read() -> Callable[[str], Graph]:
+    return read_graph
+
+
+@pytest.fixture(scope="session")
+def context() -> Callable[..., Context]:
+    return context_of
+
+
+@pytest.fixture(scope="session")
+def rewrite() -> Callable[..., tuple[Graph, PassResult]]:
+    """Runs a pass, with its base-class checks, on a graph given as text."""
+
+    def apply(rule: Pass, before: str, samples: object = None) -> tuple[Graph, PassResult]:
+        graph = read_graph(before)
+        graph.verify()
+        result = rule(graph, context_of(graph, samples))
+        return graph, result
+
+    return apply
