@@ -34,7 +34,6 @@ class Schema:
     output_counts: tuple[int, int]
     types: Mapping[str, frozenset[str]]
     attributes: Mapping[str, bool]
-    deterministic: bool
 
     def parameter(self, index: int, *, output: bool = False) -> Parameter:
         """The formal parameter of an actual one; variadic arguments share the last."""
@@ -83,7 +82,6 @@ def _convert(found: Any) -> Schema:
             for p in formal
         )
 
-    determinism = getattr(found, "node_determinism", None)
     return Schema(
         inputs=parameters(found.inputs),
         outputs=parameters(found.outputs),
@@ -91,7 +89,6 @@ def _convert(found: Any) -> Schema:
         output_counts=(found.min_output, found.max_output),
         types={c.type_param_str: frozenset(c.allowed_type_strs) for c in found.type_constraints},
         attributes={name: a.required for name, a in found.attributes.items()},
-        deterministic=determinism is None or determinism.name != "NonDeterministic",
     )
 
 

@@ -1,9 +1,9 @@
 """Simplifies with onnxsim: constants folded, no-ops removed, BatchNormalization folded into Conv, and the like.
 
 The result is taken only if it still computes the same: outputs within `TOLERANCE` of the graph before, on the first
-sample of data or on random inputs at two sizes of the dynamic axes. Refused, with the graph left as it was: a graph above
-protobuf's 2 GB, one that onnxsim fails on or that keeps changing, one whose inputs, outputs or results would change, one
-whose weights would grow, and one that cannot be run to tell.
+sample of data or on random inputs at two sizes of the dynamic axes. Refused, with the graph left as it was: a graph
+above protobuf's 2 GB, one that onnxsim fails on or that keeps changing, one whose inputs, outputs or results would
+change, one whose weights would grow, and one that cannot be run to tell.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def _simplify(graph: Graph) -> Graph | None:
 def _once(graph: Graph) -> Graph:
     import onnxsim
 
-    largest = max((value.const_value.nbytes for value in _weights(graph)), default=0)
+    weights = [value.const_value for scope in graph.graphs() for value in scope.initializers.values()]
+    largest = max((weight.nbytes for weight in weights if weight is not None), default=0)
     try:
         proto, _ = onnxsim.simplify(
             graph.to_proto(),
@@ -85,11 +86,6 @@ def _once(graph: Graph) -> Graph:
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         raise _RefusedError(f"onnxsim failed: {error}") from error
     return simplified
-
-
-def _weights(graph: Graph) -> Iterator[ir.Value]:
-    for scope in graph.graphs():
-        yield from (value for value in scope.initializers.values() if value.const_value is not None)
 
 
 def _restore_interface(before: Graph, after: Graph) -> None:

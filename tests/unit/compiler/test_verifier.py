@@ -111,7 +111,7 @@ def test_names_that_a_pass_broke():
     with pytest.raises(GraphError, match="tensor 'x' is defined twice, as an input and by node 'x'"):
         graph.verify()
     graph.model.graph.node(0).outputs[0].name = None
-    with pytest.raises(GraphError, match="a value by node .* has no name"):
+    with pytest.raises(GraphError, match=r"a value by node .* has no name"):
         graph.verify()
 
 
