@@ -7,7 +7,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu/torch/
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check types format install clean
+.PHONY: demo test check lint types format install clean
 
 demo: install
 	$(BIN)/enginesmith compile --recipe samples/digits/recipe.yaml -o build/digits
@@ -15,7 +15,9 @@ demo: install
 test: install
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-check: install types
+check: lint types
+
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
