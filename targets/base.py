@@ -219,6 +219,10 @@ class Target(abc.ABC):
             EngineMismatchError: the engine was built for another machine or version.
         """
 
+    def opset_range(self) -> tuple[int, int] | None:
+        """Lowest and highest opset that the version found here parses; None where the target takes no graph."""
+        return self.capabilities.opset
+
     def __str__(self) -> str:
         return render(self.name, self)
 

@@ -1,0 +1,238 @@
+"""Runs TensorRT engines in this process, or in a worker process where another interpreter has TensorRT."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..compiler.signature import Signature
+from ..errors import EngineError, EnginesmithError
+from . import _tensorrt
+from ._worker import KINDS, Worker
+from .base import Arrays, Bound, Runner
+from .cuda_driver import Failure
+from .tensorrt_session import Binding, Session
+from .tensorrt_worker import load_arrays, save_arrays
+
+_LOADING_S = 600.0
+_RUNNING_S = 600.0
+
+
+def open_engine(
+    module: str, plan: Path, signature: Signature, *, cuda_graph: bool, runtime_cache: Path | None = None
+) -> Runner:
+    """Opens a plan.
+
+    Raises:
+        EngineMismatchError: TensorRT refuses the plan.
+        TargetUnavailableError: no driver or GPU.
+    """
+    cache = None if runtime_cache is None else str(runtime_cache)
+    if _tensorrt.in_process(module):
+        with _translated():
+            session = Session(importlib.import_module(module), str(plan), cuda_graph, cache)
+        return SessionRunner(session, signature)
+    return WorkerRunner(module, plan, signature, cuda_graph=cuda_graph, runtime_cache=cache)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turns a session's failure into the error of that kind."""
+    try:
+        yield
+    except Failure as failure:
+        raise KINDS.get(failure.kind, EngineError)(str(failure)) from failure
+
+
+class SessionRunner:
+    """An engine in this process."""
+
+    def __init__(self, session: Session, signature: Signature) -> None:
+        self._session = session
+        self._signature = signature
+        self._lock = threading.Lock()
+        self._unused: list[Binding] = []  # of bounds that were dropped; freed with the next call that holds the lock
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs as arrays; where an input is a CUDA tensor, as torch tensors on the GPU, which may still be busy."""
+        with self._lock, _translated():
+            if any(map(_on_gpu, inputs.values())):
+                return self._run_on_gpu(inputs)
+            return _typed(self._session.run(_host(inputs)), self._signature)
+
+    def bind(self, inputs: Arrays) -> Bound:
+        """Copies inputs to the GPU."""
+        with self._active():
+            while self._unused:
+                self._unused.pop().close()
+            binding = Binding(self._session, inputs)
+            binding.put(inputs)
+        bound = _SessionBound(self, binding)
+        weakref.finalize(bound, self._unused.append, binding)
+        return bound
+
+    def reset(self) -> None:
+        """Engines of TensorRT have no state."""
+
+    def close(self) -> None:
+        """Gives the GPU's memory back."""
+        with self._active():
+            while self._unused:
+                self._unused.pop().close()
+        with self._lock, _translated():
+            self._session.close()
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        with self._lock, _translated(), self._session.active():
+            yield
+
+    def _run_on_gpu(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        torch = sys.modules.get("torch") or importlib.import_module("torch")
+        session = self._session
+        tensors = {}
+        for name in session.inputs:
+            tensor = torch.from_dlpack(inputs[name]) if _on_gpu(inputs[name]) else torch.as_tensor(inputs[name])
+            tensors[name] = tensor.detach().to("cuda", getattr(torch, session.dtypes[name].name)).contiguous()
+        with session.active():
+            binding = session.binding(tensors)
+            if not binding.on_device:
+                arrays = session.run({name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+                return {name: torch.as_tensor(array, device="cuda") for name, array in arrays.items()}
+            for name in session.outputs:
+                dtype = getattr(torch, session.dtypes[name].name)
+                tensors[name] = torch.empty(binding.shapes[name], dtype=dtype, device="cuda")
+            pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+            binding.exchange(pointers, torch.cuda.current_stream().cuda_stream)
+        return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in self._signature.outputs}
+
+
+class _SessionBound:
+    def __init__(self, runner: SessionRunner, binding: Binding) -> None:
+        self._runner = runner
+        self._binding = binding
+
+    def run(self) -> None:
+        """Starts one execution."""
+        with self._runner._active():
+            self._binding.launch()
+
+    def synchronize(self) -> None:
+        """Waits for the GPU."""
+        with self._runner._active():
+            self._binding.synchronize()
+
+    def timed(self, iterations: int) -> tuple[list[float], list[float] | None]:
+        """Milliseconds on the host, synchronised, and of the GPU by events."""
+        with self._runner._active():
+            return self._binding.timed(iterations)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The outputs of the last run."""
+        with self._runner._active():
+            return _typed(self._binding.fetch(), self._runner._signature)
+
+
+class WorkerRunner:
+    """An engine in a worker process; arrays travel as files of a scratch folder."""
+
+    def __init__(
+        self, module: str, plan: Path, signature: Signature, *, cuda_graph: bool, runtime_cache: str | None
+    ) -> None:
+        self._signature = signature
+        self._scratch = tempfile.TemporaryDirectory(prefix="enginesmith-", ignore_cleanup_errors=True)
+        self._lock = threading.Lock()
+        self._unused: list[int] = []
+        self._worker = Worker(_tensorrt.command(module), name=f"the {module} worker", failure=EngineError)
+        try:
+            self._call(
+                "load",
+                timeout_s=_LOADING_S,
+                plan=str(plan.absolute()),
+                scratch=self._scratch.name,
+                cuda_graph=cuda_graph,
+                runtime_cache=runtime_cache,
+            )
+        except EnginesmithError:
+            self.close()
+            raise
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs as arrays on the host."""
+        with self._lock:
+            files = save_arrays(self._scratch.name, "input", _host(inputs))
+            return _typed(load_arrays(self._call("run", files=files)), self._signature)
+
+    def bind(self, inputs: Arrays) -> Bound:
+        """Copies inputs to the GPU."""
+        with self._lock:
+            files = save_arrays(self._scratch.name, "input", inputs)
+            unused = [self._unused.pop() for _ in range(len(self._unused))]
+            number = self._call("bind", files=files, release=unused)["binding"]
+        bound = _WorkerBound(self, number)
+        weakref.finalize(bound, self._unused.append, number)
+        return bound
+
+    def reset(self) -> None:
+        """Engines of TensorRT have no state."""
+
+    def close(self) -> None:
+        """Ends the worker."""
+        self._worker.close()
+        self._scratch.cleanup()
+
+    def fetch(self, binding: int) -> dict[str, np.ndarray]:
+        """Outputs of the last run of a binding."""
+        with self._lock:
+            return _typed(load_arrays(self._call("fetch", binding=binding)), self._signature)
+
+    def _call(self, command: str, *, timeout_s: float = _RUNNING_S, **arguments: Any) -> dict[str, Any]:
+        return self._worker.call(command, timeout_s=timeout_s, **arguments)
+
+
+class _WorkerBound:
+    def __init__(self, runner: WorkerRunner, number: int) -> None:
+        self._runner = runner
+        self._number = number
+
+    def run(self) -> None:
+        """Runs once, until the GPU is done."""
+        self._runner._call("launch", binding=self._number)
+
+    def synchronize(self) -> None:
+        """Nothing is left running."""
+
+    def timed(self, iterations: int) -> tuple[list[float], list[float] | None]:
+        """Milliseconds measured by the worker, on its host, synchronised, and of the GPU by events."""
+        times = self._runner._call("timed", binding=self._number, iterations=iterations)
+        return times["host"], times["device"]
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The outputs of the last run."""
+        return self._runner.fetch(self._number)
+
+
+def _on_gpu(value: Any) -> bool:
+    device = getattr(value, "__dlpack_device__", None)
+    return device is not None and device()[0] == 2  # kDLCUDA
+
+
+def _host(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, order="C")
+        for name, value in inputs.items()
+    }
+
+
+def _typed(arrays: Mapping[str, np.ndarray], signature: Signature) -> dict[str, np.ndarray]:
+    """The outputs in the model's order and dtypes; TensorRT before 10 gives 64-bit integers as 32-bit ones."""
+    return {spec.name: arrays[spec.name].astype(spec.dtype, copy=False) for spec in signature.outputs}

@@ -1,0 +1,157 @@
+"""TensorRT."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ..errors import EngineMismatchError, RecipeError, TargetUnavailableError
+from . import _tensorrt
+from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+
+MODULE = "tensorrt"
+OLDEST, NEWEST = (8, 6), (11, 99)
+
+INSTALL = (
+    "pip install enginesmith[tensorrt] (its libraries come from NVIDIA's index), or set "
+    f"{_tensorrt.variable(MODULE)} to an interpreter that has tensorrt and polygraphy"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRT(Target):
+    """TensorRT 8.6 to 11 on this machine's GPU, built in a worker process. Engines are for this GPU and version only.
+
+    Precision is what the graph says: networks are strongly typed from TensorRT 10 on; before, the builder may use the
+    graph's lower types and fp32 arithmetic is pinned.
+
+    Attributes:
+        workspace_gib: memory that tactics may use; None for all that the GPU has.
+        builder_level: 0 to 5, how long to search for fast kernels.
+        timing_cache: whether to keep measured tactics for the next build.
+        profiles: "range" tunes for the usual sizes of the dynamic axes; "points" tunes for the smallest, usual and
+            largest separately as well, at about four times the build time and memory.
+        tf32: whether fp32 may compute with TF32's ten bits of mantissa.
+        sparsity: whether to use kernels for 2:4 sparse weights.
+        cuda_graph: whether to replay launches as a CUDA graph.
+        aux_streams: streams beside the main one; None for TensorRT's choice.
+    """
+
+    workspace_gib: float | None = None
+    builder_level: int = 3
+    timing_cache: bool = True
+    profiles: Literal["range", "points"] = "range"
+    tf32: bool = False
+    sparsity: bool = False
+    cuda_graph: bool = True
+    aux_streams: int | None = None
+
+    name: ClassVar[str] = "tensorrt"
+    summary: ClassVar[str] = "TensorRT on an NVIDIA GPU"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        consumes="graph",
+        precisions=("fp32", "fp16"),
+        devices=("cuda",),
+        opset=(9, 20),
+        gpu_to_build=True,
+        minimum={"tensorrt": "8.6"},
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self.name, self.workspace_gib, self.builder_level, self.aux_streams)
+
+    def opset_range(self) -> tuple[int, int] | None:
+        """The opsets that the parser of the version found takes."""
+        version = _tensorrt.look(MODULE).version
+        return (9, 17) if version and _numbers(version) < (10,) else self.capabilities.opset
+
+    def availability(self) -> Availability:
+        """Asks the worker's interpreter for TensorRT, the driver and the GPU."""
+        found = _tensorrt.look(MODULE)
+        reason, install = _why_not(found, to_build=True)
+        ready = not reason
+        return Availability(build=ready, run=ready, reason=reason, install=install, versions=found.versions(MODULE))
+
+    def build(self, request: BuildRequest) -> EngineInfo:
+        """Builds for this machine's GPU, tuned over the ranges of the dynamic axes."""
+        found = _tensorrt.look(MODULE)
+        reason, install = _why_not(found, to_build=True)
+        if reason:
+            raise TargetUnavailableError(reason, hint=install)
+        cache = request.cache / f"tensorrt-{found.version}-{_slug(found.gpu)}.timing" if self.timing_cache else None
+        options = {
+            "workspace_gib": self.workspace_gib,
+            "builder_level": self.builder_level,
+            "tf32": self.tf32,
+            "sparsity": self.sparsity,
+            "aux_streams": self.aux_streams,
+        }
+        plans = _tensorrt.profiles(request.signature, self.profiles)
+        details = _tensorrt.build_plan(MODULE, request, plans, options, cache)
+        return EngineInfo(
+            name=request.directory.name,
+            target=self.name,
+            precision=request.precision,
+            entry="model.plan",
+            signature=request.signature,
+            options=self.options(),
+            versions=found.versions(MODULE),
+            requires={"tensorrt": found.release, "compute_capability": found.compute_capability or ""},
+            details=details,
+        )
+
+    def runner(self, directory: Path, info: EngineInfo) -> Runner:
+        """Opens the engine in this process where it has TensorRT, else in a worker process."""
+        from ._tensorrt_runner import open_engine
+
+        found = _tensorrt.look(MODULE, to_run=True)
+        reason, install = _why_not(found)
+        if reason:
+            raise TargetUnavailableError(reason, hint=install)
+        check_requirements(info, {"tensorrt": found.release, "compute_capability": found.compute_capability or ""})
+        return open_engine(MODULE, directory / info.entry, info.signature, cuda_graph=self.cuda_graph)
+
+
+def check_options(name: str, workspace_gib: float | None, builder_level: int, aux_streams: int | None) -> None:
+    """Raises RecipeError for values outside their range."""
+    if workspace_gib is not None and workspace_gib <= 0:
+        raise RecipeError(f"workspace_gib of {name} is not positive", expected="above 0", found=workspace_gib)
+    if not 0 <= builder_level <= 5:
+        raise RecipeError(f"builder_level of {name} is out of range", expected="0 to 5", found=builder_level)
+    if aux_streams is not None and aux_streams < 0:
+        raise RecipeError(f"aux_streams of {name} is negative", expected="0 or more", found=aux_streams)
+
+
+def check_requirements(info: EngineInfo, here: dict[str, str]) -> None:
+    """Raises EngineMismatchError where this machine is none of those that the engine was built for."""
+    for key, value in info.requires.items():
+        if here.get(key) not in value.split(","):
+            raise EngineMismatchError(
+                f"engine {info.name!r} was built for another {key.replace('_', ' ')}",
+                expected=value.replace(",", " or "),
+                found=here.get(key) or "none",
+                hint="compile the bundle's recipe again on this machine: enginesmith compile --recipe recipe.yaml",
+            )
+
+
+def _why_not(found: _tensorrt.Found, *, to_build: bool = False) -> tuple[str, str]:
+    """Why TensorRT cannot be used, and what to do; empty where it can."""
+    if found.version is None:
+        return f"TensorRT cannot be imported: {found.problem}", INSTALL
+    if not OLDEST <= _numbers(found.version)[:2] <= NEWEST:
+        return f"TensorRT {found.version} is not supported (8.6 to 11 are)", INSTALL
+    if to_build and found.polygraphy is None:
+        return f"Polygraphy cannot be imported beside TensorRT: {found.problem}", INSTALL
+    if found.compute_capability is None:
+        return found.gpu_problem or "no NVIDIA GPU", "run on a machine with an NVIDIA GPU and its driver"
+    return "", ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def _slug(text: str | None) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text or "gpu")

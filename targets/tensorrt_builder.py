@@ -1,0 +1,290 @@
+"""Builds TensorRT engines from ONNX files, through Polygraphy. Runs in the worker process.
+
+Needs Polygraphy and TensorRT or TensorRT-RTX, and must keep working on Python 3.8.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+if __package__:
+    from .cuda_driver import Failure, gpu
+    from .tensorrt_session import write_atomically
+else:  # imported by the worker, which runs as a script
+    from cuda_driver import Failure, gpu  # type: ignore[import-not-found, no-redef]
+    from tensorrt_session import write_atomically  # type: ignore[import-not-found, no-redef]
+
+
+class Rules(NamedTuple):
+    """What differs between versions.
+
+                       8.6, 9               10, 11, RTX
+    precision          builder flags too    the graph alone (strongly typed)
+    tactic sources     its own kernels      all that it knows
+
+    TensorRT before 10 may take kernels from cuBLAS and cuDNN, whose versions must then match; its own are as fast.
+    """
+
+    strongly_typed: bool
+    tactic_sources: tuple[str, ...] | None
+
+
+def rules(module: str, version: str) -> Rules:
+    """The rules of a version of ``tensorrt`` or ``tensorrt_rtx``."""
+    if module == "tensorrt_rtx" or int(version.split(".")[0]) >= 10:
+        return Rules(strongly_typed=True, tactic_sources=None)
+    return Rules(strongly_typed=False, tactic_sources=("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"))
+
+
+def build(
+    module: str,
+    onnx: str,
+    plan: str,
+    layers: str,
+    profiles: list[dict[str, list[list[int]]]],
+    options: dict[str, Any],
+    timing_cache: str | None,
+    report: Callable[[float, str], None],
+) -> dict[str, Any]:
+    """Builds the plan of an ONNX file and writes it, with its layers.
+
+    Args:
+        module: "tensorrt" or "tensorrt_rtx".
+        onnx: model to read.
+        plan: file to write the engine to.
+        layers: file to write the layers to, as JSON.
+        profiles: ranges to tune for, each from the name of an input to its least, usual and largest shape.
+        options: "workspace_gib", "builder_level", "tf32", "sparsity", "aux_streams", "compute_capabilities".
+        timing_cache: file of measured tactics, read and added to; None for none.
+        report: takes the fraction done and the phase.
+    """
+    trt = importlib.import_module(module)
+    from polygraphy.backend.trt import Profile, get_trt_logger, network_from_onnx_path
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.VERBOSE
+    version_rules = rules(module, trt.__version__)
+    report(0.0, "reading the graph")
+    try:
+        builder, network, _parser = network_from_onnx_path(onnx, strongly_typed=version_rules.strongly_typed)
+        arguments: dict[str, Any] = {
+            "profiles": [_profile(Profile(), shapes) for shapes in profiles],
+            "builder_optimization_level": options.get("builder_level"),
+            "sparse_weights": options.get("sparsity"),
+            "max_aux_streams": options.get("aux_streams"),
+            "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+        }
+        if options.get("workspace_gib") is not None:
+            pool = {trt.MemoryPoolType.WORKSPACE: int(options["workspace_gib"] * (1 << 30))}
+            arguments["memory_pool_limits"] = pool
+        if version_rules.tactic_sources is not None:
+            arguments["tactic_sources"] = [getattr(trt.TacticSource, name) for name in version_rules.tactic_sources]
+        if hasattr(trt, "IProgressMonitor"):
+            arguments["progress_monitor"] = _progress_monitor(trt, report)
+        if not version_rules.strongly_typed:
+            arguments.update(_weak_typing(trt, network))
+        config = _config(module, arguments, options)(builder, network)
+        if not options.get("tf32"):
+            config.clear_flag(trt.BuilderFlag.TF32)
+        old_cache = _load_timing_cache(config, timing_cache)
+        report(0.02, "building the engine")
+        start = time.perf_counter()
+        serialized = builder.build_serialized_network(network, config)
+        seconds = time.perf_counter() - start
+    except PolygraphyException as error:
+        raise Failure("failed", str(error)) from error
+    if serialized is None:
+        raise Failure("failed", "TensorRT built no engine; the last errors of the log say why")
+    with open(plan, "wb") as file:
+        file.write(serialized)
+    if timing_cache is not None:
+        _save_timing_cache(config, timing_cache)
+    del old_cache  # TensorRT uses it until the engine is built
+    report(0.98, "reading the layers")
+    names = [name for name in trt.BuilderFlag.__members__ if config.get_flag(getattr(trt.BuilderFlag, name))]
+    details = {
+        "flags": sorted(names + (["STRONGLY_TYPED"] if version_rules.strongly_typed else [])),
+        "profiles": len(profiles),
+        "builder_s": round(seconds, 3),
+        "graph_layers": network.num_layers,
+    }
+    engine = _open(trt, get_trt_logger(), serialized, options)
+    if engine is not None:
+        information, source = engine_layers(trt, engine[1]), "engine"
+        details["device_memory_bytes"] = _device_memory(engine[1])
+    else:
+        information, source = _graph_layers(network), "graph before fusion, as no GPU here can open the engine"
+    with open(layers, "w") as file:
+        json.dump({"source": source, "layers": information}, file, indent=1)
+    return {**details, "layers": {"source": source, **summarize(information)}}
+
+
+def _open(trt: Any, logger: Any, serialized: Any, options: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The runtime and the engine, None where no GPU here is of a kind that the engine is for."""
+    here = gpu()["compute_capability"]
+    if here is None or here not in options.get("compute_capabilities", [here]):
+        return None
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(serialized)
+    return None if engine is None else (runtime, engine)
+
+
+def _profile(profile: Any, shapes: dict[str, list[list[int]]]) -> Any:
+    for name, (least, usual, largest) in shapes.items():
+        profile.add(name, min=tuple(least), opt=tuple(usual), max=tuple(largest))
+    return profile
+
+
+def _config(module: str, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+    if module == "tensorrt_rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        pairs = [tuple(map(int, capability.split("."))) for capability in options["compute_capabilities"]]
+        return CreateConfigRTX(compute_capabilities=pairs, **arguments)
+    from polygraphy.backend.trt import CreateConfig
+
+    return CreateConfig(tf32=options.get("tf32"), **arguments)
+
+
+ARITHMETIC = frozenset([
+    "ACTIVATION", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ELEMENTWISE", "FULLY_CONNECTED", "GRID_SAMPLE", "LRN",
+    "MATRIX_MULTIPLY", "NORMALIZATION", "PARAMETRIC_RELU", "POOLING", "RAGGED_SOFTMAX", "REDUCE", "RESIZE", "SCALE",
+    "SOFTMAX", "UNARY",
+])  # fmt: skip
+"""Types of layers whose results depend on the precision that they compute in."""
+
+
+def _weak_typing(trt: Any, network: Any) -> dict[str, Any]:
+    """Builder flags that the types in the network need, with its fp32 arithmetic pinned where fp16 is allowed.
+
+    Without the pins a weakly typed builder may run in fp16 what the graph keeps in fp32. They are preferences: a layer
+    that has no fp32 kernel is named in the log instead of failing the build.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    outputs = {layer: [layer.get_output(i).dtype.name for i in range(layer.num_outputs)] for layer in layers}
+    fp16 = any("HALF" in types for types in outputs.values())
+    int8 = any(layer.type.name in ("QUANTIZE", "DEQUANTIZE") for layer in layers)
+    flags: dict[str, Any] = {"fp16": fp16, "int8": int8}
+    if not fp16 or int8:  # pins would keep quantized layers from being int8
+        return flags
+    for layer, types in outputs.items():
+        if layer.type.name in ARITHMETIC and types and set(types) == {"FLOAT"}:
+            layer.precision = trt.DataType.FLOAT
+            for index in range(layer.num_outputs):
+                layer.set_output_type(index, trt.DataType.FLOAT)
+            flags["precision_constraints"] = "prefer"
+    return flags
+
+
+def _progress_monitor(trt: Any, report: Callable[[float, str], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Turns TensorRT's nested phases into one growing fraction."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, list[Any]] = {}  # name: parent, steps, steps done
+            self.last = 0.02
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.phases[name] = [parent, max(steps, 1), 0]
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name in self.phases:
+                self.phases[name][2] = step + 1
+            fraction = 0.02 + 0.95 * max((self.fraction(n) for n, p in self.phases.items() if p[0] is None), default=0)
+            if fraction >= self.last + 0.01:
+                self.last = fraction
+                report(round(fraction, 3), name)
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.phases.pop(name, None)
+
+        def fraction(self, name: str) -> float:
+            _, steps, done = self.phases[name]
+            children = [self.fraction(n) for n, phase in self.phases.items() if phase[0] == name]
+            return min((float(done) + max(children, default=0.0)) / float(steps), 1.0)
+
+    return Monitor()
+
+
+def _load_timing_cache(config: Any, path: str | None) -> Any:
+    if path is None or not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        cache = config.create_timing_cache(file.read())
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        print(f"the timing cache {path} does not fit this GPU and version, and is left alone", file=sys.stderr)
+    return cache
+
+
+def _save_timing_cache(config: Any, path: str) -> None:
+    """Merges with what other builds have written meanwhile, and replaces the file at once."""
+    cache = config.get_timing_cache()
+    if cache is None:
+        return
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                other = config.create_timing_cache(file.read())
+            if other is not None:
+                cache.combine(other, ignore_mismatch=False)
+        write_atomically(path, cache.serialize())
+
+
+def engine_layers(trt: Any, engine: Any) -> list[Any]:
+    """The layers of an engine after fusion, as TensorRT tells them."""
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        layers: list[Any] = json.loads(text)["Layers"]
+    except (ValueError, KeyError, TypeError):
+        layers = [line for line in str(text).splitlines() if line.strip()]
+    return layers
+
+
+def _graph_layers(network: Any) -> list[Any]:
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return [
+        {
+            "Name": layer.name,
+            "LayerType": layer.type.name,
+            "Outputs": [{"Format/Datatype": layer.get_output(i).dtype.name} for i in range(layer.num_outputs)],
+        }
+        for layer in layers
+    ]
+
+
+SPELLINGS = {"float": "FP32", "half": "FP16"}
+
+
+def summarize(layers: list[Any]) -> dict[str, Any]:
+    """Counts layers by type, and by the data type of their first output."""
+    types: dict[str, int] = collections.Counter()
+    precisions: dict[str, int] = collections.Counter()
+    for layer in layers:
+        if not isinstance(layer, dict):
+            types["unknown"] += 1
+            continue
+        types[layer.get("LayerType", "unknown")] += 1
+        for output in layer.get("Outputs", [])[:1]:
+            found = re.search(
+                r"\b(BF16|FP\d+|Float|Half|U?Int\d+|Bool)\b", str(output.get("Format/Datatype", "")), re.I
+            )
+            if found:
+                precisions[SPELLINGS.get(found.group(1).lower(), found.group(1).upper())] += 1
+    return {"count": len(layers), "types": dict(types), "precisions": dict(precisions)}
+
+
+def _device_memory(engine: Any) -> int:
+    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)

@@ -1,0 +1,137 @@
+"""TensorRT-RTX, which builds engines without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import ClassVar
+
+from ..errors import RecipeError, TargetUnavailableError
+from . import _tensorrt
+from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from .tensorrt import check_options, check_requirements
+
+MODULE = "tensorrt_rtx"
+COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+
+INSTALL = f"pip install enginesmith[tensorrt-rtx], or set {_tensorrt.variable(MODULE)} to an interpreter that has it"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTRTX(Target):
+    """TensorRT-RTX for NVIDIA's GeForce and workstation GPUs. It builds anywhere, without a GPU or a driver.
+
+    An engine holds kernels for the GPUs that it was built for; the rest is compiled on first use on the GPU and kept in
+    a runtime cache. Networks are strongly typed: precision is what the graph says.
+
+    Attributes:
+        compute_capabilities: of the GPUs to build for, for instance ``8.6+8.9``; Hopper (9.0) is not among those that
+            TensorRT-RTX knows.
+        workspace_gib: memory that tactics may use; None for all that the GPU has.
+        builder_level: 0 to 5, how long to search for fast kernels.
+        tf32: whether fp32 may compute with TF32's ten bits of mantissa.
+        sparsity: whether to use kernels for 2:4 sparse weights.
+        cuda_graph: whether to replay launches as a CUDA graph.
+        runtime_cache: whether to keep kernels compiled on first use, in the user's cache folder.
+    """
+
+    compute_capabilities: tuple[str, ...] = ("8.0", "8.6", "8.9", "12.0")
+    workspace_gib: float | None = None
+    builder_level: int = 3
+    tf32: bool = False
+    sparsity: bool = False
+    cuda_graph: bool = True
+    runtime_cache: bool = True
+
+    name: ClassVar[str] = "tensorrt-rtx"
+    summary: ClassVar[str] = "TensorRT-RTX on an NVIDIA RTX GPU, built without one"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        consumes="graph",
+        precisions=("fp32", "fp16"),
+        devices=("cuda",),
+        opset=(9, 22),
+        minimum={"tensorrt-rtx": "1.4"},
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self.name, self.workspace_gib, self.builder_level, None)
+        unknown = [item for item in self.compute_capabilities if item not in COMPUTE_CAPABILITIES]
+        if unknown or not self.compute_capabilities:
+            raise RecipeError(
+                f"compute_capabilities of {self.name} names no GPU that it builds for",
+                expected="some of " + ", ".join(COMPUTE_CAPABILITIES),
+                found="+".join(unknown) or "none",
+            )
+
+    def availability(self) -> Availability:
+        """Asks the worker's interpreter for TensorRT-RTX, the driver and the GPU."""
+        found = _tensorrt.look(MODULE)
+        builds = found.version is not None and found.polygraphy is not None
+        reason, to_do = _why_no_run(found)
+        if not builds:
+            reason, to_do = f"TensorRT-RTX cannot be imported: {found.problem}", INSTALL
+        versions = found.versions(MODULE)
+        return Availability(build=builds, run=not reason, reason=reason, install=to_do, versions=versions)
+
+    def build(self, request: BuildRequest) -> EngineInfo:
+        """Builds for the GPUs chosen, whatever this machine has."""
+        found = _tensorrt.look(MODULE)
+        if found.version is None or found.polygraphy is None:
+            raise TargetUnavailableError(f"TensorRT-RTX cannot be imported: {found.problem}", hint=INSTALL)
+        options = {
+            "workspace_gib": self.workspace_gib,
+            "builder_level": self.builder_level,
+            "tf32": self.tf32,
+            "sparsity": self.sparsity,
+            "compute_capabilities": list(self.compute_capabilities),
+        }
+        plans = _tensorrt.profiles(request.signature, "range")
+        details = _tensorrt.build_plan(MODULE, request, plans, options, None)  # a timing cache would need a GPU
+        return EngineInfo(
+            name=request.directory.name,
+            target=self.name,
+            precision=request.precision,
+            entry="model.plan",
+            signature=request.signature,
+            options=self.options(),
+            versions=found.versions(MODULE),
+            requires={"tensorrt_rtx": found.release, "compute_capability": ",".join(self.compute_capabilities)},
+            details=details,
+        )
+
+    def runner(self, directory: Path, info: EngineInfo) -> Runner:
+        """Opens the engine in this process where it has TensorRT-RTX, else in a worker process."""
+        from ._tensorrt_runner import open_engine
+
+        found = _tensorrt.look(MODULE, to_run=True)
+        reason, to_do = _why_no_run(found)
+        if reason:
+            raise TargetUnavailableError(reason, hint=to_do)
+        check_requirements(info, {"tensorrt_rtx": found.release, "compute_capability": found.compute_capability or ""})
+        plan = directory / info.entry
+        cache = _runtime_cache(plan, found) if self.runtime_cache else None
+        return open_engine(MODULE, plan, info.signature, cuda_graph=self.cuda_graph, runtime_cache=cache)
+
+
+def _why_no_run(found: _tensorrt.Found) -> tuple[str, str]:
+    if found.version is None:
+        return f"TensorRT-RTX cannot be imported: {found.problem}", INSTALL
+    if found.compute_capability is None:
+        return found.gpu_problem or "no NVIDIA GPU", "engines are built here, and run on a machine with an RTX GPU"
+    if found.compute_capability not in COMPUTE_CAPABILITIES:
+        return (
+            f"TensorRT-RTX does not know compute capability {found.compute_capability} ({found.gpu})",
+            "use the target tensorrt on this GPU",
+        )
+    return "", ""
+
+
+def _runtime_cache(plan: Path, found: _tensorrt.Found) -> Path:
+    """Where kernels compiled for this engine, version and GPU are kept."""
+    home = os.environ.get("ENGINESMITH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "enginesmith")
+    key = hashlib.sha256(plan.read_bytes() + f"{found.version} {found.gpu}".encode()).hexdigest()[:32]
+    folder = Path(home).expanduser() / "tensorrt-rtx"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{key}.cache"

@@ -1,0 +1,413 @@
+"""Runs TensorRT engines on the GPU through the CUDA driver's library.
+
+Imported by deployed programs and, under another interpreter perhaps, by the worker: it needs NumPy and TensorRT or
+TensorRT-RTX only, and must keep working on Python 3.8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+if __package__:
+    from .cuda_driver import Driver, Failure, allocate, u64
+else:  # imported by the worker, which runs as a script
+    from cuda_driver import Driver, Failure, allocate, u64  # type: ignore[import-not-found, no-redef]
+
+DTYPES = {
+    "FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "BOOL": "bool",
+    "UINT8": "uint8",
+}  # fmt: skip
+"""Types of inputs and outputs that NumPy can hold, by TensorRT's names."""
+
+BINDINGS = 4
+"""Combinations of shapes that keep buffers, a context and a CUDA graph each."""
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger for TensorRT that writes to stderr and keeps the errors in `errors`."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors = [*self.errors[-9:], message]
+            if severity != trt.ILogger.VERBOSE:
+                print(f"[TensorRT {severity.name}] {message}", file=sys.stderr)
+
+    return Log()
+
+
+class Session:
+    """An engine on the first GPU. Calls must not overlap.
+
+    Args:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        plan: file of the engine.
+        cuda_graph: whether to replay launches as CUDA graphs.
+        runtime_cache: file where TensorRT-RTX keeps the kernels that it compiles on first use; None for none.
+
+    Raises:
+        Failure: "unavailable" without driver or GPU, "mismatch" where the plan is not for this GPU and version.
+    """
+
+    def __init__(self, trt: Any, plan: str, cuda_graph: bool = True, runtime_cache: str | None = None) -> None:
+        self.trt = trt
+        self.cuda_graph = cuda_graph
+        self.driver = Driver()
+        self._primary = ctypes.c_void_p()
+        self.driver("cuDevicePrimaryCtxRetain", ctypes.byref(self._primary), self.driver.device)
+        self._logger = make_logger(trt)
+        self._bindings: dict[Any, Binding] = {}
+        with self.active():
+            self._runtime = trt.Runtime(self._logger)
+            with open(plan, "rb") as file:
+                self.engine = self._runtime.deserialize_cuda_engine(file.read())
+            if self.engine is None:
+                raise Failure("mismatch", f"{trt.__name__} {trt.__version__} cannot open the engine: {self.errors()}")
+            self._runtime_config, self._runtime_cache = self._make_runtime_cache(runtime_cache)
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.outputs = [n for n in names if n not in self.inputs]
+        self.dtypes = {name: self._dtype(name) for name in names}
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Makes the GPU's primary context current in this thread, and what was current before again afterwards."""
+        self.driver("cuCtxPushCurrent_v2", self._primary)
+        try:
+            yield
+        finally:
+            self.driver("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs of host arrays, on the host."""
+        with self.active():
+            binding = self.binding(inputs)
+            binding.put(inputs)
+            binding.launch()
+            return binding.fetch()
+
+    def binding(self, inputs: Mapping[str, Any]) -> Binding:
+        """Buffers for inputs of these shapes, kept for the next call; the GPU's context must be active."""
+        host = [n for n in self.inputs if self.on_host(n)]  # values that TensorRT reads as shapes
+        key = (
+            tuple(tuple(inputs[name].shape) for name in self.inputs),
+            tuple(np.asarray(inputs[name]).tobytes() for name in host),
+        )
+        found = self._bindings.pop(key, None) or Binding(self, inputs)
+        self._bindings[key] = found  # the one used last stands last
+        if len(self._bindings) > BINDINGS:
+            self._bindings.pop(next(iter(self._bindings))).close()
+        return found
+
+    def on_host(self, name: str) -> bool:
+        """Whether a tensor is read from the host's memory."""
+        return bool(self.engine.get_tensor_location(name) == self.trt.TensorLocation.HOST)
+
+    def context(self) -> Any:
+        """A new execution context."""
+        arguments = () if self._runtime_config is None else (self._runtime_config,)
+        context = self.engine.create_execution_context(*arguments)
+        if context is None:
+            raise self.fail("TensorRT made no execution context")
+        return context
+
+    def fail(self, what: str) -> Failure:
+        """A failure with TensorRT's last errors."""
+        return Failure("failed", f"{what}: {self.errors()}")
+
+    def errors(self) -> str:
+        """The last errors that TensorRT told."""
+        return "; ".join(self._logger.errors) or "TensorRT gave no reason"
+
+    def close(self) -> None:
+        """Gives the GPU's memory back, and saves the runtime cache."""
+        with self.active():
+            for binding in self._bindings.values():
+                binding.close()
+            self._bindings.clear()
+            if self._runtime_cache is not None:
+                write_atomically(self._runtime_cache[1], self._runtime_cache[0].serialize())
+            self._runtime_config = self._runtime_cache = None
+            self.engine = None
+            self._runtime = None
+        self.driver("cuDevicePrimaryCtxRelease_v2", self.driver.device)
+
+    def _make_runtime_cache(self, path: str | None) -> tuple[Any, tuple[Any, str] | None]:
+        if path is None:
+            return None, None
+        config = self.engine.create_runtime_config()
+        cache = config.create_runtime_cache()
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                cache.deserialize(file.read())
+        config.set_runtime_cache(cache)
+        return config, (cache, path)
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        kind = self.engine.get_tensor_dtype(name).name
+        if kind not in DTYPES:
+            raise Failure("failed", f"{name!r} of the engine is {kind}, which NumPy cannot hold")
+        return np.dtype(DTYPES[kind])
+
+
+class Binding:
+    """A context with buffers for inputs of fixed shapes. The GPU's context must be active in every call."""
+
+    def __init__(self, session: Session, inputs: Mapping[str, Any]) -> None:
+        self._session = session
+        self._driver = session.driver
+        self._stream = ctypes.c_void_p()
+        self._driver("cuStreamCreate", ctypes.byref(self._stream), 1)  # CU_STREAM_NON_BLOCKING
+        self._events = (ctypes.c_void_p(), ctypes.c_void_p())
+        for event in self._events:
+            self._driver("cuEventCreate", ctypes.byref(event), 0)
+        self._graph: ctypes.c_void_p | None = None
+        self._launched = False
+        self.graph_refusal = "" if session.cuda_graph else "switched off"
+        self._host: dict[str, np.ndarray] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._buffers: dict[str, u64] = {}
+        self._context = session.context()
+        self._choose_profile({name: tuple(inputs[name].shape) for name in session.inputs})
+        for name in session.inputs:
+            self._set_input(name, inputs[name])
+        missing = self._context.infer_shapes()
+        if missing:
+            raise session.fail(f"shapes of {', '.join(missing)} cannot be inferred")
+        self._allocator = _make_allocator(session.trt, self._driver)
+        for name in session.outputs:
+            self._set_output(name)
+
+    def put(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Copies inputs to the device; returns once they may be changed."""
+        for name, buffer in self._buffers.items():
+            if name in inputs:
+                array = convert(name, inputs[name], self._session.dtypes[name])
+                self._driver(
+                    "cuMemcpyHtoDAsync_v2", buffer, ctypes.c_void_p(array.ctypes.data), u64(array.nbytes), self._stream
+                )
+                self.synchronize()  # `array` may be a temporary
+
+    def launch(self) -> None:
+        """Starts one execution. The second one is captured as a CUDA graph, and it and later ones are replays."""
+        if self._launched and self._graph is None and not self.graph_refusal:
+            self._capture()
+        self._launched = True
+        if self._graph is not None:
+            self._driver("cuGraphLaunch", self._graph, self._stream)
+        elif not self._context.execute_async_v3(self._stream.value):
+            raise self._session.fail("the engine could not be executed")
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        self._driver("cuStreamSynchronize", self._stream)
+
+    def fetch(self) -> dict[str, np.ndarray]:
+        """The outputs of the last execution, on the host."""
+        arrays = {}
+        for name in self._session.outputs:
+            if name in self._host:
+                self.synchronize()
+                arrays[name] = self._host[name].copy()
+                continue
+            if name not in self._buffers:
+                self.synchronize()
+                self.shapes[name] = self._allocator.shapes[name]
+            array = arrays[name] = np.empty(self.shapes[name], self._session.dtypes[name])
+            buffer = self._buffers[name] if name in self._buffers else self._allocator.memory[name]
+            self._driver(
+                "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(array.ctypes.data), buffer, u64(array.nbytes), self._stream
+            )
+        self.synchronize()
+        return arrays
+
+    def exchange(self, pointers: Mapping[str, int], stream: int) -> None:
+        """Executes on device memory of the caller, ordered after what `stream` holds and before what it gets next.
+
+        Without a CUDA graph the engine reads and writes that memory itself; with one, whose addresses are fixed, data
+        is copied on the device.
+        """
+        mine, theirs = self._stream, ctypes.c_void_p(stream)
+        self._wait(mine, theirs)
+        if self.graph_refusal:
+            for name, pointer in pointers.items():
+                self._context.set_tensor_address(name, pointer)
+            self.launch()
+            for name in pointers:
+                self._context.set_tensor_address(name, self._buffers[name].value)
+        else:
+            for name in self._session.inputs:
+                self._driver("cuMemcpyDtoDAsync_v2", self._buffers[name], u64(pointers[name]), self._bytes(name), mine)
+            self.launch()
+            for name in self._session.outputs:
+                self._driver("cuMemcpyDtoDAsync_v2", u64(pointers[name]), self._buffers[name], self._bytes(name), mine)
+        self._wait(theirs, mine)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether every input and output has fixed memory on the device, as `exchange` needs."""
+        return not self._host and all(name in self._buffers for name in self._session.outputs)
+
+    def timed(self, iterations: int) -> tuple[list[float], list[float]]:
+        """Milliseconds of executions one after the other, of the host until the device is done, and of the device."""
+        host, device, elapsed = [], [], ctypes.c_float()
+        before, after = self._events
+        for _ in range(iterations):
+            start = time.perf_counter_ns()
+            self._driver("cuEventRecord", before, self._stream)
+            self.launch()
+            self._driver("cuEventRecord", after, self._stream)
+            self.synchronize()
+            host.append((time.perf_counter_ns() - start) / 1e6)
+            self._driver("cuEventElapsedTime", ctypes.byref(elapsed), before, after)
+            device.append(elapsed.value)
+        return host, device
+
+    def close(self) -> None:
+        """Frees memory, stream and graph."""
+        self.synchronize()
+        self._context = None
+        if self._graph is not None:
+            self._driver("cuGraphExecDestroy", self._graph)
+        for buffer in (*self._buffers.values(), *self._allocator.memory.values()):
+            self._driver("cuMemFree_v2", buffer)
+        for event in self._events:
+            self._driver("cuEventDestroy_v2", event)
+        self._driver("cuStreamDestroy_v2", self._stream)
+
+    def _choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Switches to the narrowest profile that holds the shapes."""
+        engine, fitting = self._session.engine, []
+        for index in range(engine.num_optimization_profiles):
+            ranges = {
+                name: [tuple(bound) for bound in engine.get_tensor_profile_shape(name, index)]
+                for name in shapes
+                if not self._session.on_host(name)
+            }
+            if all(_within(shapes[name], low, high) for name, (low, _, high) in ranges.items()):
+                fitting.append((sum(math.prod(high) - math.prod(low) for low, _, high in ranges.values()), index))
+        if not fitting:
+            raise Failure("data", f"no optimization profile of the engine holds the shapes {dict(shapes)}")
+        index = min(fitting)[1]
+        if index != self._context.active_optimization_profile:
+            self._context.set_optimization_profile_async(index, self._stream.value)
+            self.synchronize()
+
+    def _set_input(self, name: str, value: Any) -> None:
+        shape = tuple(value.shape)
+        if not self._context.set_input_shape(name, shape):
+            raise Failure("data", f"the engine refuses shape {shape} of {name!r}")
+        self.shapes[name] = shape
+        if self._session.on_host(name):
+            self._host[name] = convert(name, value, self._session.dtypes[name]).copy()
+            self._context.set_tensor_address(name, self._host[name].ctypes.data)
+        else:
+            self._allocate(name)
+
+    def _set_output(self, name: str) -> None:
+        self.shapes[name] = tuple(self._context.get_tensor_shape(name))
+        if min(self.shapes[name], default=0) < 0:
+            self.graph_refusal = f"the shape of output {name!r} depends on values"
+            self._context.set_output_allocator(name, self._allocator)
+        elif self._session.on_host(name):
+            self._host[name] = np.zeros(self.shapes[name], self._session.dtypes[name])
+            self._context.set_tensor_address(name, self._host[name].ctypes.data)
+        else:
+            self._allocate(name)
+
+    def _allocate(self, name: str) -> None:
+        self._buffers[name] = allocate(self._driver, self._bytes(name).value)
+        self._context.set_tensor_address(name, self._buffers[name].value)
+
+    def _bytes(self, name: str) -> u64:
+        return u64(math.prod(self.shapes[name]) * self._session.dtypes[name].itemsize)
+
+    def _wait(self, waiting: ctypes.c_void_p, first: ctypes.c_void_p) -> None:
+        self._driver("cuEventRecord", self._events[0], first)
+        self._driver("cuStreamWaitEvent", waiting, self._events[0], 0)
+
+    def _capture(self) -> None:
+        """Records an execution as a CUDA graph, or the reason why it cannot be one."""
+        self.synchronize()
+        if not getattr(self._context, "is_stream_capturable", lambda stream: True)(self._stream.value):
+            self.graph_refusal = "TensorRT says that this engine cannot be captured"
+            return
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._driver("cuStreamBeginCapture_v2", self._stream, 1)  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        enqueued = self._context.execute_async_v3(self._stream.value)
+        try:
+            self._driver("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+            if not enqueued:
+                raise self._session.fail("TensorRT refused to enqueue while capturing")
+            self._driver("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, u64(0))
+            self._graph = executable
+        except Failure as failure:
+            self.graph_refusal = str(failure)
+        if graph:
+            self._driver("cuGraphDestroy", graph)
+
+
+def _within(shape: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]) -> bool:
+    return len(shape) == len(low) and all(low[i] <= size <= high[i] for i, size in enumerate(shape))
+
+
+def _make_allocator(trt: Any, driver: Driver) -> Any:
+    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]
+        """Memory for outputs whose shape is known only once they are computed."""
+
+        def __init__(self) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self.memory: dict[str, u64] = {}
+            self.sizes: dict[str, int] = {}
+            self.shapes: dict[str, tuple[int, ...]] = {}
+
+        def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
+            if size > self.sizes.get(name, -1):
+                if name in self.memory:
+                    driver("cuMemFree_v2", self.memory[name])
+                self.memory[name], self.sizes[name] = allocate(driver, size), size
+            return self.memory[name].value
+
+        def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
+            return self.reallocate_output(name, memory, size, alignment)
+
+        def notify_shape(self, name: str, shape: Any) -> None:
+            self.shapes[name] = tuple(shape)
+
+    return Allocator()
+
+
+def convert(name: str, value: Any, dtype: np.dtype[Any]) -> np.ndarray:
+    """An array as the engine takes it; TensorRT before 10 turns 64-bit integers to 32 bits.
+
+    Raises:
+        Failure: an integer that does not fit.
+    """
+    array = np.asarray(value, order="C")
+    if array.dtype == dtype:
+        return array
+    if dtype.kind in "iu" and array.dtype.kind in "iu" and array.size:
+        limits = np.iinfo(dtype)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise Failure("data", f"input {name!r} holds integers that do not fit {dtype}, the engine's type")
+    return np.asarray(array.astype(dtype), order="C")
+
+
+def write_atomically(path: str, content: Any) -> None:
+    """Writes beside the file and renames."""
+    with open(f"{path}.{os.getpid()}", "wb") as file:
+        file.write(content)
+    os.replace(file.name, path)
