@@ -6,12 +6,15 @@ A `Model` is the reference: it runs the model as it was given, and every graph a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from ...errors import RecipeError, SourceError
 from ..signature import Signature
 
 if TYPE_CHECKING:
@@ -25,12 +28,13 @@ class Model:
     Attributes:
         kind: what it was loaded from.
         reference: runs it.
-        signature: names, dtypes, shapes, dynamic axes and nesting; complete once `describe` has run the model.
+        signature: names, dtypes, shapes, dynamic axes and nesting, of inputs and outputs.
         module: the torch module whose forward takes the inputs as positional tensors in the signature's order and
             returns a flat tuple in the order of the outputs; None for ONNX sources.
         onnx_path: the file of an ONNX source.
         fingerprint: hash of code, weights and factory arguments, part of the cache's key.
         parameter_bytes: size of the weights.
+        stateful: whether it carries state from one call to the next, which `reference.reset` clears.
     """
 
     kind: Literal["module", "torchscript", "exported-program", "onnx"]
@@ -40,6 +44,7 @@ class Model:
     onnx_path: Path | None
     fingerprint: str
     parameter_bytes: int
+    stateful: bool = False
 
 
 class Reference(Protocol):
@@ -59,6 +64,119 @@ def load_model(
     inputs: Signature | None = None,
     arguments: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    sample: Mapping[str, np.ndarray] | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Model:
-    """Loads a model from whatever names it."""
-    raise NotImplementedError
+    """Loads a model from whatever names it: ``file.py:factory``, a module, or a file of TorchScript, .pt2 or ONNX.
+
+    Args:
+        source: what the user gave.
+        weights: state_dict for a factory or module (.pt, .pth, .safetensors).
+        inputs: names, dtypes, shapes and ranges of the inputs. The kinds that tell them themselves (.pt2, ONNX) need
+            only the ranges of their dynamic axes.
+        arguments: keyword arguments of the factory; of forward, where a module or TorchScript takes some that are no
+            tensors.
+        device: where the reference runs; ONNX runs on the CPU always.
+        sample: real inputs, for models that refuse random ones.
+        log: takes what the user's code prints.
+
+    Raises:
+        SourceError: the source cannot be loaded or run.
+        RecipeError: inputs or options that do not fit the source.
+        UnknownNameError: a factory or an input that does not exist.
+    """
+    constants = dict(arguments or {})
+    if not isinstance(source, (str, Path)):
+        return _load_object(source, weights, inputs, constants, sample, device)
+    if match := re.fullmatch(r"(.+\.py):(\w+)", str(source)):
+        from . import module
+
+        made = module.load_factory(str(source), constants, log)
+        code = hashlib.sha256(Path(match[1]).read_bytes()).hexdigest()
+        identity = f"{code}{match[2]}{sorted(constants.items())!r}"
+        return module.load(
+            made, weights=weights, inputs=inputs, constants={}, sample=sample, device=device, identity=identity
+        )
+    return _load_file(Path(source), weights, inputs, constants, sample, device)
+
+
+def _load_object(
+    source: torch.nn.Module,
+    weights: Path | None,
+    inputs: Signature | None,
+    constants: Mapping[str, Any],
+    sample: Mapping[str, np.ndarray] | None,
+    device: str,
+) -> Model:
+    import torch
+
+    if isinstance(source, torch.jit.ScriptModule):
+        from . import torchscript
+
+        _no_weights(weights, "a ScriptModule")
+        return torchscript.load(source, inputs=inputs, constants=constants, sample=sample, device=device)
+    if isinstance(source, torch.nn.Module):
+        from . import module
+
+        return module.load(
+            source,
+            weights=weights,
+            inputs=inputs,
+            constants=constants,
+            sample=sample,
+            device=device,
+            identity=repr(sorted(constants.items())),
+        )
+    raise SourceError(
+        "the model is of a type that cannot be loaded",
+        expected="a path, file.py:factory, or a torch.nn.Module",
+        found=f"{type(source).__module__}.{type(source).__qualname__}",
+    )
+
+
+def _load_file(
+    path: Path,
+    weights: Path | None,
+    inputs: Signature | None,
+    constants: Mapping[str, Any],
+    sample: Mapping[str, np.ndarray] | None,
+    device: str,
+) -> Model:
+    from .detect import detect
+
+    if path.suffix == ".py":
+        from .user_code import definitions
+
+        names = definitions(path) if path.is_file() else []
+        raise SourceError(
+            f"model {str(path)!r} names no factory",
+            expected=f"{path}:factory, a function or class that gives the module",
+            found="it defines " + ", ".join(names) if names else None,
+            hint=f"for instance {path}:{names[-1]}" if names else None,
+        )
+    kind = detect(path)
+    if kind == "weights":
+        raise SourceError(
+            f"model {str(path)!r} holds weights only",
+            expected="a model with its code",
+            hint=f"write a factory that makes the module, and give file.py:factory with --weights {path}",
+        )
+    _no_weights(weights, f"{path.name}, which holds its own")
+    if kind == "torchscript":
+        from . import torchscript
+
+        return torchscript.load(path, inputs=inputs, constants=constants, sample=sample, device=device)
+    if constants:
+        raise RecipeError(f"{path.name} takes no arguments", found=", ".join(constants), hint="leave them out")
+    if kind == "exported-program":
+        from . import exported_program
+
+        return exported_program.load(path, inputs=inputs, sample=sample, device=device)
+    from . import onnx_file
+
+    return onnx_file.load(path, inputs=inputs)
+
+
+def _no_weights(weights: Path | None, what: str) -> None:
+    if weights is not None:
+        raise RecipeError(f"--weights {weights} does not go with {what}", expected="a file.py:factory as the model")

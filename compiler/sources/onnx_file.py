@@ -1,0 +1,165 @@
+"""ONNX files. The signature is the file's; ranges of its dynamic axes come from the user."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import SourceError
+from ..graph import Graph
+from ..signature import DTYPES, Signature, TensorSpec
+from . import Model
+from .guard import first_line
+from .ranges import FileInput, with_ranges
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import onnxruntime
+
+RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
+"""Operators whose constants are weights; elsewhere infinity may be meant, as in an attention mask."""
+
+
+class OnnxReference:
+    """The file itself, run by ONNX Runtime on the CPU with all optimisations off."""
+
+    def __init__(self, path: Path) -> None:
+        self._session = open_session(path)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+        import onnxruntime.capi.onnxruntime_pybind11_state as state
+
+        try:
+            return run_session(self._session, inputs)
+        except (state.Fail, state.InvalidArgument, state.RuntimeException, state.NotImplemented) as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+            raise SourceError(
+                "the ONNX model failed when ONNX Runtime ran it",
+                found=f"{first_line(error)} (inputs: {shapes})",
+                hint="check --input and --dynamic, or give --data with values that the model accepts",
+            ) from error
+
+    def reset(self) -> None:
+        """An ONNX graph has no state."""
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """Opens a file in ONNX Runtime on the CPU, without optimisations.
+
+    Raises:
+        SourceError: ONNX Runtime is not installed, or refuses the file.
+    """
+    try:
+        import onnxruntime
+        import onnxruntime.capi.onnxruntime_pybind11_state as state
+    except ImportError as error:
+        raise SourceError(
+            "ONNX Runtime is needed to run graphs, and is not installed", hint="pip install 'enginesmith[cpu]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except (
+        state.Fail,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NotImplemented,
+        state.RuntimeException,
+    ) as error:
+        raise SourceError(f"ONNX Runtime refuses {path.name}", found=first_line(error)) from error
+
+
+def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Outputs by name."""
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def load(path: Path, *, inputs: Signature | None) -> Model:
+    """Loads an ONNX file.
+
+    Raises:
+        GraphError: the file or its external data is damaged, missing or outside its folder.
+        SourceError: weights with NaN, random operators, types that are no tensors.
+        RecipeError: `inputs` do not fit the file, or leave an axis without range.
+    """
+    graph = Graph.load(path)
+    graph.verify()
+    _check_nodes(graph)
+    declared = [v for v in graph.model.graph.inputs if not v.is_initializer()]
+    signature = with_ranges([FileInput(_spec(value), _dims(value)) for value in declared], inputs, path.name)
+    outputs = tuple(_output(value, signature) for value in graph.model.graph.outputs)
+    structure = {"dict": {spec.name: spec.name for spec in outputs}} if len(outputs) > 1 else None
+    return Model(
+        kind="onnx",
+        reference=OnnxReference(path),
+        signature=dataclasses.replace(signature, outputs=outputs, structure=structure),
+        module=None,
+        onnx_path=path,
+        fingerprint=graph.fingerprint(),
+        parameter_bytes=graph.weight_bytes,
+    )
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    import onnx_ir as ir
+
+    dtype = (
+        {"FLOAT": "float32", "DOUBLE": "float64"}.get(value.dtype.name, value.dtype.name.lower())
+        if value.dtype
+        else "unknown"
+    )
+    if not isinstance(value.type, ir.TensorType) or dtype not in DTYPES.values() or value.shape is None:
+        raise SourceError(
+            f"{value.name!r} of the ONNX model is no tensor that engines take",
+            expected="a tensor of known rank, of " + ", ".join(sorted(set(DTYPES.values()))),
+            found=f"{value.type}, shape {value.shape}",
+        )
+    return TensorSpec(value.name or "", dtype, ())
+
+
+def _dims(value: ir.Value) -> tuple[int | str | None, ...]:
+    return tuple(d if isinstance(d, int) else d.value for d in value.shape or ())
+
+
+def _output(value: ir.Value, signature: Signature) -> TensorSpec:
+    dims = (dim if isinstance(dim, int) or dim in signature.axes else "?" for dim in _dims(value))
+    return dataclasses.replace(_spec(value), shape=tuple(dim if dim is not None else "?" for dim in dims))
+
+
+def _check_nodes(graph: Graph) -> None:
+    for node in graph.nodes():
+        if node.op_type in RANDOM and not node.domain:
+            raise SourceError(
+                f"node {node.name!r} draws random numbers, so that no engine can be compared with the model",
+                found=node.op_type,
+                hint="export the model in eval mode, with noise as an input",
+            )
+        for value in node.inputs:
+            if value is not None and value.const_value is not None:
+                _check_values(value.name or "", value.const_value, infinity=node.op_type not in WEIGHTED)
+
+
+def _check_values(name: str, tensor: ir.TensorProtocol, *, infinity: bool) -> None:
+    if not tensor.dtype.is_floating_point() or tensor.dtype.itemsize < 2:
+        return
+    array: Any = tensor.numpy()
+    if not array.size:
+        return
+    low, high = float(array.min()), float(array.max())  # both are NaN where one value is
+    bad = "NaN" if low != low else "infinity" if not infinity and max(-low, high) == float("inf") else None
+    if bad:
+        raise SourceError(
+            f"weight {name!r} holds {bad}",
+            expected="finite numbers",
+            found=f"{int((~np.isfinite(array.astype(np.float32))).sum())} of {array.size} values are not finite",
+            hint="the checkpoint comes from a training run that diverged, or from a damaged file",
+        )

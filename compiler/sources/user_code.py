@@ -1,0 +1,75 @@
+"""Functions and classes named as ``file.py:name``. Needs the standard library only."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...errors import RecipeError, SourceError, UnknownNameError
+from .guard import Log, discard, first_line, foreign, quiet, where
+
+
+def load_symbol(source: str, *, kind: str = "factory", log: Log = discard) -> Any:
+    """Runs the user's file and gives what ``file.py:name`` names; `kind` says in messages what it is for.
+
+    Raises:
+        RecipeError: `source` is not of that form.
+        SourceError: there is no such file, or it fails.
+        UnknownNameError: the file does not define that name.
+    """
+    path, colon, name = source.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise RecipeError(f"{kind} {source!r} cannot be read", expected="file.py:name")
+    file = Path(path).absolute()
+    if not file.is_file():
+        raise SourceError(f"the file of {kind} {source!r} does not exist", hint="check the path before the colon")
+    with running(file, log):
+        names = _execute(file)
+    if name not in names:
+        raise UnknownNameError(f"{kind} in {file.name}", name, definitions(file))
+    return names[name]
+
+
+@contextlib.contextmanager
+def running(file: Path, log: Log = discard) -> Iterator[None]:
+    """Where code of the user's file runs: it may import its neighbours, and what it raises becomes a SourceError."""
+
+    def failed(error: BaseException) -> SourceError:
+        return SourceError(
+            f"the user's code failed at {where(error, file)}", found=first_line(error), hint=f"fix {file.name}"
+        )
+
+    folder = str(file.parent)
+    sys.path.insert(0, folder)
+    try:
+        with quiet(log), foreign(failed):
+            yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def definitions(file: Path) -> list[str]:
+    """Names of the functions and classes at the top of a Python file, without running it."""
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return []
+    return [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+
+
+def _execute(file: Path) -> dict[str, Any]:
+    name = f"enginesmith_user_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return vars(module)
