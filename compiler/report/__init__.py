@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..manifest import Manifest
+from . import facts, figures, numbers, view
 
 _HERE = Path(__file__).parent
 
@@ -18,8 +19,6 @@ def render(manifest: Manifest) -> str:
     """The page. Every text in the manifest is escaped: names of files, nodes and tensors are not to be trusted."""
     import jinja2
     from markupsafe import Markup
-
-    from . import facts, figures, numbers, view
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),

@@ -11,6 +11,7 @@ from .numbers import ABSENT, UNITS, number
 LABELS = {
     "fingerprint": "Fingerprint",
     "parameter_bytes": "Size of the parameters",
+    "on_cpu": "Fell back to the CPU",
     "slice_s": "Time slice",
     "warmup_s": "Warm-up",
     "sm_clock_mhz": "SM clock",

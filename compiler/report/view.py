@@ -180,8 +180,9 @@ def _tally(engines: Sequence[EngineRecord]) -> str:
 
 
 def _reasons(manifest: Manifest) -> tuple[str, ...]:
-    if given := tuple(map(str, manifest["verdict"].get("reasons") or ())):
-        return given
+    given = (str(reason).strip().partition("\n")[0] for reason in manifest["verdict"].get("reasons") or ())
+    if lines := tuple(filter(None, given)):
+        return lines
     if wrong := wrong_engines(manifest["engines"]):
         return (f"{', '.join(wrong)} failed validation",)
     if manifest["capture"]["exporter"] is None and manifest["capture"]["attempts"]:

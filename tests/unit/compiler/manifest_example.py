@@ -82,10 +82,12 @@ def example() -> Manifest:
             _engine(
                 "onnxruntime-cpu-fp32",
                 details={
-                    "placement": {"CPUExecutionProvider": 19},
+                    "nodes": 19,
+                    "operators": {"FusedConv": 6, "ReorderInput": 1, "MaxPool": 2, "FusedGemm": 1, "Gemm": 2},
                     "casts": 0,
-                    "fused": {"Conv + Relu": 6, "Gemm + Relu": 1},
-                    "threads": 2,
+                    "memcpy": 0,
+                    "placement": {"CPUExecutionProvider": 19},
+                    "on_cpu": {},
                 },
                 validation=_validation("onnxruntime-cpu-fp32", 2.3e-7),
             ),
@@ -104,7 +106,20 @@ def example() -> Manifest:
                 status="built",
                 reason="no NVIDIA GPU here; the engine targets compute capabilities 8.6, 8.9 and 12.0",
                 to_do="run `enginesmith validate BUNDLE` on a machine with such a GPU",
-                details={"layers": 12, "build_timings_s": {"parse": 0.02, "build": 3.4}, "weights_bytes": 407_060},
+                details={
+                    "flags": ["STRONGLY_TYPED"],
+                    "profiles": 1,
+                    "builder_s": 3.42,
+                    "graph_layers": 31,
+                    "layers": {
+                        "source": "graph before fusion, as no GPU here can open the engine",
+                        "count": 31,
+                        "types": {f"{kind}Layer": 1 for kind in "ABCDEFGHIJKLMN"},
+                        "precisions": {"FP16": 27, "FP32": 4},
+                    },
+                    "reproduce": "POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy convert model.onnx --convert-to trt "
+                    "-o model.plan --trt-min-shapes image:[1,1,8,8] --trt-opt-shapes image:[8,1,8,8]",
+                },
             ),
             _engine(
                 "tensorrt-fp16",

@@ -113,7 +113,7 @@ def test_verdict_is_fail_unless_it_says_passed(verdict: dict[str, Any]) -> None:
 
 
 def test_reasons_of_a_failure_are_all_told() -> None:
-    text = page({**example(), "verdict": {"passed": False, "reasons": ["goal missed", "too slow"]}}).text
+    text = page({**example(), "verdict": {"passed": False, "reasons": ["goal missed\n  by 2 ms", "too slow"]}}).text
     assert "FAIL goal missed too slow" in text
 
 
