@@ -79,7 +79,10 @@ def driver_version() -> str:
 
 
 class Stream:
-    """A stream in the primary context of a device, the one that the runtime library uses."""
+    """A stream in the primary context of a device, the one that the runtime library uses.
+
+    All but `handle` and `close` are called within ``with stream.current():``.
+    """
 
     def __init__(self, device: int = 0) -> None:
         self.device = device
@@ -87,7 +90,7 @@ class Stream:
         self._stream = ctypes.c_void_p()
         _call("cuInit", 0)
         _call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
-        with self._current():
+        with self.current():
             _call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
 
     @property
@@ -95,63 +98,52 @@ class Stream:
         """The address that libraries take as a cudaStream_t."""
         return self._stream.value or 0
 
-    def synchronize(self) -> None:
-        """Waits for all work on the stream."""
-        with self._current():
-            _call("cuStreamSynchronize", self._stream)
-
-    def copy(self, destination: int, source: int, size_bytes: int) -> None:
-        """Starts a copy between two addresses of hosts or devices; the driver knows where they lie."""
-        with self._current():
-            _call(
-                "cuMemcpyAsync",
-                ctypes.c_uint64(destination),
-                ctypes.c_uint64(source),
-                ctypes.c_size_t(size_bytes),
-                self._stream,
-            )
-
-    def event(self) -> Event:
-        """A new event."""
-        event = ctypes.c_void_p()
-        with self._current():
-            _call("cuEventCreate", ctypes.byref(event), 0)
-        return Event(self, event)
-
-    def record(self, event: Event) -> None:
-        """Puts the event behind the work that the stream has now."""
-        with self._current():
-            _call("cuEventRecord", event.pointer, self._stream)
-
-    def close(self) -> None:
-        """Destroys the stream and gives its context back."""
-        if not self._stream:
-            return
-        with self._current():
-            _call("cuStreamDestroy_v2", self._stream)
-        self._stream = ctypes.c_void_p()
-        _call("cuDevicePrimaryCtxRelease_v2", self.device)
-
     @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
-        """Makes the context that of the calling thread, which may be one that never called CUDA."""
+    def current(self) -> Iterator[None]:
+        """Makes the device the calling thread's, which may be one that never called CUDA."""
         _call("cuCtxPushCurrent_v2", self._context)
         try:
             yield
         finally:
             _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
+    def synchronize(self) -> None:
+        """Waits for all work on the stream."""
+        _call("cuStreamSynchronize", self._stream)
+
+    def copy(self, destination: int, source: int, size_bytes: int) -> None:
+        """Starts a copy between two addresses of hosts or devices; the driver knows where they lie."""
+        addresses = (ctypes.c_uint64(destination), ctypes.c_uint64(source))
+        _call("cuMemcpyAsync", *addresses, ctypes.c_size_t(size_bytes), self._stream)
+
+    def event(self) -> Event:
+        """A new event."""
+        event = Event()
+        _call("cuEventCreate", ctypes.byref(event.pointer), 0)
+        return event
+
+    def record(self, event: Event) -> None:
+        """Puts the event behind the work that the stream has now."""
+        _call("cuEventRecord", event.pointer, self._stream)
+
+    def close(self) -> None:
+        """Destroys the stream and gives its context back."""
+        if not self._stream:
+            return
+        with self.current():
+            _call("cuStreamDestroy_v2", self._stream)
+        self._stream = ctypes.c_void_p()
+        _call("cuDevicePrimaryCtxRelease_v2", self.device)
+
 
 class Event:
     """A point in a stream's work. It is destroyed with its context."""
 
-    def __init__(self, stream: Stream, pointer: ctypes.c_void_p) -> None:
-        self._stream = stream
-        self.pointer = pointer
+    def __init__(self) -> None:
+        self.pointer = ctypes.c_void_p()
 
     def milliseconds_since(self, start: Event) -> float:
         """Device time from `start` to here; both must have happened."""
         value = ctypes.c_float()
-        with self._stream._current():
-            _call("cuEventElapsedTime", ctypes.byref(value), start.pointer, self.pointer)
+        _call("cuEventElapsedTime", ctypes.byref(value), start.pointer, self.pointer)
         return value.value

@@ -190,7 +190,7 @@ class HostRunner:
 
     def bind(self, inputs: Arrays) -> Bound:
         """The inputs, ready for repeated runs."""
-        feed = {name: np.ascontiguousarray(inputs[name]) for name in self._inputs}
+        feed = {name: np.asarray(inputs[name], order="C") for name in self._inputs}
         return HostBound(lambda: self.run(feed))
 
     def reset(self) -> None:

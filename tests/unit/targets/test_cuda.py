@@ -93,16 +93,17 @@ def test_a_stream_works_in_its_own_context(use):
     driver = use(FakeDriver())
     stream = _cuda.Stream()
     assert stream.handle == 0xABC
-    start, end = stream.event(), stream.event()
-    stream.record(start)
-    stream.copy(1 << 40, 2 << 40, 64)
-    stream.record(end)
-    stream.synchronize()
-    assert end.milliseconds_since(start) == 1.5
+    with stream.current():
+        start, end = stream.event(), stream.event()
+        stream.record(start)
+        stream.copy(1 << 40, 2 << 40, 64)
+        stream.record(end)
+        stream.synchronize()
+        assert end.milliseconds_since(start) == 1.5
     stream.close()
     stream.close()
     names = [name for name, _ in driver.calls]
-    assert names.count("cuCtxPushCurrent_v2") == names.count("cuCtxPopCurrent_v2") == 8
+    assert names.count("cuCtxPushCurrent_v2") == names.count("cuCtxPopCurrent_v2") == 3
     assert names.count("cuStreamDestroy_v2") == names.count("cuDevicePrimaryCtxRelease_v2") == 1
     copy = next(arguments for name, arguments in driver.calls if name == "cuMemcpyAsync")
     assert [argument.value for argument in copy] == [1 << 40, 2 << 40, 64, 0xABC]
@@ -111,6 +112,7 @@ def test_a_stream_works_in_its_own_context(use):
 
 def test_the_context_is_put_back_after_an_error(use):
     driver = use(FakeDriver(fails="cuStreamSynchronize"))
-    with pytest.raises(EngineError, match="cuStreamSynchronize of the NVIDIA driver failed"):
-        _cuda.Stream().synchronize()
+    stream = _cuda.Stream()
+    with pytest.raises(EngineError, match="cuStreamSynchronize of the NVIDIA driver failed"), stream.current():
+        stream.synchronize()
     assert driver.calls[-1][0] == "cuCtxPopCurrent_v2"

@@ -1,0 +1,90 @@
+"""Reads the address behind a DLPack tensor, so that any library's CUDA tensor can be bound without a copy.
+
+ONNX Runtime's own reader loses the difference between bool and uint8 in some versions, and takes no stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+
+CUDA_KINDS = (2, 13)
+"""kDLCUDA and kDLCUDAManaged of dlpack.h."""
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_get_pointer.restype = ctypes.c_void_p
+_get_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Borrowed:
+    """Memory of a tensor on a device, valid while this lives."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    owner: object
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def cuda_device(value: Any) -> int | None:
+    """Number of the CUDA device that a DLPack tensor lies on; None where it is an array or lies elsewhere."""
+    if isinstance(value, (np.ndarray, np.generic)) or not hasattr(value, "__dlpack_device__"):
+        return None
+    kind, number = value.__dlpack_device__()
+    return int(number) if kind in CUDA_KINDS else None
+
+
+def borrow(name: str, value: Any, dtype: np.dtype[Any], stream: int | None) -> Borrowed:
+    """The memory of the tensor `value`, readable on `stream` once the work that produces it is done.
+
+    Raises:
+        DataError: the tensor cannot be shared, or its elements do not lie one after the other.
+    """
+    try:
+        capsule = value.__dlpack__(stream=stream)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise DataError(f"input {name!r} cannot be shared by DLPack: {error}", found=type(value).__name__) from error
+    tensor = _DLTensor.from_address(_get_pointer(capsule, b"dltensor"))
+    shape = tuple(tensor.shape[: tensor.ndim])
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
+    if strides is not None and not _compact(shape, strides):
+        raise DataError(
+            f"input {name!r} is not contiguous", expected="C order", found=f"strides {strides}", hint="x.contiguous()"
+        )
+    return Borrowed((tensor.data or 0) + tensor.byte_offset, shape, dtype, capsule)
+
+
+def _compact(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True

@@ -1,0 +1,221 @@
+"""ONNX Runtime on an NVIDIA GPU, by its CUDA execution provider."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ..errors import BuildError, EngineError, RecipeError, TargetUnavailableError
+from . import _cuda
+from ._onnxruntime import MINIMUM, OPSET, Optimization, Session, examine, require_onnxruntime
+from ._onnxruntime_device import DeviceRunner
+from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+
+CUDA = "CUDAExecutionProvider"
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxRuntimeCuda(Target):
+    """ONNX Runtime on an NVIDIA GPU. Nodes that it leaves on the CPU are counted and named, never passed over.
+
+    Attributes:
+        device_id: number of the GPU, as CUDA_VISIBLE_DEVICES orders them.
+        cuda_graph: whether to capture one CUDA graph for each set of input shapes, at fixed buffers. Where ONNX Runtime
+            refuses it (a node on the CPU, control flow), the engine is built without, and details say why.
+        prefer_nhwc: whether convolutions run in the layout that Tensor Cores take; None for "in fp16 only".
+        fuse_conv_bias: whether cuDNN adds the bias within a convolution; None for "in fp16 only".
+        conv_algo_search: how cuDNN's algorithm is found; "exhaustive" times them at the first run of each shape.
+        tf32: whether fp32 products may round their factors to 10 bits; off so that fp32 means fp32.
+        memory_limit_mib: most memory that the session's arena may take; None for all.
+        optimization: which of ONNX Runtime's own graph optimizations run.
+        disabled_optimizers: optimizations to leave out.
+    """
+
+    device_id: int = 0
+    cuda_graph: bool = True
+    prefer_nhwc: bool | None = None
+    fuse_conv_bias: bool | None = None
+    conv_algo_search: Literal["exhaustive", "heuristic", "default"] = "exhaustive"
+    tf32: bool = False
+    memory_limit_mib: int | None = None
+    optimization: Optimization = "all"
+    disabled_optimizers: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "onnxruntime-cuda"
+    summary: ClassVar[str] = "ONNX Runtime on an NVIDIA GPU"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        consumes="graph",
+        precisions=("fp32", "fp16"),
+        devices=("cuda",),
+        opset=OPSET,
+        gpu_to_build=True,
+        minimum={"onnxruntime-gpu": MINIMUM},
+    )
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("device_id", self.device_id, 0), ("memory_limit_mib", self.memory_limit_mib, 1)):
+            if value is not None and value < least:
+                raise RecipeError(f"{name} of {self.name} is too small", expected=f"{least} or more", found=value)
+
+    def availability(self) -> Availability:
+        """Looks for onnxruntime-gpu, the driver, the device, and the libraries of CUDA and cuDNN."""
+        try:
+            versions = self._require()
+        except TargetUnavailableError as error:
+            return Availability(build=False, run=False, reason=error.message, install=error.hint or "")
+        return Availability(build=True, run=True, versions=versions)
+
+    def build(self, request: BuildRequest) -> EngineInfo:
+        """Saves the graph, and records on which device each node ran and whether a CUDA graph could be captured."""
+        versions = self._require()
+        assert request.graph is not None
+        entry = request.directory / "model.onnx"
+        request.graph.save(entry)
+        details = examine(entry, self._session(request.precision), request.sample, request.cache)
+        request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
+        if CUDA not in details["placement"]:
+            raise BuildError(f"no node of {entry.name} runs on {CUDA}", expected=CUDA, found=details["placement"])
+        info = EngineInfo(
+            name=request.directory.name,
+            target=self.name,
+            precision=request.precision,
+            entry=entry.name,
+            signature=request.signature,
+            options=self.options(),
+            versions=versions,
+            details={**details, "provider_options": self._provider_options(request.precision)},
+        )
+        refusal = self._graph_refusal(request, info)
+        request.log(f"CUDA graph: {refusal or 'captured'}")
+        graph = {"used": not refusal, "reason": refusal}
+        return dataclasses.replace(info, details={**info.details, "cuda_graph": graph})
+
+    def runner(self, directory: Path, info: EngineInfo) -> Runner:
+        """Opens the session, with a CUDA graph where the build could capture one."""
+        self._require()
+        return self._open(directory, info, graph=info.details["cuda_graph"]["used"])
+
+    def _open(self, directory: Path, info: EngineInfo, *, graph: bool) -> DeviceRunner:
+        stream = _cuda.Stream(self.device_id)
+        options = {"user_compute_stream": str(stream.handle), "enable_cuda_graph": str(int(graph))}
+        try:
+            session = self._session(info.precision, options).open(directory / info.entry)
+        except EngineError:
+            stream.close()
+            raise
+        return DeviceRunner(session, stream, [spec.name for spec in info.signature.outputs], graphs=graph)
+
+    def _graph_refusal(self, request: BuildRequest, info: EngineInfo) -> str:
+        """Why the engine runs without a CUDA graph; empty where one was captured and replayed."""
+        if not self.cuda_graph:
+            return "turned off by cuda_graph=false"
+        try:
+            runner = self._open(request.directory, info, graph=True)
+        except EngineError as error:
+            return f"{error.message}; on the CPU: {info.details['on_cpu'] or 'nothing'}"
+        try:
+            for _ in range(2):  # the first captures, the second replays
+                runner.run(request.sample)
+        except EngineError as error:
+            return error.message
+        finally:
+            runner.close()
+        return ""
+
+    def _session(self, precision: str, extra: dict[str, str] | None = None) -> Session:
+        return Session(
+            provider=CUDA,
+            provider_options={**self._provider_options(precision), **(extra or {})},
+            optimization=self.optimization,
+            disabled_optimizers=self.disabled_optimizers,
+        )
+
+    def _provider_options(self, precision: str) -> dict[str, str]:
+        half = precision == "fp16"
+        options: dict[str, Any] = {
+            "device_id": self.device_id,
+            "prefer_nhwc": int(half if self.prefer_nhwc is None else self.prefer_nhwc),
+            "fuse_conv_bias": int(half if self.fuse_conv_bias is None else self.fuse_conv_bias),
+            "cudnn_conv_algo_search": self.conv_algo_search.upper(),
+            "use_tf32": int(self.tf32),
+        }
+        if self.memory_limit_mib is not None:
+            options["gpu_mem_limit"] = self.memory_limit_mib << 20
+        return {key: str(value) for key, value in options.items()}
+
+    def _require(self) -> dict[str, str]:
+        """Versions of what was found.
+
+        Raises:
+            TargetUnavailableError: the first thing that is missing.
+        """
+        require_onnxruntime("cuda")
+        import onnxruntime
+
+        if CUDA not in (providers := onnxruntime.get_available_providers()):
+            raise TargetUnavailableError(
+                f"onnxruntime {onnxruntime.__version__} was built without {CUDA}, it has {', '.join(providers)}",
+                hint="onnxruntime and onnxruntime-gpu exclude each other: "
+                "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enginesmith[cuda]'",
+            )
+        if reason := _cuda.problem():
+            raise TargetUnavailableError(reason, hint="install NVIDIA's driver; start a container with --gpus all")
+        if self.device_id >= (count := _cuda.count()):
+            raise TargetUnavailableError(f"there is no GPU {self.device_id}", expected=f"less than {count}")
+        if missing := _preload():
+            raise TargetUnavailableError(
+                f"onnxruntime {onnxruntime.__version__} cannot load {missing}",
+                hint=f"install CUDA {_cuda_major()} and cuDNN 9, for instance with torch for CUDA {_cuda_major()}",
+            )
+        return {
+            "onnxruntime": onnxruntime.__version__,
+            "cuda": onnxruntime.cuda_version,
+            "driver_supports": _cuda.driver_version(),
+        }
+
+
+def _cuda_major() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.cuda_version).partition(".")[0]
+
+
+@functools.cache
+def _preload() -> str:
+    """Loads CUDA's libraries, which the first session would not look for in Python packages.
+
+    Returns:
+        The first library that cannot be loaded and why; empty where all could.
+    """
+    import onnxruntime
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        onnxruntime.preload_dlls()
+    if not sys.platform.startswith("linux"):
+        return ""
+    major = _cuda_major()
+    names = [f"lib{name}.so.{major}" for name in ("cudart", "cublasLt", "cublas")] + ["libcudnn.so.9"]
+    return next(filter(None, (_load_library(name, sys.path) for name in names)), "")
+
+
+def _load_library(name: str, folders: Sequence[str]) -> str:
+    """Loads a library by name or from NVIDIA's packages; returns why it could not be, empty where it could."""
+    packaged = (str(file) for folder in folders for file in Path(folder).glob(f"nvidia/*/lib/{name}"))
+    reasons = [_load_failure(name)]
+    reasons.extend(_load_failure(file) for file in packaged if all(reasons))
+    return reasons[0] if all(reasons) else ""
+
+
+def _load_failure(file: str) -> str:
+    try:
+        ctypes.CDLL(file)
+    except OSError as error:
+        return str(error)
+    return ""
