@@ -142,4 +142,5 @@ def _metadata(signature: Signature) -> TensorMetadata:
 
 
 def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    return array.astype(spec.dtype) if array.dtype.kind == "f" and str(array.dtype) != spec.dtype else array
+    wanted = spec.dtype if spec.dtype in ("float16", "float32", "float64") else str(array.dtype)
+    return array.astype(wanted) if array.dtype.kind == "f" and str(array.dtype) != wanted else array

@@ -90,7 +90,7 @@ class ReferenceOutputs:
             for point in PROBES:
                 sizes = _probe_sizes(model.signature, point)
                 if sizes not in writer.sizes:
-                    writer.add(point, _resized(model.signature, writer.first, sizes))
+                    writer.add(point, resized(model.signature, writer.first, sizes))
         return cls(directory, model.signature)
 
     def __iter__(self) -> Iterator[Recorded]:
@@ -194,7 +194,7 @@ def _probe_sizes(signature: Signature, point: str) -> dict[str, int]:
     return {**sizes, batch: max(rows, signature.axes[batch].min)}
 
 
-def _resized(signature: Signature, sample: Arrays, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+def resized(signature: Signature, sample: Arrays, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     """The sample with every dynamic axis cut or repeated to its size."""
     resized = {}
     for spec in signature.inputs:
