@@ -21,7 +21,7 @@ from .signature import Signature
 if TYPE_CHECKING:
     from .bundle import Bundle
 
-MARKS = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "[dim]not judged[/]"}
+MARKS = {True: "[green]pass[/]", False: "[red]FAIL[/]"}
 
 
 @contextmanager
@@ -70,13 +70,11 @@ def show_bundle(bundle: Bundle) -> None:
     manifest = bundle.manifest
     sizes = Signature.from_json(manifest["signature"]).sizes()
     timings = _at(manifest["benchmark"], sizes)
-    table = _table(
-        "engine", "status", "accuracy", "rel. L2", ">mean ms", ">p99 ms", ">requests/s", ">speed-up (95 %)", ">MB"
-    )
+    table = _table("engine", "verdict", ">rel. L2", ">mean ms", ">p99 ms", ">requests/s", ">speed-up (95 %)", ">MB")
     for name in dict.fromkeys([*timings, *(engine["name"] for engine in manifest["engines"])]):
         engine = next((engine for engine in manifest["engines"] if engine["name"] == name), None)
         table.add_row(*_engine_cells(name, engine), *_timing_cells(timings.get(name)), _size(engine))
-    console = Console()
+    console = _console()
     if sizes and timings:
         at = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         table.caption = f"times at {at}"
@@ -103,7 +101,7 @@ def show_validations(validations: Sequence[Validation]) -> None:
         floors = {floor["output"]: floor for floor in validation["noise_floor"]}
         for output in validation["outputs"]:
             table.add_row(validation["engine"], escape(output["output"]), *_metric_cells(output, floors))
-    console = Console()
+    console = _console()
     console.print(table)
     for validation in validations:
         _show_failures(console, validation)
@@ -129,7 +127,7 @@ def show_benchmark(benchmark: Benchmark) -> None:
             _ms(timing["device_p50_ms"]), f"{timing['requests_per_s']:.1f}", f"{timing['samples_per_s']:.1f}",
             _percent(timing["gpu_utilization_percent"]), _speed_up(timing),
         )  # fmt: skip
-    console = Console()
+    console = _console()
     console.print(table)
     for name, reason in benchmark["skipped"].items():
         console.print(f"[yellow]{escape(name)}[/] skipped: {escape(reason)}", soft_wrap=True)
@@ -138,7 +136,7 @@ def show_benchmark(benchmark: Benchmark) -> None:
 
 def show_inspection(result: Mapping[str, Any]) -> None:
     """What `inspect` found."""
-    console = Console()
+    console = _console()
     for title, value in result.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             table = _table(*value[0], title=title)
@@ -153,7 +151,7 @@ def show_inspection(result: Mapping[str, Any]) -> None:
 
 def show_diagnosis(result: Mapping[str, Any]) -> None:
     """What `doctor` found."""
-    console = Console()
+    console = _console()
     show_inspection(result["machine"])
     table = _table("target", "builds", "runs", "tried", "versions")
     words = {True: "[green]yes[/]", False: "[red]no[/]", None: "[dim]-[/]"}
@@ -169,11 +167,16 @@ def show_diagnosis(result: Mapping[str, Any]) -> None:
             console.print(f"  to do: {escape(target['to_do'])}", soft_wrap=True)
 
 
+def _console() -> Console:
+    """Standard output; a log has room for whole tables."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
 def _table(*columns: str, title: str | None = None) -> Table:
     """A table; columns whose name begins with ">" are numbers."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", no_wrap=True)
     return table
 
 
@@ -182,14 +185,14 @@ def _at(benchmark: Benchmark | None, sizes: Mapping[str, int]) -> dict[str, Timi
     return {timing["candidate"]: timing for timing in timings if timing["sizes"] == sizes}
 
 
-def _engine_cells(name: str, engine: EngineRecord | None) -> tuple[str, str, str, str]:
+def _engine_cells(name: str, engine: EngineRecord | None) -> tuple[str, str, str]:
     if engine is None:
-        return name, "baseline", "reference", "-"
+        return name, "[dim]baseline[/]", "-"
     validation = engine["validation"]
     errors = [output["relative_l2"] for output in validation["outputs"]] if validation else []
     worst = max((error for error in errors if error is not None), default=None)
-    judged = validation["passed"] if validation else None
-    return name, engine["status"], MARKS[judged], f"{worst:.1e}" if worst is not None else "-"
+    mark = MARKS[validation["passed"]] if validation else f"[yellow]{engine['status']}[/]"
+    return name, mark, _number(worst, ".1e")
 
 
 def _timing_cells(timing: Timing | None) -> tuple[str, str, str, str]:
