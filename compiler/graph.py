@@ -183,10 +183,10 @@ class Graph:
             found = {value.name: value for value in _values(theirs)}
             for value in _values(mine):
                 other = found.get(value.name)
-                if other is None or value in mine.inputs or value in mine.outputs:
-                    continue
+                if other is None or (mine is self.model.graph and (value in mine.inputs or value in mine.outputs)):
+                    continue  # what the model promises stays as it says
                 value.type = other.type or value.type
-                value.shape = other.shape or value.shape
+                value.shape = other.shape if other.shape is not None else value.shape
 
     def fingerprint(self) -> str:
         """SHA-256 of structure, names and weights; independent of doc strings, metadata and where weights lie."""

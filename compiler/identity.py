@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -11,11 +12,11 @@ _KEPT = "enginesmith.sha256"
 
 
 def model_digest(model: ir.Model) -> str:
-    """SHA-256 of a model. Shapes and types count at graph inputs and outputs only: between, they are derived."""
-    parts = [repr((model.ir_version, sorted(model.opset_imports.items()))), _digest(model.graph)]
+    """SHA-256 of a model. Shapes and types count at inputs and outputs only: inside, they are derived."""
+    parts = [repr((model.ir_version, sorted(model.opset_imports.items()))), _digest(model.graph, _described)]
     for identifier, function in sorted(model.functions.items()):
         parts.append(repr((identifier, sorted(function.attributes), sorted(function.opset_imports.items()))))
-        parts.append(_digest(function.graph))
+        parts.append(_digest(function.graph, _named))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -32,9 +33,9 @@ def attribute_digest(attribute: ir.Attr) -> str:
         return f"@{attribute.ref_attr_name}"
     match attribute.type:
         case ir.AttributeType.GRAPH:
-            return _digest(attribute.as_graph())
+            return _digest(attribute.as_graph(), _named)
         case ir.AttributeType.GRAPHS:
-            return "\n".join(map(_digest, attribute.as_graphs()))
+            return "\n".join(_digest(graph, _named) for graph in attribute.as_graphs())
         case ir.AttributeType.TENSOR:
             return tensor_digest(attribute.as_tensor())
         case ir.AttributeType.FLOAT | ir.AttributeType.INT | ir.AttributeType.STRING:
@@ -45,8 +46,8 @@ def attribute_digest(attribute: ir.Attr) -> str:
     return message.hex()
 
 
-def _digest(graph: ir.Graph) -> str:
-    parts = [repr(([_described(v) for v in graph.inputs], [_described(v) for v in graph.outputs]))]
+def _digest(graph: ir.Graph, describe: Callable[[ir.Value], object]) -> str:
+    parts = [repr(([describe(v) for v in graph.inputs], [describe(v) for v in graph.outputs]))]
     for name, value in sorted(graph.initializers.items()):
         parts.append(repr((name, None if value.const_value is None else tensor_digest(value.const_value))))
     for node in graph:
@@ -54,6 +55,10 @@ def _digest(graph: ir.Graph) -> str:
         names = [v.name if v is not None else None for v in node.inputs], [v.name for v in node.outputs]
         parts.append(repr((node.name, node.op_identifier(), *names, attributes)))
     return "\n".join(parts)
+
+
+def _named(value: ir.Value) -> str | None:
+    return value.name
 
 
 def _described(value: ir.Value) -> tuple[str | None, str, str]:

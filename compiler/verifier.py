@@ -13,6 +13,17 @@ from .schemas import MICROSOFT, Schema, microsoft_schemas, schema, type_text
 _VARIADIC_ARITY = 2**31 - 1
 
 
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in a node's attributes: branches and loop bodies."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
 @dataclasses.dataclass(frozen=True)
 class Violation:
     """How a rule is broken."""
@@ -187,8 +198,8 @@ def _verify_graph(graph: ir.Graph, scope: Scope) -> None:
     for node in graph:
         for rule, legal in NODE_RULES.items():
             _raise(_title(node), rule, legal(node, scope))
-        for subgraph in _subgraphs(node):
-            _verify_graph(subgraph, dataclasses.replace(scope, outer=visible.union(outputs)))
+        for inner in subgraphs(node):
+            _verify_graph(inner, dataclasses.replace(scope, outer=visible.union(outputs)))
         outputs.update(node.outputs)
 
 
@@ -201,16 +212,6 @@ def _raise(place: str, rule: str, violation: Violation | None) -> None:
         found=violation.found,
         hint="export the model again, or report the pass that made this graph",
     )
-
-
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def _cycle(node: ir.Node, value: ir.Value) -> str:
@@ -232,8 +233,8 @@ def _cycle(node: ir.Node, value: ir.Value) -> str:
 
 def _used(node: ir.Node) -> Iterator[ir.Value]:
     yield from (value for value in node.inputs if value is not None)
-    for subgraph in _subgraphs(node):
-        for inner in subgraph:
+    for graph in subgraphs(node):
+        for inner in graph:
             yield from _used(inner)
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from ..compiler.graph import Graph
 from ..compiler.identity import attribute_digest, tensor_digest
+from ..compiler.verifier import subgraphs
 from .base import Context, Pass, PassResult, Refusal
 
 _RANDOM = frozenset(
@@ -53,15 +54,14 @@ class _Run:
         for value in list(graph.initializers.values()):
             self._merge_initializer(graph, value, tensors)
         for node in list(graph):
-            for subgraph in _subgraphs(node):
-                self.visit(subgraph, tensors, results)
+            for inner in subgraphs(node):
+                self.visit(inner, tensors, results)
             if (key := self._key(node)) is None:
                 continue
             kept = results.setdefault(key, node)
             if kept is not node and not self._merge_node(graph, node, kept):
-                self.refusals.append(
-                    Refusal(f"computes the same as {kept.name!r}, but both are outputs", node.name or "")
-                )
+                reason = f"{node.outputs[0].name!r} equals {kept.outputs[0].name!r}, but both are outputs"
+                self.refusals.append(Refusal(reason, node.name or ""))
 
     def _merge_initializer(self, graph: ir.Graph, value: ir.Value, tensors: dict[str, ir.Value]) -> None:
         if value.const_value is None or value.is_graph_input():
@@ -103,18 +103,10 @@ def _is_pure(model: ir.Model, function: ir.Function) -> bool:
     """Whether a function, and all that it calls, gives equal results for equal inputs."""
     for node in function.all_nodes():
         called = model.functions.get(node.op_identifier())
-        if not (_is_pure(model, called) if called is not None else _is_pure_node(node) or _subgraphs(node)):
+        if not (_is_pure(model, called) if called is not None else _is_pure_node(node) or any(subgraphs(node))):
             return False
     return True
 
 
 def _is_pure_node(node: ir.Node) -> bool:
-    return node.domain in _PURE_DOMAINS and node.op_type not in _RANDOM and not _subgraphs(node)
-
-
-def _subgraphs(node: ir.Node) -> list[ir.Graph]:
-    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH and not a.is_ref()]
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
-            graphs.extend(attribute.as_graphs())
-    return graphs
+    return node.domain in _PURE_DOMAINS and node.op_type not in _RANDOM and not any(subgraphs(node))
