@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,10 +16,10 @@ from ..errors import (
     UsageError,
 )
 from ..targets import get_target
-from ..targets.base import EngineInfo, Runner, Target
-from . import environment
+from ..targets.base import EngineInfo, Runner
 from .files import sha256
 from .manifest import FORMAT, EngineRecord, Manifest
+from .requirements import check_machine, devices
 from .signature import Signature
 
 Device = Literal["cpu", "cuda"]
@@ -209,52 +208,6 @@ def check_files(bundle: Path, engine: str, manifest: Manifest) -> None:
             )
 
 
-def check_machine(info: EngineInfo, target: Target, hint: str | None = None) -> None:
-    """Compares what the engine requires with this machine.
-
-    `EngineInfo.requires` may hold ``compute_capability`` (one, or several with commas between), ``machine`` (x86_64),
-    ``cpu_flags`` (all of them needed, with spaces between) and the names in the target's `Availability.versions`, each
-    with as much of the version as matters ("8.6" accepts 8.6.1).
-
-    Raises:
-        EngineMismatchError: the first thing that does not hold.
-    """
-    for key, needed in info.requires.items():
-        found = _found(key, needed, target)
-        if not _holds(key, needed, found):
-            raise EngineMismatchError(
-                f"engine {info.name} was built for another {'machine' if key in _MACHINE else 'version'}",
-                expected=f"{key.replace('_', ' ')} {needed}",
-                found=found or "none",
-                hint=hint,
-            )
-
-
-_MACHINE = ("compute_capability", "machine", "cpu_flags")
-
-
-def _found(key: str, needed: str, target: Target) -> str:
-    if key == "compute_capability":
-        return environment.compute_capability(getattr(target, "device_id", 0)) or ""
-    if key == "machine":
-        return platform.machine()
-    if key == "cpu_flags":
-        flags = environment.cpu_flags()
-        return " ".join(flag for flag in needed.split() if flag in flags)
-    return target.availability().versions.get(key, "")
-
-
-def _holds(key: str, needed: str, found: str) -> bool:
-    if key == "compute_capability":
-        return found in needed.split(",")
-    if key == "cpu_flags":
-        return found.split() == needed.split()
-    if key == "machine":
-        return found == needed
-    parts = needed.split(".")
-    return found.split(".")[: len(parts)] == parts
-
-
 def _open_or_reason(root: Path, record: EngineRecord, device: Device | None) -> Engine | str:
     try:
         return _open(root, record, device)
@@ -271,18 +224,12 @@ def _open(root: Path, record: EngineRecord, device: Device | None) -> Engine:
         raise EngineMismatchError(
             f"engine {record['name']} cannot be read by this version of enginesmith: {error}", hint=_rebuild(root)
         ) from error
-    if device is not None and device not in (runs_on := _devices(info, target)):
+    if device is not None and device not in (runs_on := devices(info, target)):
         raise TargetUnavailableError(
             f"engine {info.name} does not run on {device}", expected=device, found=" or ".join(runs_on)
         )
     check_machine(info, target, _rebuild(root))
     return Engine(info, target.runner(folder, info))
-
-
-def _devices(info: EngineInfo, target: Target) -> tuple[str, ...]:
-    """Where an engine runs: as its target was told, or where its target always runs."""
-    chosen = str(info.options.get("device") or "").partition(":")[0]
-    return (chosen,) if chosen in target.capabilities.devices else target.capabilities.devices
 
 
 def _named(manifest: Manifest, engine: str) -> EngineRecord:

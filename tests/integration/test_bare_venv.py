@@ -27,9 +27,9 @@ SIGNATURE = Signature(
 SCRIPT = """
 import json, sys
 import numpy as np
-from enginesmith.compiler.engine import load
+import enginesmith
 
-with load(sys.argv[1]) as engine:
+with enginesmith.load(sys.argv[1]) as engine:
     y = engine(image=np.array([[1, 2]], np.float32))
 roots = sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))
 print(json.dumps({"name": engine.name, "y": y.tolist(), "modules": roots}))

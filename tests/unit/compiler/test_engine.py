@@ -6,9 +6,10 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from enginesmith.compiler import engine as engine_module
-from enginesmith.compiler.engine import Engine, check_machine, load
+from enginesmith.compiler import requirements
+from enginesmith.compiler.engine import Engine, load
 from enginesmith.compiler.files import hashes
+from enginesmith.compiler.requirements import check_machine
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import (
     DataError,
@@ -186,7 +187,7 @@ def test_an_engine_that_was_not_built_gives_its_reason(tmp_path):
 
 
 def test_an_engine_of_another_machine_is_passed_over_but_not_when_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_module.environment, "compute_capability", lambda device=0: "8.9")
+    monkeypatch.setattr(requirements.environment, "compute_capability", lambda device=0: "8.9")
     records = [write_engine(tmp_path, "hopper", requires={"compute_capability": "9.0"}), write_engine(tmp_path, "any")]
     write_manifest(tmp_path, records, [timing("hopper", 0.1), timing("any", 1.0)])
     assert load(tmp_path).name == "any"
@@ -206,17 +207,17 @@ def test_an_engine_of_another_machine_is_passed_over_but_not_when_named(tmp_path
     ],
 )
 def test_requirements_that_do_not_hold(requires, message, monkeypatch):
-    monkeypatch.setattr(engine_module.environment, "compute_capability", lambda device=0: "8.9")
-    monkeypatch.setattr(engine_module.environment, "cpu_flags", lambda: frozenset({"fpu"}))
+    monkeypatch.setattr(requirements.environment, "compute_capability", lambda device=0: "8.9")
+    monkeypatch.setattr(requirements.environment, "cpu_flags", lambda: frozenset({"fpu"}))
     info = EngineInfo("e", "onnxruntime-cpu", "fp32", "model.onnx", SIGNATURE, requires=requires)
     with pytest.raises(EngineMismatchError, match=message):
         check_machine(info, get_target("onnxruntime-cpu"))
 
 
 def test_requirements_that_hold(monkeypatch):
-    monkeypatch.setattr(engine_module.environment, "compute_capability", lambda device=0: "9.0")
-    monkeypatch.setattr(engine_module.environment, "cpu_flags", lambda: frozenset({"fpu", "avx2"}))
-    monkeypatch.setattr(engine_module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(requirements.environment, "compute_capability", lambda device=0: "9.0")
+    monkeypatch.setattr(requirements.environment, "cpu_flags", lambda: frozenset({"fpu", "avx2"}))
+    monkeypatch.setattr(requirements.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
     requires = {"compute_capability": "8.0,9.0", "machine": "x86_64", "cpu_flags": "avx2", "onnxruntime": "1.31"}
     check_machine(
