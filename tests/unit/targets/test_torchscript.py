@@ -15,7 +15,7 @@ import torch
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.compiler.sources import Model
-from enginesmith.errors import BuildError, DataError, EngineError, RecipeError, TargetUnavailableError
+from enginesmith.errors import BuildError, EngineError, RecipeError, TargetUnavailableError
 from enginesmith.targets import parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo, Runner
 
@@ -328,13 +328,3 @@ def test_options_that_exclude_each_other_are_refused() -> None:
     assert str(parse_target("torchscript:freeze=false,optimize=false")) == "torchscript:freeze=false,optimize=false"
     with pytest.raises(RecipeError, match="option 'device' of 'torchscript' has an unknown value"):
         parse_target("torchscript:device=gpu")
-
-
-def test_inputs_are_checked_where_compiled_code_would_not(tmp_path: Path) -> None:
-    from enginesmith.targets.torch_inductor import _CheckedRunner
-
-    info = EngineInfo("e", "torch-inductor", "fp32", "model.pt2", ONE)
-    runner = _CheckedRunner(lambda: lambda x: (x,), info, "cpu")
-    for call in (runner.run, runner.bind):
-        with pytest.raises(DataError, match="input 'x' has the wrong shape"):
-            call({"x": np.ones((1, 2), np.float32)})

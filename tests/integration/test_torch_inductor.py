@@ -1,0 +1,48 @@
+"""One engine compiled by TorchInductor, from the model to results at every batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from enginesmith.compiler.reference import ReferenceOutputs
+from enginesmith.compiler.signature import parse_inputs
+from enginesmith.compiler.sources import load_model
+from enginesmith.compiler.validator import validate
+from enginesmith.errors import DataError
+from enginesmith.targets import parse_target
+from enginesmith.targets.base import BuildRequest
+
+
+@pytest.mark.slow
+def test_an_engine_is_compiled_validated_and_timed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+        torch.nn.Flatten(), torch.nn.Linear(256, 10),
+    )  # fmt: skip
+    model = load_model(network, inputs=parse_inputs(["input:1x1x8x8"], ["input:0=1..4..16"]))
+    sample = {"input": np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)}
+    log: list[str] = []
+    request = BuildRequest(
+        None, model, model.signature, "fp32", sample, tmp_path, tmp_path / "cache", log.append, timeout_s=300
+    )
+    target = parse_target("torch-inductor:threads=1")
+    info = target.build(request)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["model.pt2"]
+    assert list((tmp_path / "cache").iterdir()) == []
+
+    runner = target.runner(tmp_path, info)
+    (tmp_path / "record").mkdir()
+    record = ReferenceOutputs.record(model, [sample], tmp_path / "record")
+    assert validate("inductor", runner, record, precision="fp32")["passed"]
+    given = {"input": torch.from_numpy(sample["input"]).permute(0, 1, 3, 2)}  # strides that the code does not expect
+    expected = model.reference.run({"input": np.ascontiguousarray(given["input"].numpy())})
+    (name,) = expected
+    np.testing.assert_allclose(runner.run(given)[name].numpy(), expected[name], rtol=1e-4, atol=1e-5)
+    assert len(runner.bind(sample).timed(2)[0]) == 2
+    with pytest.raises(DataError, match="input 'input' has the wrong shape"):
+        runner.run({"input": np.zeros((4, 1, 8, 6), np.float32)})
