@@ -95,7 +95,7 @@ def _ask(module: str, _interpreter: str) -> Found:
         with Worker(command(module), name=f"the {module} worker", failure=EngineError) as worker:
             return _found(worker.call("versions", timeout_s=_STARTING_S))
     except EnginesmithError as error:
-        return Found(problem=str(error))
+        return Found(problem=error.message)
 
 
 def _found(answer: Mapping[str, Any]) -> Found:

@@ -224,9 +224,10 @@ class Worker:
         return self._error(f"{self._name} ended with exit code {code} during {command!r}", "the log says more")
 
     def _drain(self) -> None:
-        """Takes what the log still holds: until it ends, or is quiet for a moment where the worker lives on."""
+        """Takes what the log still holds: until it ends, or is quiet for a moment where somebody keeps it open."""
+        deadline = time.monotonic() + 2.0
         with contextlib.suppress(queue.Empty):
-            while True:
+            while time.monotonic() < deadline:
                 kind, line = self._lines.get(timeout=0.2)
                 if kind == "log":
                     self._take(line)

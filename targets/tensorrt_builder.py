@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 if __package__:
     from .cuda_driver import Failure, gpu
+    from .tensorrt_callbacks import make_progress_monitor
     from .tensorrt_session import write_atomically
 else:  # imported by the worker, which runs as a script
     from cuda_driver import Failure, gpu  # type: ignore[import-not-found, no-redef]
+    from tensorrt_callbacks import make_progress_monitor  # type: ignore[import-not-found, no-redef]
     from tensorrt_session import write_atomically  # type: ignore[import-not-found, no-redef]
 
 
@@ -30,19 +32,23 @@ class Rules(NamedTuple):
                        8.6, 9               10, 11, RTX
     precision          builder flags too    the graph alone (strongly typed)
     tactic sources     its own kernels      all that it knows
+    preview features   profile sharing      none needed
 
-    TensorRT before 10 may take kernels from cuBLAS and cuDNN, whose versions must then match; its own are as fast.
+    TensorRT before 10 may take kernels from cuBLAS and cuDNN, whose versions must then match; its own are as fast. And
+    it lets two execution contexts use one optimization profile only where profile sharing was on at the build.
     """
 
     strongly_typed: bool
     tactic_sources: tuple[str, ...] | None
+    preview_features: tuple[str, ...]
 
 
 def rules(module: str, version: str) -> Rules:
     """The rules of a version of ``tensorrt`` or ``tensorrt_rtx``."""
     if module == "tensorrt_rtx" or int(version.split(".")[0]) >= 10:
-        return Rules(strongly_typed=True, tactic_sources=None)
-    return Rules(strongly_typed=False, tactic_sources=("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"))
+        return Rules(strongly_typed=True, tactic_sources=None, preview_features=())
+    own = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+    return Rules(strongly_typed=False, tactic_sources=own, preview_features=("PROFILE_SHARING_0806",))
 
 
 def build(
@@ -77,6 +83,9 @@ def build(
     report(0.0, "reading the graph")
     try:
         builder, network, _parser = network_from_onnx_path(onnx, strongly_typed=version_rules.strongly_typed)
+        for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+            if tensor.is_shape_tensor:
+                raise Failure("failed", f"input {tensor.name!r} decides shapes by its values; make it a constant")
         arguments: dict[str, Any] = {
             "profiles": [_profile(Profile(), shapes) for shapes in profiles],
             "builder_optimization_level": options.get("builder_level"),
@@ -90,12 +99,15 @@ def build(
         if version_rules.tactic_sources is not None:
             arguments["tactic_sources"] = [getattr(trt.TacticSource, name) for name in version_rules.tactic_sources]
         if hasattr(trt, "IProgressMonitor"):
-            arguments["progress_monitor"] = _progress_monitor(trt, report)
+            arguments["progress_monitor"] = make_progress_monitor(trt, report)
         if not version_rules.strongly_typed:
             arguments.update(_weak_typing(trt, network))
         config = _config(module, arguments, options)(builder, network)
         if not options.get("tf32"):
             config.clear_flag(trt.BuilderFlag.TF32)
+        for feature in version_rules.preview_features:
+            if hasattr(trt.PreviewFeature, feature):  # TensorRT 9 may have made it its default
+                config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
         old_cache = _load_timing_cache(config, timing_cache)
         report(0.02, "building the engine")
         start = time.perf_counter()
@@ -171,51 +183,19 @@ def _weak_typing(trt: Any, network: Any) -> dict[str, Any]:
     that has no fp32 kernel is named in the log instead of failing the build.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    outputs = {layer: [layer.get_output(i).dtype.name for i in range(layer.num_outputs)] for layer in layers}
-    fp16 = any("HALF" in types for types in outputs.values())
+    outputs = [[layer.get_output(i).dtype.name for i in range(layer.num_outputs)] for layer in layers]
+    fp16 = any("HALF" in types for types in outputs)
     int8 = any(layer.type.name in ("QUANTIZE", "DEQUANTIZE") for layer in layers)
     flags: dict[str, Any] = {"fp16": fp16, "int8": int8}
     if not fp16 or int8:  # pins would keep quantized layers from being int8
         return flags
-    for layer, types in outputs.items():
+    for layer, types in zip(layers, outputs):  # noqa: B905 - Python 3.8
         if layer.type.name in ARITHMETIC and types and set(types) == {"FLOAT"}:
             layer.precision = trt.DataType.FLOAT
             for index in range(layer.num_outputs):
                 layer.set_output_type(index, trt.DataType.FLOAT)
             flags["precision_constraints"] = "prefer"
     return flags
-
-
-def _progress_monitor(trt: Any, report: Callable[[float, str], None]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Turns TensorRT's nested phases into one growing fraction."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.phases: dict[str, list[Any]] = {}  # name: parent, steps, steps done
-            self.last = 0.02
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self.phases[name] = [parent, max(steps, 1), 0]
-
-        def step_complete(self, name: str, step: int) -> bool:
-            if name in self.phases:
-                self.phases[name][2] = step + 1
-            fraction = 0.02 + 0.95 * max((self.fraction(n) for n, p in self.phases.items() if p[0] is None), default=0)
-            if fraction >= self.last + 0.01:
-                self.last = fraction
-                report(round(fraction, 3), name)
-            return True
-
-        def phase_finish(self, name: str) -> None:
-            self.phases.pop(name, None)
-
-        def fraction(self, name: str) -> float:
-            _, steps, done = self.phases[name]
-            children = [self.fraction(n) for n, phase in self.phases.items() if phase[0] == name]
-            return min((float(done) + max(children, default=0.0)) / float(steps), 1.0)
-
-    return Monitor()
 
 
 def _load_timing_cache(config: Any, path: str | None) -> Any:

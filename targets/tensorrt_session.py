@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,8 +18,10 @@ import numpy as np
 
 if __package__:
     from .cuda_driver import Driver, Failure, allocate, u64
+    from .tensorrt_callbacks import make_allocator, make_logger
 else:  # imported by the worker, which runs as a script
     from cuda_driver import Driver, Failure, allocate, u64  # type: ignore[import-not-found, no-redef]
+    from tensorrt_callbacks import make_allocator, make_logger  # type: ignore[import-not-found, no-redef]
 
 DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "BOOL": "bool",
@@ -30,23 +31,6 @@ DTYPES = {
 
 BINDINGS = 4
 """Combinations of shapes that keep buffers, a context and a CUDA graph each."""
-
-
-def make_logger(trt: Any) -> Any:
-    """A logger for TensorRT that writes to stderr and keeps the errors in `errors`."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors = [*self.errors[-9:], message]
-            if severity != trt.ILogger.VERBOSE:
-                print(f"[TensorRT {severity.name}] {message}", file=sys.stderr)
-
-    return Log()
 
 
 class Session:
@@ -101,23 +85,17 @@ class Session:
 
     def binding(self, inputs: Mapping[str, Any]) -> Binding:
         """Buffers for inputs of these shapes, kept for the next call; the GPU's context must be active."""
-        host = [n for n in self.inputs if self.on_host(n)]  # values that TensorRT reads as shapes
-        key = (
-            tuple(tuple(inputs[name].shape) for name in self.inputs),
-            tuple(np.asarray(inputs[name]).tobytes() for name in host),
-        )
+        key = tuple(tuple(inputs[name].shape) for name in self.inputs)
         found = self._bindings.pop(key, None) or Binding(self, inputs)
         self._bindings[key] = found  # the one used last stands last
         if len(self._bindings) > BINDINGS:
             self._bindings.pop(next(iter(self._bindings))).close()
         return found
 
-    def on_host(self, name: str) -> bool:
-        """Whether a tensor is read from the host's memory."""
-        return bool(self.engine.get_tensor_location(name) == self.trt.TensorLocation.HOST)
-
     def context(self) -> Any:
         """A new execution context."""
+        if self.engine is None:
+            raise Failure("failed", "the engine is closed")
         arguments = () if self._runtime_config is None else (self._runtime_config,)
         context = self.engine.create_execution_context(*arguments)
         if context is None:
@@ -133,7 +111,9 @@ class Session:
         return "; ".join(self._logger.errors) or "TensorRT gave no reason"
 
     def close(self) -> None:
-        """Gives the GPU's memory back, and saves the runtime cache."""
+        """Gives the GPU's memory back, and saves the runtime cache; once closed it stays so."""
+        if self.engine is None:
+            return
         with self.active():
             for binding in self._bindings.values():
                 binding.close()
@@ -177,19 +157,16 @@ class Binding:
         self._graph: ctypes.c_void_p | None = None
         self._launched = False
         self.graph_refusal = "" if session.cuda_graph else "switched off"
-        self._host: dict[str, np.ndarray] = {}
+        self._host: dict[str, np.ndarray] = {}  # outputs that TensorRT computes on the host: shapes
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._buffers: dict[str, u64] = {}
-        self._context = session.context()
-        self._choose_profile({name: tuple(inputs[name].shape) for name in session.inputs})
-        for name in session.inputs:
-            self._set_input(name, inputs[name])
-        missing = self._context.infer_shapes()
-        if missing:
-            raise session.fail(f"shapes of {', '.join(missing)} cannot be inferred")
-        self._allocator = _make_allocator(session.trt, self._driver)
-        for name in session.outputs:
-            self._set_output(name)
+        self._allocator = make_allocator(session.trt, self._driver)
+        self._context: Any = None
+        try:
+            self._prepare({name: tuple(inputs[name].shape) for name in session.inputs})
+        except Failure:
+            self.close()
+            raise
 
     def put(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Copies inputs to the device; returns once they may be changed."""
@@ -265,6 +242,8 @@ class Binding:
         """Milliseconds of executions one after the other, of the host until the device is done, and of the device."""
         host, device, elapsed = [], [], ctypes.c_float()
         before, after = self._events
+        while self._graph is None and not self.graph_refusal:  # the capture is not to be timed
+            self.launch()
         for _ in range(iterations):
             start = time.perf_counter_ns()
             self._driver("cuEventRecord", before, self._stream)
@@ -288,41 +267,55 @@ class Binding:
             self._driver("cuEventDestroy_v2", event)
         self._driver("cuStreamDestroy_v2", self._stream)
 
+    def _prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._context = self._session.context()
+        self._choose_profile(shapes)
+        for name, shape in shapes.items():
+            self._set_input(name, shape)
+        missing = self._context.infer_shapes()
+        if missing:
+            raise self._session.fail(f"shapes of {', '.join(missing)} cannot be inferred")
+        for name in self._session.outputs:
+            self._set_output(name)
+
     def _choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Switches to the narrowest profile that holds the shapes."""
+        """Switches to the narrowest profile that holds the shapes; a new context may have none at all."""
+        index = 0
+        if self._session.engine.num_optimization_profiles > 1:
+            index = self._narrowest(shapes)
+        if index == self._context.active_optimization_profile:
+            return
+        if not self._context.set_optimization_profile_async(index, self._stream.value):
+            raise self._session.fail(f"optimization profile {index} cannot be used")
+        self.synchronize()
+
+    def _narrowest(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         engine, fitting = self._session.engine, []
+        dynamic = [n for n in shapes if -1 in tuple(engine.get_tensor_shape(n))]
         for index in range(engine.num_optimization_profiles):
-            ranges = {
-                name: [tuple(bound) for bound in engine.get_tensor_profile_shape(name, index)]
-                for name in shapes
-                if not self._session.on_host(name)
-            }
-            if all(_within(shapes[name], low, high) for name, (low, _, high) in ranges.items()):
-                fitting.append((sum(math.prod(high) - math.prod(low) for low, _, high in ranges.values()), index))
+            width, fits = 0, True
+            for name in dynamic:
+                low, _, high = (tuple(bound) for bound in engine.get_tensor_profile_shape(name, index))
+                fits = fits and all(low[i] <= size <= high[i] for i, size in enumerate(shapes[name]))
+                width += math.prod(high) - math.prod(low)
+            if fits:
+                fitting.append((width, index))
         if not fitting:
             raise Failure("data", f"no optimization profile of the engine holds the shapes {dict(shapes)}")
-        index = min(fitting)[1]
-        if index != self._context.active_optimization_profile:
-            self._context.set_optimization_profile_async(index, self._stream.value)
-            self.synchronize()
+        return min(fitting)[1]
 
-    def _set_input(self, name: str, value: Any) -> None:
-        shape = tuple(value.shape)
+    def _set_input(self, name: str, shape: tuple[int, ...]) -> None:
         if not self._context.set_input_shape(name, shape):
             raise Failure("data", f"the engine refuses shape {shape} of {name!r}")
         self.shapes[name] = shape
-        if self._session.on_host(name):
-            self._host[name] = convert(name, value, self._session.dtypes[name]).copy()
-            self._context.set_tensor_address(name, self._host[name].ctypes.data)
-        else:
-            self._allocate(name)
+        self._allocate(name)
 
     def _set_output(self, name: str) -> None:
         self.shapes[name] = tuple(self._context.get_tensor_shape(name))
         if min(self.shapes[name], default=0) < 0:
             self.graph_refusal = f"the shape of output {name!r} depends on values"
             self._context.set_output_allocator(name, self._allocator)
-        elif self._session.on_host(name):
+        elif self._session.engine.get_tensor_location(name) == self._session.trt.TensorLocation.HOST:
             self._host[name] = np.zeros(self.shapes[name], self._session.dtypes[name])
             self._context.set_tensor_address(name, self._host[name].ctypes.data)
         else:
@@ -358,36 +351,6 @@ class Binding:
             self.graph_refusal = str(failure)
         if graph:
             self._driver("cuGraphDestroy", graph)
-
-
-def _within(shape: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]) -> bool:
-    return len(shape) == len(low) and all(low[i] <= size <= high[i] for i, size in enumerate(shape))
-
-
-def _make_allocator(trt: Any, driver: Driver) -> Any:
-    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]
-        """Memory for outputs whose shape is known only once they are computed."""
-
-        def __init__(self) -> None:
-            trt.IOutputAllocator.__init__(self)
-            self.memory: dict[str, u64] = {}
-            self.sizes: dict[str, int] = {}
-            self.shapes: dict[str, tuple[int, ...]] = {}
-
-        def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
-            if size > self.sizes.get(name, -1):
-                if name in self.memory:
-                    driver("cuMemFree_v2", self.memory[name])
-                self.memory[name], self.sizes[name] = allocate(driver, size), size
-            return self.memory[name].value
-
-        def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
-            return self.reallocate_output(name, memory, size, alignment)
-
-        def notify_shape(self, name: str, shape: Any) -> None:
-            self.shapes[name] = tuple(shape)
-
-    return Allocator()
 
 
 def convert(name: str, value: Any, dtype: np.dtype[Any]) -> np.ndarray:

@@ -124,11 +124,12 @@ class Worker:
 
     def close(self) -> dict[str, Any]:
         """Gives the GPU's memory back."""
-        session = self._opened()
-        with session.active():
-            for binding in self._bindings.values():
-                binding.close()
-        session.close()
+        if self._session is not None:
+            with self._session.active():
+                for binding in self._bindings.values():
+                    binding.close()
+            self._session.close()
+            self._session = None
         return {}
 
     def answer(self, kind: str, value: Any) -> None:
@@ -158,6 +159,8 @@ def main(module: str) -> None:
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         traceback.print_exception(kind, error, trace)
         worker.answer("error", {"kind": "failed", "message": f"{kind.__name__}: {error}"})
+        sys.stderr.flush()
+        os._exit(1)  # an orderly exit would wait for the thread that reads stdin
 
     sys.excepthook = report
     requests: queue.Queue[dict[str, Any]] = queue.Queue()

@@ -101,7 +101,7 @@ def test_the_precision_is_that_of_the_graph(request_for):
 
 
 def test_a_graph_that_the_parser_refuses(request_for):
-    request, log, _ = request_for(UNKNOWN)
+    request, _log, _ = request_for(UNKNOWN)
     with pytest.raises(BuildError, match=r"(?s)tensorrt_rtx.*failed.*DeformConvNowhere"):
         parse_target("tensorrt-rtx").build(request)
     assert not (request.directory / "model.plan").exists()

@@ -1,0 +1,134 @@
+import types
+
+import pytest
+
+from enginesmith.targets.tensorrt_builder import _weak_typing, engine_layers, rules, summarize, write_atomically
+from enginesmith.targets.tensorrt_callbacks import make_progress_monitor
+
+
+def member(name):
+    return types.SimpleNamespace(name=name)
+
+
+FLOAT, HALF = member("FLOAT"), member("HALF")
+TRT = types.SimpleNamespace(
+    IProgressMonitor=object,
+    DataType=types.SimpleNamespace(FLOAT=FLOAT),
+    LayerInformationFormat=types.SimpleNamespace(JSON="json"),
+)
+
+
+class Layer:
+    """A layer of a network, with a type and the types of its outputs."""
+
+    def __init__(self, kind, *outputs):
+        self.type, self.outputs, self.precision, self.output_types = member(kind), outputs, None, {}
+        self.num_outputs = len(outputs)
+
+    def get_output(self, index):
+        return types.SimpleNamespace(dtype=self.outputs[index])
+
+    def set_output_type(self, index, dtype):
+        self.output_types[index] = dtype
+
+
+def network(*layers):
+    return types.SimpleNamespace(num_layers=len(layers), get_layer=lambda index: layers[index])
+
+
+@pytest.mark.parametrize(
+    ("module", "version", "strongly_typed"),
+    [
+        ("tensorrt", "8.6.0", False),
+        ("tensorrt", "9.3.0.1", False),
+        ("tensorrt", "10.0.1", True),
+        ("tensorrt", "11.4.0", True),
+        ("tensorrt_rtx", "1.7.1.116", True),
+    ],
+)
+def test_networks_are_strongly_typed_from_version_10_on(module, version, strongly_typed):
+    found = rules(module, version)
+    assert found.strongly_typed is strongly_typed
+    assert (found.tactic_sources is None) is strongly_typed
+
+
+def test_an_fp32_network_needs_no_flag():
+    layers = [Layer("CONVOLUTION", FLOAT), Layer("SOFTMAX", FLOAT)]
+    assert _weak_typing(TRT, network(*layers)) == {"fp16": False, "int8": False}
+    assert layers[0].precision is None
+
+
+def test_what_the_graph_keeps_in_fp32_is_pinned_where_fp16_is_allowed():
+    convolution, softmax, cast = Layer("CONVOLUTION", HALF), Layer("SOFTMAX", FLOAT), Layer("CAST", FLOAT)
+    flags = _weak_typing(TRT, network(convolution, softmax, cast))
+    assert flags == {"fp16": True, "int8": False, "precision_constraints": "prefer"}
+    assert softmax.precision is FLOAT
+    assert softmax.output_types == {0: FLOAT}
+    assert convolution.precision is None
+    assert cast.precision is None
+
+
+def test_a_network_of_fp16_arithmetic_alone_needs_no_pins():
+    flags = _weak_typing(TRT, network(Layer("CAST", HALF), Layer("CONVOLUTION", HALF), Layer("CAST", FLOAT)))
+    assert flags == {"fp16": True, "int8": False}
+
+
+def test_quantized_networks_are_not_pinned():
+    convolution = Layer("CONVOLUTION", FLOAT)
+    layers = network(Layer("QUANTIZE", FLOAT), Layer("DEQUANTIZE", HALF), convolution)
+    assert _weak_typing(TRT, layers) == {"fp16": True, "int8": True}
+    assert convolution.precision is None
+
+
+def test_nested_phases_become_one_growing_fraction():
+    reports = []
+    monitor = make_progress_monitor(TRT, lambda *report: reports.append(report))
+    monitor.phase_start("Building engine", None, 2)
+    monitor.phase_start("Optimizing graph", "Building engine", 4)
+    assert monitor.step_complete("Optimizing graph", 1)
+    monitor.phase_finish("Optimizing graph")
+    monitor.step_complete("Building engine", 0)
+    monitor.phase_start("Timing tactics", "Building engine", 1000)
+    for step in range(1000):
+        monitor.step_complete("Timing tactics", step)
+    monitor.step_complete("Timing tactics", 5)  # never goes back
+    assert reports[:2] == [(0.258, "Optimizing graph"), (0.495, "Building engine")]
+    assert [fraction for fraction, _ in reports] == sorted(fraction for fraction, _ in reports)
+    assert len(reports) < 60
+    assert reports[-1][0] <= 0.97
+
+
+def test_layers_are_counted_by_type_and_precision():
+    layers = [
+        {
+            "LayerType": "CaskConvolution",
+            "Outputs": [{"Format/Datatype": "Channel major FP16 format where channel % 8"}],
+        },
+        {"LayerType": "CaskConvolution", "Outputs": [{"Format/Datatype": "Thirty-two wide channel vectorized Int8"}]},
+        {"LayerType": "kgen", "Outputs": [{"Format/Datatype": "Half"}, {"Format/Datatype": "Float"}]},
+        {"LayerType": "Reformat", "Outputs": [{"Format/Datatype": "Row major linear FP32"}]},
+        {"LayerType": "NoOp", "Outputs": []},
+        "a line of an engine without details",
+    ]
+    assert summarize(layers) == {
+        "count": 6,
+        "types": {"CaskConvolution": 2, "kgen": 1, "Reformat": 1, "NoOp": 1, "unknown": 1},
+        "precisions": {"FP16": 2, "INT8": 1, "FP32": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [('{"Layers": [{"Name": "a"}], "Bindings": []}', [{"Name": "a"}]), ("one\n\ntwo", ["one", "two"])],
+)
+def test_layers_of_an_engine(text, layers):
+    inspector = types.SimpleNamespace(get_engine_information=lambda form: text)
+    assert engine_layers(TRT, types.SimpleNamespace(create_engine_inspector=lambda: inspector)) == layers
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "tactics.timing"
+    for content in (b"old", b"new"):
+        write_atomically(str(path), content)
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
