@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import OutputError, StorageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def sha256(path: Path) -> str:
@@ -66,11 +66,15 @@ def storage_errors(path: Path) -> Iterator[None]:
                 found=error.strerror,
                 hint="free some space, or choose another folder with -o",
             ) from error
-        if error.errno in REFUSED:
-            raise OutputError(
-                f"output {str(path)!r} cannot be written", found=error.strerror, hint="choose another folder with -o"
-            ) from error
+        if error.errno in REFUSED and str(error.filename).startswith(str(path.parent)):
+            raise _unusable(path, error) from error
         raise
+
+
+def _unusable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"output {str(path)!r} cannot be written", found=error.strerror, hint="choose another folder with -o"
+    )
 
 
 @contextmanager
@@ -82,11 +86,15 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError, StorageError: see `storage_errors`.
     """
-    with storage_errors(path):
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"output {str(path)!r} is a file", expected="a folder, or a path where none is yet")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_over(path)
-        partial = path.parent / f".{path.name}.{os.getpid()}.partial"
         partial.mkdir()
+    except OSError as error:
+        raise _unusable(path, error) from error
     try:
         with storage_errors(path):
             yield partial

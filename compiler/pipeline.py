@@ -12,7 +12,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BuildError, CaptureError, EnginesmithError, RecipeError, TargetUnavailableError
+from ..errors import (
+    BuildError,
+    CaptureError,
+    EnginesmithError,
+    RecipeError,
+    TargetUnavailableError,
+    UnknownNameError,
+)
 from ..passes import parse_pass
 from ..passes.base import Context, Pass
 from ..targets import parse_target
@@ -27,7 +34,7 @@ from .manifest import FORMAT, Benchmark, CaptureRecord, EngineRecord, Manifest, 
 from .progress import Progress, Stages
 from .recipe import Recipe, make_recipe, read_recipe
 from .reference import ReferenceOutputs
-from .trial import benchmark_engines, load, validate_engines, verdict
+from .trial import TORCH_BASELINES, benchmark_engines, load, validate_engines, verdict
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +53,7 @@ class Job:
     recipe: Recipe
     targets: tuple[Target, ...]
     passes: tuple[Pass, ...]
+    casts: Mapping[str, Pass]
     machine: Mapping[str, Any]
     cache: Cache
     folder: Path
@@ -100,10 +108,11 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     """The stages. Every name and option is checked before any work starts."""
     targets = tuple(parse_target(text) for text in recipe.targets)
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
-    _check_required(recipe, targets)
+    casts = {precision: parse_pass(f"cast:to={precision}") for precision in recipe.precisions if precision != "fp32"}
+    _check_names(recipe, targets)
     stages = Stages(progress, STAGES)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
-        job = Job(recipe, targets, passes, environment(), Cache(), folder, Path(scratch), stages)
+        job = Job(recipe, targets, passes, casts, environment(), Cache(), folder, Path(scratch), stages)
 
         bundle_key = compile_key(recipe, job.machine)
         from_files = module is None and is_self_contained(recipe)
@@ -173,8 +182,15 @@ def _resolve(recipe: Recipe) -> Recipe:
     return make_recipe({**recipe.model_dump(), **paths, "targets": targets})
 
 
-def _check_required(recipe: Recipe, targets: tuple[Target, ...]) -> None:
-    """Fails before any work where a required target was not asked for or cannot be built here."""
+def _check_names(recipe: Recipe, targets: tuple[Target, ...]) -> None:
+    """Fails before any work where a required target was not asked for or cannot be built here.
+
+    A baseline that does not exist fails here too.
+    """
+    names = [f"{target.name}-{precision}" for target in targets for precision in recipe.precisions]
+    for baseline in recipe.baselines:
+        if baseline not in (*TORCH_BASELINES, *names):
+            raise UnknownNameError("baseline", baseline, [*TORCH_BASELINES, *names])
     for name in recipe.require:
         target = next((t for t in targets if t.name == name), None)
         if target is None:
@@ -240,8 +256,8 @@ def _run_passes(job: Job, captured: Captured, model: Model, data: Data) -> tuple
     graphs = {}
     for precision in job.recipe.precisions:
         graphs[precision] = captured.graph.clone()
-        if precision != "fp32":
-            records.append(_run_pass(parse_pass(f"cast:to={precision}"), graphs[precision], context, precision))
+        if precision in job.casts:
+            records.append(_run_pass(job.casts[precision], graphs[precision], context, precision))
     return graphs, records
 
 
@@ -272,7 +288,10 @@ def _build_all(
     engines = []
     for number, (target, precision) in enumerate(variants):
         job.stages.update(number / len(variants), f"{target.name} {precision}")
-        engines.append(_build(job, target, precision, graphs.get(precision), capture, model, data))
+        name = f"{target.name}-{precision}"
+        same = sum(engine["name"].startswith(name) for engine in engines)  # one target twice, with other options
+        name += f"-{same + 1}" if same else ""
+        engines.append(_build(job, name, target, precision, graphs.get(precision), capture, model, data))
     failed = [engine for engine in engines if engine["status"] in ("failed", "unavailable")]
     required = [engine for engine in failed if engine["target"] in job.recipe.require]
     if required or len(failed) == len(engines):
@@ -287,6 +306,7 @@ def _build_all(
 
 def _build(
     job: Job,
+    name: str,
     target: Target,
     precision: str,
     graph: Graph | None,
@@ -295,8 +315,8 @@ def _build(
     data: Data,
 ) -> EngineRecord:
     record = EngineRecord(
-        name=f"{target.name}-{precision}",
-        target=str(target),
+        name=name,
+        target=target.name,
         precision=precision,
         status="unavailable",
         reason="",
@@ -314,7 +334,7 @@ def _build(
     if problem := _mismatch(target, precision, graph, capture):
         record.update(status="failed", reason=problem)
         return record
-    directory = job.folder / "engines" / record["name"]
+    directory = job.folder / "engines" / name
     directory.mkdir(parents=True)
     log: list[str] = []
     start = time.perf_counter()
@@ -326,10 +346,11 @@ def _build(
         record.update(
             status="failed", reason=str(error) if known else f"internal error, {type(error).__name__}: {error}"
         )
-        record["to_do"] = f"see engines/{record['name']}/build.log"
+        record["to_do"] = f"see engines/{name}/build.log"
         write_reproduction(directory, str(target), precision, log)
         return record
-    info.write(directory)
+    (directory / "engine.json").unlink()  # it may be a link to the cache's
+    dataclasses.replace(info, name=name).write(directory)
     write_reproduction(directory, str(target), precision, log)
     record.update(
         status="ready" if state.run else "built",

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import EnginesmithError, TargetUnavailableError, UnknownNameError
-from ..targets import parse_target
+from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
 from .bundle import Bundle
 from .data import open_data
+from .engine import check_files
 from .manifest import Benchmark, EngineRecord, OutputMetrics, Validation
 from .progress import Progress
 from .recipe import Recipe, make_recipe, read_recipe
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from .benchmark import Candidate, SizedInputs
     from .sources import Model
     from .validator import MetricFunction
+
+
+TORCH_BASELINES = ("torch", "torch.compile")
 
 
 def load(recipe: Recipe, module: torch.nn.Module | None = None) -> Model:
@@ -53,7 +57,8 @@ def load(recipe: Recipe, module: torch.nn.Module | None = None) -> Model:
 def open_runner(folder: Path, engine: EngineRecord) -> Runner:
     """Loads one engine of a bundle."""
     directory = folder / "engines" / engine["name"]
-    return parse_target(engine["target"]).runner(directory, EngineInfo.read(directory))
+    info = EngineInfo.read(directory)
+    return get_target(info.target, info.options).runner(directory, info)
 
 
 def validate_engines(
@@ -179,8 +184,8 @@ def _baselines(
 
     names = {engine["name"] for engine in engines}
     asked = [name for name in recipe.baselines if name not in names]
-    if unknown := [name for name in asked if name not in ("torch", "torch.compile")]:
-        raise UnknownNameError("baseline", unknown[0], ["torch", "torch.compile", *names])
+    if unknown := [name for name in asked if name not in TORCH_BASELINES]:
+        raise UnknownNameError("baseline", unknown[0], [*TORCH_BASELINES, *names])
     if not asked:
         return [], {}
     if model is None or model.module is None:
@@ -191,7 +196,7 @@ def _baselines(
 
 
 def _any_on_gpu(engines: Sequence[EngineRecord]) -> bool:
-    ready = [parse_target(engine["target"]) for engine in engines if engine["status"] == "ready"]
+    ready = [get_target(engine["target"]) for engine in engines if engine["status"] == "ready"]
     return any("cuda" in target.capabilities.devices and "cpu" not in target.capabilities.devices for target in ready)
 
 
@@ -249,7 +254,7 @@ def benchmark_bundle(
         sample: Mapping[str, np.ndarray] = open_data(recipe.data, signature, seed=recipe.seed).first()
     else:
         sample = next(iter(ReferenceOutputs(path / "reference", signature))).inputs
-    in_torch = any(name in ("torch", "torch.compile") for name in recipe.baselines)
+    in_torch = any(name in TORCH_BASELINES for name in recipe.baselines)
     model = load(recipe) if in_torch and bundle.manifest["source"]["kind"] != "onnx" else None
     update = (progress or Progress()).update
     result = benchmark_engines(path, chosen, sample, signature, recipe, model, update)
@@ -273,7 +278,8 @@ def _choose(bundle: Bundle, names: Sequence[str]) -> list[EngineRecord]:
     for record in records:
         if (names and record["name"] not in names) or record["status"] not in ("ready", "built"):
             continue
-        state = parse_target(record["target"]).availability()
+        check_files(bundle.path, record["name"], bundle.manifest)
+        state = get_target(record["target"]).availability()
         if state.run:
             chosen.append(EngineRecord(**{**record, "status": "ready", "validation": None}))
         else:

@@ -71,7 +71,18 @@ def test_output_below_a_file(tmp_path):
 
 def test_refused_write_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="cannot be written"), storage_errors(tmp_path):
-        raise PermissionError(13, "Permission denied")
+        raise PermissionError(13, "Permission denied", str(tmp_path / "file"))
+
+
+def test_refused_reading_elsewhere_is_not_blamed_on_the_output(tmp_path):
+    with pytest.raises(PermissionError, match="elsewhere"), storage_errors(tmp_path / "out"):
+        raise PermissionError(13, "Permission denied", "/elsewhere")
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match=r"output .* is a file"), appearing_folder(tmp_path / "out"):
+        pass
 
 
 def test_copies_hold_the_same_content(tmp_path):
