@@ -14,13 +14,18 @@ from enginesmith.compiler.environment import environment
 RESULTS = Path(__file__).parent / "results"
 
 
+def command() -> str:
+    """The command line, as it is given from the root of the repository."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
 def write(name: str, results: Any, path: Path | None = None) -> Path:
     """Writes `results` under `name`, or to `path`, and says where."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
         "results": results,

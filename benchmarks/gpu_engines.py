@@ -18,7 +18,7 @@ from typing import Any
 import models
 import numpy as np
 import torch
-from _results import RESULTS, write
+from _results import RESULTS, command, write
 
 import enginesmith
 from enginesmith.compiler.baselines import torch_baselines
@@ -103,6 +103,7 @@ def run_job(name: str, batch: int, options: argparse.Namespace, remaining_s: flo
         timings = benchmark(candidates, [sized], baseline=candidates[0].name, protocol=SETTINGS)
     kept = ("name", "status", "reason", "build_s", "size_bytes", "cached", "validation")
     return {
+        "command": command(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "compile_s": compile_s,
         "engines": [{key: engine[key] for key in kept} for engine in engines],
