@@ -128,6 +128,7 @@ class Judge:
         self._dtypes = dtypes or {}
         self._differences: dict[str, Difference] = {}
         self._problems: dict[str, list[str]] = {}
+        self._searched: set[str] = set()
 
     def update(self, reference: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> dict[str, Difference]:
         """Takes in one sample and returns its differences by output."""
@@ -157,6 +158,10 @@ class Judge:
         return [self._record(name, total) for name, total in self._differences.items()]
 
     def _twin(self, name: str, array: np.ndarray, outputs: Mapping[str, np.ndarray]) -> str | None:
+        """The output that should have been this one, searched in the first sample that is wrong."""
+        if name in self._searched:
+            return None
+        self._searched.add(name)
         others = (other for other in outputs if other != name and outputs[other].shape == array.shape)
         return next((o for o in others if not failures(compare(array, outputs[o]), self.tolerance)), None)
 

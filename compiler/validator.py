@@ -5,13 +5,15 @@ Engines run as Polygraphy runners, and what they gave is saved in Polygraphy's f
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataError, EnginesmithError, RecipeError
+from ..errors import DataError, EngineError, EnginesmithError, RecipeError
 from .manifest import OutputMetrics, TaskMetric, Validation
 from .metrics import Judge, resolve_tolerance
 from .polygraphy_io import EngineRunner, Trail
@@ -95,33 +97,35 @@ def noise_floor(
 ) -> tuple[str, list[OutputMetrics]]:
     """What differs although nothing was optimized: the captured fp32 graph as ONNX Runtime runs it on the CPU.
 
-    Without a graph or without ONNX Runtime it is the reference run a second time.
+    Where there is no graph, or none that ONNX Runtime takes, it is the reference run a second time.
     """
-    what, run = _plain_session(graph) if graph is not None else ("", None)
+    if graph is not None:
+        with contextlib.suppress(EngineError):
+            metrics = _floor(reference, _plain_session(graph), max_samples)
+            return "captured graph in fp32, ONNX Runtime on the CPU without optimizations", metrics
+
+    def again(inputs: Arrays) -> dict[str, np.ndarray]:
+        model.reference.reset()
+        return model.reference.run(inputs)
+
+    return "reference, run a second time", _floor(reference, again, max_samples)
+
+
+def _floor(
+    reference: ReferenceOutputs, run: Callable[[Arrays], dict[str, np.ndarray]], max_samples: int
+) -> list[OutputMetrics]:
     judge = Judge(resolve_tolerance("fp32"))
-    for index, sample in enumerate(reference):
-        if index == max_samples:
-            break
-        if run is None:
-            model.reference.reset()
-        judge.update(sample.outputs, run(sample.inputs) if run else model.reference.run(sample.inputs))
-    return what or "reference, run a second time", judge.metrics()
+    for sample in itertools.islice((sample for sample in reference if not sample.probe), max_samples):
+        judge.update(sample.outputs, run(sample.inputs))
+    return judge.metrics()
 
 
-def _plain_session(graph: Path) -> tuple[str, Callable[[Arrays], dict[str, np.ndarray]] | None]:
-    try:
-        import onnxruntime as ort
-    except ImportError:
-        return "", None
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return (
-        "captured graph in fp32, ONNX Runtime on the CPU without optimizations",
-        lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True)),
-    )
+def _plain_session(graph: Path) -> Callable[[Arrays], dict[str, np.ndarray]]:
+    from ..targets._onnxruntime import HostRunner, Session, require_onnxruntime
+
+    require_onnxruntime("cpu")
+    session = Session(optimization="none").open(graph)
+    return HostRunner(session, [output.name for output in session.get_outputs()]).run
 
 
 class _Scores:

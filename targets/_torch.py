@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
@@ -72,6 +73,14 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
     return _casting(module.to(device).half(), torch.float16, dtypes)
 
 
+def exact() -> contextlib.AbstractContextManager[Any]:
+    """Keeps convolutions on a GPU from being computed in TF32, which torch allows them."""
+    import torch
+
+    benchmark = torch.backends.cudnn.benchmark
+    return torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, deterministic=False, allow_tf32=False)
+
+
 def tensors_of(arrays: Arrays, info: EngineInfo | BuildRequest, device: str) -> list[torch.Tensor]:
     """The inputs as tensors on the device, in the signature's order."""
     return [to_tensor(arrays[spec.name], spec.dtype, device) for spec in info.signature.inputs]
@@ -133,6 +142,7 @@ class TorchRunner:
         self._info = info
         self._device = device
         self._lock = threading.Lock()
+        self._precision = exact if device == "cuda" and info.precision == "fp32" else contextlib.nullcontext
         self._module: Callable[..., Any] | None = self._open()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,10 +173,10 @@ class TorchRunner:
         if module is None:
             raise EngineError(f"engine {self._info.name} is closed", hint="load it again")
         try:
-            with self._torch.no_grad():
+            with self._torch.no_grad(), self._precision():
                 outputs = self._one_at_a_time(module, tensors) if self._info.stateful else module(*tensors)
         except RuntimeError as error:
-            raise EngineError(f"engine {self._info.name} failed to run: {_last_line(error)}") from error
+            raise EngineError(f"engine {self._info.name} failed to run: {last_line(error)}") from error
         return {spec.name: tensor for spec, tensor in zip(self._info.signature.outputs, outputs, strict=True)}
 
     def _one_at_a_time(self, module: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
@@ -177,7 +187,7 @@ class TorchRunner:
         try:
             return self._load()
         except (RuntimeError, OSError) as error:
-            raise EngineError(f"engine {self._info.name} cannot be opened: {_last_line(error)}") from error
+            raise EngineError(f"engine {self._info.name} cannot be opened: {last_line(error)}") from error
 
 
 class TorchBound:
@@ -262,6 +272,6 @@ def _wrong(how: str, point: Mapping[str, int], found: str) -> BuildError:
     )
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """What a TorchScript error says is on its last line, below the stack."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import BuildError
-from ._torch import MINIMUM, TorchRunner, check, prepare, require, tensors_of, torch_availability
+from ._torch import MINIMUM, TorchRunner, check, last_line, prepare, require, tensors_of, torch_availability
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 
 if TYPE_CHECKING:
@@ -82,10 +82,14 @@ class TorchScript(Target):
     def _save(self, module: torch.nn.Module, request: BuildRequest, entry: Path) -> None:
         import torch
 
-        from ..compiler.sources.guard import first_line, foreign, quiet
+        from ..compiler.sources.guard import foreign, quiet
 
         def failed(error: BaseException) -> BuildError:
-            return BuildError("torch.jit could not trace the model", found=first_line(error), hint="see build.log")
+            return BuildError(
+                f"torch.jit could not trace the model in {request.precision}",
+                found=f"{type(error).__name__}: {last_line(error)}",
+                hint="see build.log",
+            )
 
         trace: Callable[..., torch.jit.ScriptModule] = torch.jit.trace
         # Tracing runs the model once, so the state of that run must not be what is saved.

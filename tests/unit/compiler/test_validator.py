@@ -304,7 +304,7 @@ def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise PermissionError(13, "Permission denied", str(tmp_path / "inputs.npz"))
 
     monkeypatch.setattr("zipfile.ZipFile", refuse)
     with pytest.raises(OutputError, match="cannot be written"):
@@ -326,3 +326,13 @@ def test_without_a_graph_the_noise_floor_is_the_reference_itself(record: Referen
     what, metrics = noise_floor(record, make_model(Linear()), None)
     assert what == "reference, run a second time"
     assert [m["relative_l2"] for m in metrics] == [0, None]
+
+
+def test_a_graph_that_does_not_run_leaves_the_reference_as_noise_floor(
+    record: ReferenceOutputs, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.parser.parse_model(GRAPH.replace("batch, 4] x", "batch, 5] x")), path)
+    what, metrics = noise_floor(record, make_model(Linear()), path)
+    assert what == "reference, run a second time"
+    assert all(m["passed"] for m in metrics)

@@ -17,6 +17,7 @@ from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.compiler.sources import Model
 from enginesmith.errors import BuildError, EngineError, RecipeError, TargetUnavailableError
 from enginesmith.targets import parse_target
+from enginesmith.targets._torch import TorchRunner
 from enginesmith.targets.base import BuildRequest, EngineInfo, Runner
 
 Arrays = Mapping[str, np.ndarray]
@@ -77,6 +78,17 @@ class ScriptedCounter(torch.nn.Module):
             x = -x
         self.total = self.total + x.sum(0)
         return x + self.total
+
+
+class ScriptedProduct(torch.nn.Module):
+    """Multiplies by an attribute that is no buffer, which `half` leaves as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.eye(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
 
 
 class TorchReference:
@@ -256,9 +268,16 @@ def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     def fail(x: torch.Tensor) -> torch.Tensor:
         raise KeyError("mode")
 
-    with pytest.raises(BuildError, match=r"torch\.jit could not trace the model") as caught:
+    with pytest.raises(BuildError, match=r"torch\.jit could not trace the model in fp32") as caught:
         parse_target("torchscript").build(make_request(tmp_path, Function(fail)))
     assert caught.value.found == "KeyError: 'mode'"
+
+
+def test_state_that_stays_in_fp32_is_told(tmp_path: Path) -> None:
+    module = Function(torch.jit.script(ScriptedProduct()))
+    with pytest.raises(BuildError, match=r"torch\.jit could not trace the model in fp16") as caught:
+        parse_target("torchscript").build(make_request(tmp_path, module, precision="fp16"))
+    assert "expected m1 and m2 to have the same dtype" in str(caught.value.found)
 
 
 def test_an_onnx_source_has_nothing_to_trace(tmp_path: Path) -> None:
@@ -300,6 +319,20 @@ def test_an_archive_that_is_damaged_is_an_engine_error(tmp_path: Path) -> None:
     (request.directory / "model.pt").write_bytes(b"PK")
     with pytest.raises(EngineError, match="engine engine-fp32 cannot be opened"):
         parse_target("torchscript").runner(request.directory, info)
+
+
+def test_convolutions_of_fp32_engines_are_not_in_tf32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[bool] = []
+
+    def engine(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return (x,)
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for precision, device in (("fp32", "cuda"), ("fp16", "cuda"), ("fp32", "cpu")):
+        TorchRunner(lambda: engine, EngineInfo("e", "t", precision, "f", ONE), device).call([torch.ones(1, 3)])
+    assert allowed == [False, True, True]
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_a_missing_gpu_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
