@@ -1,4 +1,4 @@
-"""Reads the address behind a DLPack tensor, so that any library's CUDA tensor can be bound without a copy.
+"""Takes the CUDA tensors of other libraries as inputs, and gives outputs to them, by DLPack and without a copy.
 
 ONNX Runtime's own reader loses the difference between bool and uint8 in some versions, and takes no stream.
 """
@@ -53,6 +53,31 @@ class Borrowed:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class DeviceTensor:
+    """An output on the device. ``torch.from_dlpack`` and the like take it as it is, `numpy` copies it to the host."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self.shape = tuple(value.shape())
+        self.dtype = ort_dtype(value)
+
+    def __dlpack__(self, *, stream: int | None = None, **unused: Any) -> Any:
+        """A capsule over the same memory; the values are complete, so no stream has to wait."""
+        return self._value._get_c_value().__dlpack__(stream=stream)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self._value._get_c_value().__dlpack_device__()
+        return device
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.numpy(), dtype=dtype)
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host."""
+        array: np.ndarray = self._value.numpy()
+        return array
+
+
 def cuda_device(value: Any) -> int | None:
     """Number of the CUDA device that a DLPack tensor lies on; None where it is an array or lies elsewhere."""
     if isinstance(value, (np.ndarray, np.generic)) or not hasattr(value, "__dlpack_device__"):
@@ -79,6 +104,12 @@ def borrow(name: str, value: Any, dtype: np.dtype[Any], stream: int | None) -> B
             f"input {name!r} is not contiguous", expected="C order", found=f"strides {strides}", hint="x.contiguous()"
         )
     return Borrowed((tensor.data or 0) + tensor.byte_offset, shape, dtype, capsule)
+
+
+def ort_dtype(value: Any) -> np.dtype[Any]:
+    """The dtype of an OrtValue, whose types are named as in ``tensor(float)``."""
+    name: str = value.data_type().removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
 
 
 def _compact(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import DataError, EngineError
 from ._cuda import Stream
-from ._dlpack import Borrowed, borrow, cuda_device
+from ._dlpack import Borrowed, DeviceTensor, borrow, cuda_device, ort_dtype
 from ._onnxruntime import failures, to_numpy
 from .base import Arrays, Bound
 
@@ -23,35 +23,13 @@ MAX_GRAPHS = 16
 
 Placed = Mapping[str, Borrowed | np.ndarray]
 _NO_GRAPH = -1
-
-
-class DeviceTensor:
-    """An output on the device. ``torch.from_dlpack`` and the like take it as it is, `numpy` copies it to the host."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-        self.shape = tuple(value.shape())
-        self.dtype = _dtype(value)
-
-    def __dlpack__(self, *, stream: int | None = None, **unused: Any) -> Any:
-        """A capsule over the same memory; the values are complete, so no stream has to wait."""
-        return self._value._get_c_value().__dlpack__(stream=stream)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        device: tuple[int, int] = self._value._get_c_value().__dlpack_device__()
-        return device
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.numpy(), dtype=dtype)
-
-    def numpy(self) -> np.ndarray:
-        """A copy on the host."""
-        array: np.ndarray = self._value.numpy()
-        return array
+T = TypeVar("T")
 
 
 class DeviceRunner:
     """A session on a device. It has one stream, so that calls from several threads take turns.
+
+    ONNX Runtime captures CUDA graphs anew for every thread that calls it, so such a session has a thread of its own.
 
     Args:
         session: an InferenceSession made with `stream` as its user_compute_stream.
@@ -61,119 +39,135 @@ class DeviceRunner:
     """
 
     def __init__(self, session: Any, stream: Stream, outputs: Sequence[str], *, graphs: bool) -> None:
+        self.stream = stream
         self._session = session
-        self._stream = stream
         self._inputs = [value.name for value in session.get_inputs()]
         self._outputs = list(outputs)
-        self._buffers: dict[tuple[tuple[int, ...], ...], _Buffers] = {}
+        self._buffers: dict[tuple[tuple[int, ...], ...], Buffers] = {}
         self._graphs = graphs
         self._numbers = itertools.count(1) if graphs else itertools.repeat(_NO_GRAPH)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-graph") if graphs else None
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name: NumPy arrays, or `DeviceTensor` where any input is a tensor on the device."""
         placed = {name: self._place(name, inputs[name]) for name in self._inputs}
-        on_device = any(isinstance(value, Borrowed) for value in placed.values())
-        with self._lock, self._running():
-            buffers = self._buffers_for(placed) if self._graphs else None
-            if buffers is not None:
-                buffers.fill(placed)
-                buffers.launch()
-                return buffers.copies() if on_device else buffers.arrays()
-            if on_device:
-                return self._run_bound(placed)
-            values = self._session.run(self._outputs, placed, _run_options(_NO_GRAPH))
-            return dict(zip(self._outputs, values, strict=True))
+        return self.turn(lambda: self._run(placed))
 
     def bind(self, inputs: Arrays) -> Bound:
         """Copies the inputs to the device, into buffers of their own."""
         placed = {name: np.asarray(inputs[name], order="C") for name in self._inputs}
-        with self._lock, self._running():
-            return DeviceBound(self, self._new_buffers(placed))
+        return DeviceBound(self, self.turn(lambda: self._new_buffers(placed)))
 
     def reset(self) -> None:
         """A session keeps no state."""
 
     def close(self) -> None:
         """Waits for the running call, and gives the device's memory back."""
+        if self._thread is not None:
+            self._thread.shutdown()
         with self._lock:
             self._buffers.clear()
             self._session = None
-            self._stream.close()
+            self.stream.close()
+
+    def turn(self, call: Callable[[], T]) -> T:
+        """Makes a call when those before it are done, in the thread and on the device of the session.
+
+        Raises:
+            EngineError: ONNX Runtime or the driver failed, or the runner is closed.
+        """
+        if self._thread is None:
+            return self._turn(call)
+        try:
+            future = self._thread.submit(self._turn, call)
+        except RuntimeError as error:
+            raise _closed() from error
+        return future.result()
+
+    def _turn(self, call: Callable[[], T]) -> T:
+        with self._lock:
+            if self._session is None:
+                raise _closed()
+            return self._on_device(call)
+
+    def _on_device(self, call: Callable[[], T]) -> T:
+        with self.stream.current():
+            try:
+                return call()
+            except failures() as problem:
+                raise EngineError(f"ONNX Runtime failed to run the engine: {problem}") from problem
 
     def _place(self, name: str, value: Any) -> Borrowed | np.ndarray:
         device = cuda_device(value)
         if device is None:
             return np.asarray(to_numpy(name, value), order="C")
-        if device != self._stream.device:
+        if device != self.stream.device:
             raise DataError(
-                f"input {name!r} lies on another device", expected=f"cuda:{self._stream.device}", found=f"cuda:{device}"
+                f"input {name!r} lies on another device", expected=f"cuda:{self.stream.device}", found=f"cuda:{device}"
             )
-        return borrow(name, value, np.dtype(str(value.dtype).removeprefix("torch.")), self._stream.handle)
+        return borrow(name, value, np.dtype(str(value.dtype).removeprefix("torch.")), self.stream.handle)
 
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        with self._stream.current():
-            try:
-                yield
-            except failures() as problem:
-                raise EngineError(f"ONNX Runtime failed to run the engine: {problem}") from problem
+    def _run(self, placed: Placed) -> dict[str, Any]:
+        on_device = any(isinstance(value, Borrowed) for value in placed.values())
+        buffers = self._buffers_for(placed) if self._graphs else None
+        if buffers is not None:
+            buffers.fill(placed)
+            buffers.launch()
+            return buffers.copies() if on_device else buffers.arrays()
+        if on_device:
+            return self._run_bound(placed)
+        values = self._session.run(self._outputs, placed, _run_options(_NO_GRAPH))
+        return dict(zip(self._outputs, values, strict=True))
 
-    def _run_bound(self, placed: Placed) -> dict[str, Any]:
+    def _run_bound(self, placed: Placed) -> dict[str, DeviceTensor]:
         binding = self._session.io_binding()
         for name, value in placed.items():
             if isinstance(value, Borrowed):
-                binding.bind_input(name, DEVICE, self._stream.device, value.dtype, list(value.shape), value.address)
+                binding.bind_input(name, DEVICE, self.stream.device, value.dtype, list(value.shape), value.address)
             else:
                 binding.bind_cpu_input(name, value)
         for name in self._outputs:
-            binding.bind_output(name, DEVICE, self._stream.device)
+            binding.bind_output(name, DEVICE, self.stream.device)
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding, _run_options(_NO_GRAPH))
-        self._stream.synchronize()
-        return {name: DeviceTensor(v) for name, v in zip(self._outputs, binding.get_outputs(), strict=True)}
+        values = binding.get_outputs()
+        if self._graphs:
+            # The session's memory is also that of captured graphs, whose next replay may overwrite these outputs.
+            values = [_copy(value, self.stream) for value in values]
+        self.stream.synchronize()
+        return {name: DeviceTensor(value) for name, value in zip(self._outputs, values, strict=True)}
 
-    def _buffers_for(self, placed: Placed) -> _Buffers | None:
+    def _buffers_for(self, placed: Placed) -> Buffers | None:
         key = tuple(value.shape for value in placed.values())
         if key not in self._buffers and len(self._buffers) < MAX_GRAPHS:
             self._buffers[key] = self._new_buffers(placed)
         return self._buffers.get(key)
 
-    def _new_buffers(self, placed: Placed) -> _Buffers:
-        return _Buffers(self._session, self._stream, placed, self._outputs, next(self._numbers))
+    def _new_buffers(self, placed: Placed) -> Buffers:
+        return Buffers(self._session, self.stream, placed, self._outputs, next(self._numbers))
 
 
-class _Buffers:
-    """Inputs and outputs of one set of shapes at fixed places on the device, as a CUDA graph needs them."""
+class Buffers:
+    """Inputs and outputs of one set of shapes at fixed places on the device, as a CUDA graph needs them.
 
-    def __init__(
-        self,
-        session: Any,
-        stream: Stream,
-        placed: Placed,
-        outputs: Sequence[str],
-        graph: int,
-    ) -> None:
-        import onnxruntime
+    They lie outside of the session's own memory, which captured graphs share and overwrite.
+    """
 
+    def __init__(self, session: Any, stream: Stream, placed: Placed, outputs: Sequence[str], graph: int) -> None:
         self._session = session
         self._stream = stream
         self._binding = session.io_binding()
-        self._inputs = {
-            name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                list(value.shape), value.dtype.type, DEVICE, stream.device
-            )
-            for name, value in placed.items()
-        }
+        self._inputs = {name: _empty(value.shape, value.dtype.type, stream) for name, value in placed.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
         for name in outputs:
             self._binding.bind_output(name, DEVICE, stream.device)
         self.fill(placed)
-        # The first run lets ONNX Runtime allocate the outputs, which stay where they are from then on.
-        session.run_with_iobinding(self._binding, _run_options(_NO_GRAPH))
+        session.run_with_iobinding(self._binding, _run_options(_NO_GRAPH))  # tells the shapes of the outputs
+        found = zip(outputs, self._binding.get_outputs(), strict=True)
+        self._outputs = {name: _copy(value, stream) for name, value in found}
         stream.synchronize()
-        self._outputs = dict(zip(outputs, self._binding.get_outputs(), strict=True))
         for name, value in self._outputs.items():
             self._binding.bind_ortvalue_output(name, value)
         # ONNX Runtime captures a graph for each number, which must never come back with other buffers.
@@ -194,7 +188,7 @@ class _Buffers:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The outputs on the host, once the runs before have finished."""
-        result = {name: np.empty(value.shape(), _dtype(value)) for name, value in self._outputs.items()}
+        result = {name: np.empty(value.shape(), ort_dtype(value)) for name, value in self._outputs.items()}
         for name, value in self._outputs.items():
             self._stream.copy(result[name].ctypes.data, value.data_ptr(), result[name].nbytes)
         self._stream.synchronize()
@@ -202,15 +196,7 @@ class _Buffers:
 
     def copies(self) -> dict[str, DeviceTensor]:
         """The outputs in new memory of the device, since the next run overwrites the buffers."""
-        import onnxruntime
-
-        result = {}
-        for name, value in self._outputs.items():
-            copy = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                list(value.shape()), value.element_type(), DEVICE, self._stream.device
-            )
-            self._stream.copy(copy.data_ptr(), value.data_ptr(), value.tensor_size_in_bytes())
-            result[name] = DeviceTensor(copy)
+        result = {name: DeviceTensor(_copy(value, self._stream)) for name, value in self._outputs.items()}
         self._stream.synchronize()
         return result
 
@@ -218,50 +204,61 @@ class _Buffers:
 class DeviceBound:
     """Inputs in buffers on the device, for repeated runs."""
 
-    def __init__(self, runner: DeviceRunner, buffers: _Buffers) -> None:
+    def __init__(self, runner: DeviceRunner, buffers: Buffers) -> None:
         self._runner = runner
         self._buffers = buffers
 
     def run(self) -> None:
         """Starts one execution."""
-        with self._runner._lock, self._runner._running():
-            self._buffers.launch()
+        self._runner.turn(self._buffers.launch)
 
     def synchronize(self) -> None:
         """Waits for the device."""
-        with self._runner._stream.current():
-            self._runner._stream.synchronize()
+        self._runner.turn(self._runner.stream.synchronize)
 
     def timed(self, iterations: int) -> tuple[list[float], list[float] | None]:
         """Host and device milliseconds of each run, the device idle before each.
 
         Device time is that between two events on the stream, the gaps between kernels included.
         """
+        return self._runner.turn(lambda: self._timed(iterations))
+
+    def _timed(self, iterations: int) -> tuple[list[float], list[float]]:
         host, device = [], []
-        stream = self._runner._stream
-        with self._runner._lock, self._runner._running():
-            start, end = stream.event(), stream.event()
+        stream = self._runner.stream
+        start, end = stream.event(), stream.event()
+        stream.synchronize()
+        for _ in range(iterations):
+            begin = time.perf_counter_ns()
+            stream.record(start)
+            self._buffers.launch()
+            stream.record(end)
             stream.synchronize()
-            for _ in range(iterations):
-                begin = time.perf_counter_ns()
-                stream.record(start)
-                self._buffers.launch()
-                stream.record(end)
-                stream.synchronize()
-                host.append((time.perf_counter_ns() - begin) / 1e6)
-                device.append(end.milliseconds_since(start))
+            host.append((time.perf_counter_ns() - begin) / 1e6)
+            device.append(end.milliseconds_since(start))
         return host, device
 
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs of the last run, on the host."""
-        with self._runner._lock, self._runner._running():
-            return self._buffers.arrays()
+        return self._runner.turn(self._buffers.arrays)
 
 
-def _dtype(value: Any) -> np.dtype[Any]:
-    """The dtype of an OrtValue, whose types are named as in ``tensor(float)``."""
-    name: str = value.data_type().removeprefix("tensor(").removesuffix(")")
-    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
+def _closed() -> EngineError:
+    return EngineError("the engine is closed", hint="load it again")
+
+
+def _empty(shape: Sequence[int], element_type: Any, stream: Stream) -> Any:
+    """New memory of the device, as an OrtValue."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), element_type, DEVICE, stream.device)
+
+
+def _copy(value: Any, stream: Stream) -> Any:
+    """Starts copying an OrtValue into new memory of the device."""
+    copy = _empty(value.shape(), value.element_type(), stream)
+    stream.copy(copy.data_ptr(), value.data_ptr(), value.tensor_size_in_bytes())
+    return copy
 
 
 def _run_options(graph: int, *, wait: bool = True) -> Any:

@@ -27,8 +27,9 @@ class OnnxRuntimeCuda(Target):
 
     Attributes:
         device_id: number of the GPU, as CUDA_VISIBLE_DEVICES orders them.
-        cuda_graph: whether to capture one CUDA graph for each set of input shapes, at fixed buffers. Where ONNX Runtime
-            refuses it (a node on the CPU, control flow), the engine is built without, and details say why.
+        cuda_graph: whether to capture a CUDA graph for each set of input shapes when it first comes, at fixed buffers;
+            CUDA lets no other thread allocate memory meanwhile. Where ONNX Runtime refuses (a node on the CPU, control
+            flow), the engine is built without, and its details say why.
         prefer_nhwc: whether convolutions run in the layout that Tensor Cores take; None for "in fp16 only".
         fuse_conv_bias: whether cuDNN adds the bias within a convolution; None for "in fp16 only".
         conv_algo_search: how cuDNN's algorithm is found; "exhaustive" times them at the first run of each shape.

@@ -177,11 +177,20 @@ class TestRunner:
             thread.join()
         assert right == [True] * 4
 
-    def test_close_closes_the_stream(self, make, graphs):
+    def test_a_closed_runner_says_so(self, make, graphs):
         runner = make(graphs=graphs)
+        bound = runner.bind(SAMPLE)
         runner.reset()
         runner.close()
-        assert runner._stream.closed
+        assert runner.stream.closed
+        for call in (lambda: runner.run(SAMPLE), bound.run):
+            with pytest.raises(EngineError, match=r"the engine is closed\n.*load it again"):
+                call()
+
+    def test_a_session_with_graphs_is_called_from_one_thread_only(self, make, graphs):
+        runner = make(graphs=graphs)
+        names = {runner.turn(lambda: threading.current_thread().name) for _ in range(3)}
+        assert names == {"cuda-graph_0" if graphs else threading.current_thread().name}
 
 
 def test_a_tensor_of_another_device_is_refused(make, monkeypatch):
