@@ -117,9 +117,12 @@ class SessionRunner:
 
 
 class _SessionBound:
+    """`graph_refusal` says why runs are no replays of a CUDA graph, once they have been timed; empty where they are."""
+
     def __init__(self, runner: SessionRunner, binding: Binding) -> None:
         self._runner = runner
         self._binding = binding
+        self.graph_refusal = ""
 
     def run(self) -> None:
         """Starts one execution."""
@@ -134,7 +137,9 @@ class _SessionBound:
     def timed(self, iterations: int) -> tuple[list[float], list[float] | None]:
         """Milliseconds on the host, synchronised, and of the GPU by events."""
         with self._runner._active():
-            return self._binding.timed(iterations)
+            times = self._binding.timed(iterations)
+        self.graph_refusal = self._binding.graph_refusal
+        return times
 
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs of the last run."""
@@ -203,6 +208,7 @@ class _WorkerBound:
     def __init__(self, runner: WorkerRunner, number: int) -> None:
         self._runner = runner
         self._number = number
+        self.graph_refusal = ""  # as above
 
     def run(self) -> None:
         """Runs once, until the GPU is done."""
@@ -214,6 +220,7 @@ class _WorkerBound:
     def timed(self, iterations: int) -> tuple[list[float], list[float] | None]:
         """Milliseconds measured by the worker, on its host, synchronised, and of the GPU by events."""
         times = self._runner._call("timed", binding=self._number, iterations=iterations)
+        self.graph_refusal = times["graph_refusal"]
         return times["host"], times["device"]
 
     def outputs(self) -> dict[str, np.ndarray]:

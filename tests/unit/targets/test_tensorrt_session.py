@@ -210,7 +210,7 @@ def test_a_graph_that_cannot_be_captured_is_left_with_the_reason(open_session):
     host, device = bound.timed(2)
     assert len(host) == 2
     assert device == [0.25, 0.25]
-    assert "CAPTURE_INVALIDATED" in bound._binding.graph_refusal
+    assert "CAPTURE_INVALIDATED" in bound.graph_refusal
     np.testing.assert_array_equal(bound.outputs()["y"], 2 * array(3))
 
 
