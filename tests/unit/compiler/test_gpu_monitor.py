@@ -1,5 +1,6 @@
+import itertools
 import sys
-import time
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,17 @@ def refuse(*_):
 
 
 def fake_nvml(**changes):
+    enough = threading.Event()
+    readings = itertools.count(1)
+
+    def utilization(handle):
+        if next(readings) == 6:
+            enough.set()
+        return SimpleNamespace(gpu=85)
+
     clocks = iter([100.0] + [1980.0] * 10**4)
     functions = {
+        "enough": enough,
         "NVMLError": NvmlError,
         "NVML_CLOCK_SM": 1,
         "nvmlInit": lambda: None,
@@ -25,16 +35,16 @@ def fake_nvml(**changes):
         "nvmlDeviceGetHandleByIndex": lambda index: f"gpu {index}",
         "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
         "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=123),
-        "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=85),
+        "nvmlDeviceGetUtilizationRates": utilization,
         "nvmlDeviceGetClockInfo": lambda handle, kind: next(clocks),
     }
     return SimpleNamespace(**{**functions, **changes})
 
 
-def sample():
+def sample(wait=lambda: None):
     with GpuMonitor() as monitor:
-        with monitor.sampling(period_s=0.002) as use:
-            time.sleep(0.05)
+        with monitor.sampling(period_s=0.001) as use:
+            wait()
         return monitor.memory_bytes(), use()
 
 
@@ -47,13 +57,15 @@ def test_without_nvml_driver_or_device_readings_are_none(monkeypatch, nvml):
 
 def test_readings_are_means_of_the_later_half(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
-    assert sample() == (123, GpuUse(85.0, 1980.0))
+    nvml = fake_nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert sample(nvml.enough.wait) == (123, GpuUse(85.0, 1980.0))
 
 
 def test_a_reading_that_is_refused_is_none_and_the_others_are_kept(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetClockInfo=refuse))
-    assert sample() == (123, GpuUse(85.0, None))
+    nvml = fake_nvml(nvmlDeviceGetClockInfo=refuse)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert sample(nvml.enough.wait) == (123, GpuUse(85.0, None))
 
 
 @pytest.mark.parametrize(
