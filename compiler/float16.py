@@ -26,8 +26,8 @@ from .probe import Range, ranges
 LARGEST = 65504.0
 SMALLEST = 2.0**-24
 MASK = -LARGEST / 2
-"""What a mask's minus infinity becomes. Softmax gives it zero as before, and its sum with a score or a second mask stays
-above -65504: beyond that it is infinite, and a row of nothing but minus infinity gives NaN."""
+"""What the minus infinity of a mask becomes. Softmax gives zero as before, and the sum with a score or a second mask
+stays above -65504: beyond that it is infinite, and a row of nothing but minus infinity gives NaN."""
 
 BATCHES = 32
 """How many batches of data are run to find overflows."""
@@ -147,16 +147,25 @@ def _keep_overflows(graph: Graph, measured: dict[str, Range]) -> None:
 
 
 def _keep_between(graph: Graph) -> None:
-    """Keeps light nodes all of whose neighbours stay, until there are no more."""
-    candidates = [node for node in graph.nodes() if kept(node) is None and node.op_type not in HEAVY | {"Cast"}]
-    found = True
-    while found:
-        found = False
-        for node in candidates:
-            around = [*_inputs(node), *_outputs(node)]
-            if kept(node) is None and _inputs(node) and _outputs(node) and all(kept(other) for other in around):
+    """Keeps regions of light nodes that touch nothing but kept nodes."""
+    light = {node for node in graph.nodes() if kept(node) is None and node.op_type not in HEAVY | {"Cast"}}
+    while light:
+        start = light.pop()
+        region = _region(start, light)
+        light -= region
+        around = {other for node in region for other in _neighbours(node)} - region
+        if around and all(map(kept, around)) and not any(map(_at_border, region)):
+            for node in region:
                 keep(node, "lies between nodes that stay in float32")
-                found = True
+
+
+def _region(start: ir.Node, among: set[ir.Node]) -> set[ir.Node]:
+    return {start, *_reach(start, lambda n: [other for other in _neighbours(n) if other in among], lambda n: True)}
+
+
+def _at_border(node: ir.Node) -> bool:
+    inputs = any(value is not None and is_float(value) and value.is_graph_input() for value in node.inputs)
+    return inputs or any(value.is_graph_output() for value in node.outputs)
 
 
 def _constants(graph: Graph) -> Iterator[tuple[ir.Value, np.ndarray, Callable[[np.ndarray], None]]]:
@@ -198,6 +207,10 @@ def _inputs(node: ir.Node) -> list[ir.Node]:
 def _outputs(node: ir.Node) -> list[ir.Node]:
     """The nodes that a node's float32 outputs go to."""
     return [consumer for value in node.outputs if is_float(value) for consumer in value.consumers()]
+
+
+def _neighbours(node: ir.Node) -> list[ir.Node]:
+    return [*_inputs(node), *_outputs(node)]
 
 
 def _reach(

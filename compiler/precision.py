@@ -142,7 +142,7 @@ class Lowering:
                 node.attributes[name] = ir.AttrInt64(name, self._type.dtype.value)
         if node.op_type in ("Constant", "ConstantOfShape"):
             given = next(iter(node.attributes.values()), None)
-            numbers = 0.0 if given is None else given.value
+            numbers = [0.0] if given is None else given.value
             fill = numbers if isinstance(numbers, ir.TensorProtocol) else ir.tensor(np.float32(numbers))
             node.attributes.clear()
             node.attributes["value"] = ir.AttrTensor("value", _converted(fill, self._type.dtype))

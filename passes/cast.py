@@ -38,6 +38,7 @@ class Cast(Pass):
         work = graph.clone()
         if work.model.functions:
             InlinePass()(work.model)
+            work.model.functions.clear()
         work.infer()
         lowering = Lowering(work, ir.DataType.FLOAT16, keep_io=self.keep_io)
         unchecked: tuple[Refusal, ...] = ()
@@ -47,7 +48,8 @@ class Cast(Pass):
             masks = clamp_masks(work)
             unchecked = tuple(map(Refusal, judge(work, lowering, context.samples)))
             lowering.apply()
-        refusals = unchecked + tuple(Refusal(reason, n.name or "") for n in work.nodes() if (reason := kept(n)))
+        stay = ((node, reason) for node in work.nodes() if (reason := kept(node)))
+        refusals = unchecked + tuple(Refusal(reason, node.name or node.outputs[0].name or "") for node, reason in stay)
         if work.fingerprint() == graph.fingerprint():
             return PassResult(modified=False, refusals=refusals)
         graph.model = work.model

@@ -61,7 +61,7 @@ class _Run:
             kept = results.setdefault(key, node)
             if kept is not node and not self._merge_node(graph, node, kept):
                 reason = f"{node.outputs[0].name!r} equals {kept.outputs[0].name!r}, but both are outputs"
-                self.refusals.append(Refusal(reason, node.name or ""))
+                self.refusals.append(Refusal(reason, node.name or node.outputs[0].name or ""))
 
     def _merge_initializer(self, graph: ir.Graph, value: ir.Value, tensors: dict[str, ir.Value]) -> None:
         if value.const_value is None or value.is_graph_input():
