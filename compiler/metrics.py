@@ -31,7 +31,7 @@ from .manifest import OutputMetrics, Tolerance
 TOLERANCES: dict[str, Tolerance] = {
     # Another order of summation costs 1e-6 to 1e-5 in deep networks. TF32, with 11 bits, fails this, as it should.
     "fp32": Tolerance(relative_l2=1e-4, max_abs=1e-3, cosine=0.999999, top1=0.999),
-    # 11 bits: a rounding is off by 2^-11 = 5e-4 at most, and ten of them in one direction are allowed.
+    # 11 bits: a rounding is off by 2^-11 = 5e-4 at most. A sentence encoder in half precision was measured at 2e-3.
     "fp16": Tolerance(relative_l2=5e-3, max_abs=1e-2, cosine=0.9999, top1=0.99),
     # 8 bits: eight times the step of fp16. A sentence encoder was measured at 5e-3 and an LSTM at 3e-2.
     "bf16": Tolerance(relative_l2=4e-2, max_abs=8e-2, cosine=0.999, top1=0.98),

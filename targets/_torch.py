@@ -17,7 +17,8 @@ from .base import Arrays, Availability, Bound, BuildRequest, EngineInfo, Runner
 if TYPE_CHECKING:
     import torch
 
-MINIMUM = "2.9"
+MINIMUM = (2, 9)
+MINIMUM_TEXT = "2.9"
 ANY_RESULT = {"relative_l2": 0.5, "max_abs": 1.0, "cosine": 0.8, "top1": 0.0}
 """Bounds that only something quite different misses, such as a batch that was cut or repeated."""
 
@@ -31,6 +32,11 @@ def torch_availability(device: str) -> Availability:
             build=False, run=False, reason=f"torch cannot be imported: {error}", install="pip install torch"
         )
     versions = {"torch": str(torch.__version__)}
+    if tuple(int(part) for part in versions["torch"].split(".")[:2]) < MINIMUM:
+        reason = f"torch {torch.__version__} is too old, {MINIMUM_TEXT} or newer is needed"
+        return Availability(
+            build=False, run=False, reason=reason, install="pip install --upgrade torch", versions=versions
+        )
     if device == "cpu" or torch.cuda.is_available():
         return Availability(build=True, run=True, versions=versions)
     if torch.version.cuda is None:

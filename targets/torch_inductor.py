@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import BuildError, RecipeError
-from ._torch import MINIMUM, TorchRunner, check, prepare, require, tensors_of, torch_availability
+from ._torch import MINIMUM_TEXT, TorchRunner, check, prepare, require, tensors_of, torch_availability
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class TorchInductor(Target):
     name: ClassVar[str] = "torch-inductor"
     summary: ClassVar[str] = "torch.export and TorchInductor, ahead of time"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        consumes="module", precisions=("fp32", "fp16"), devices=("cpu", "cuda"), minimum={"torch": MINIMUM}
+        consumes="module", precisions=("fp32", "fp16"), devices=("cpu", "cuda"), minimum={"torch": MINIMUM_TEXT}
     )
 
     def __post_init__(self) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..errors import BuildError
-from ._torch import MINIMUM, TorchRunner, check, last_line, prepare, require, tensors_of, torch_availability
+from ..errors import BuildError, RecipeError
+from ._torch import MINIMUM_TEXT, TorchRunner, check, last_line, prepare, require, tensors_of, torch_availability
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ class TorchScript(Target):
     name: ClassVar[str] = "torchscript"
     summary: ClassVar[str] = "TorchScript archive, run by torch"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        consumes="module", precisions=("fp32", "fp16"), devices=("cpu", "cuda"), minimum={"torch": MINIMUM}
+        consumes="module", precisions=("fp32", "fp16"), devices=("cpu", "cuda"), minimum={"torch": MINIMUM_TEXT}
     )
 
     def __post_init__(self) -> None:
         if self.optimize and not self.freeze:
-            raise ValueError("optimize=true needs freeze=true")
+            raise RecipeError("optimize=true needs freeze=true", found=str(self), hint="add optimize=false")
 
     def availability(self) -> Availability:
         """Imports torch and looks for the device."""

@@ -355,6 +355,13 @@ def test_torch_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert state.reason.startswith("torch cannot be imported")
 
 
+def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
+    state = parse_target("torchscript").availability()
+    assert (state.build, state.run) == (False, False)
+    assert state.reason == "torch 2.8.1+cpu is too old, 2.9 or newer is needed"
+
+
 def test_options_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(RecipeError, match="optimize=true needs freeze=true"):
         parse_target("torchscript:freeze=false")
