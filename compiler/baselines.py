@@ -44,7 +44,9 @@ def torch_baselines(
 
 
 class TorchEager:
-    """Runs the torch module as users do: inference mode, the module's own memory layout.
+    """Runs the torch module as users do: inference mode, the module's own memory layout, torch's own settings.
+
+    The last means that on a GPU "fp32" has its convolutions in TF32, which engines in fp32 do without.
 
     In fp32 on the model's own device it shares the module; else it works on a copy, and the state of a stateful copy is
     never reset (no timing depends on it). In fp16 weights and floating-point inputs are half, and so are the outputs.
