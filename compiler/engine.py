@@ -99,7 +99,13 @@ class Engine:
 
     def __call__(self, inputs: Mapping[str, Any] | None = None, /, **named: Any) -> Any:
         """Runs on inputs given by name, and gives the outputs as the model nests them: see `run`."""
-        return self._signature.nest(self.run({**inputs, **named} if inputs is not None else named))
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise DataError(
+                f"inputs of {self.name} are given by name",
+                expected=f"engine({self._signature.inputs[0].name}=...)",
+                found=type(inputs).__name__,
+            )
+        return self._signature.nest(self.run({**inputs, **named} if inputs else named))
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name.

@@ -61,8 +61,17 @@ class DeviceTensor:
         self.shape = tuple(value.shape())
         self.dtype = ort_dtype(value)
 
-    def __dlpack__(self, *, stream: int | None = None, **unused: Any) -> Any:
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
         """A capsule over the same memory; the values are complete, so no stream has to wait."""
+        if copy or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError("only the memory itself can be shared; numpy() copies it to the host")
         return self._value._get_c_value().__dlpack__(stream=stream)
 
     def __dlpack_device__(self) -> tuple[int, int]:

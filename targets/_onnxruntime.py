@@ -158,7 +158,7 @@ def examine(path: Path, session: Session, sample: Arrays, scratch: Path) -> dict
         names = {value.name for value in opened.get_inputs()}
         with translated(f"ONNX Runtime failed to run {path.name} on the sample", BuildError):
             opened.run(None, {name: array for name, array in sample.items() if name in names})
-        events = json.loads(Path(opened.end_profiling()).read_text())
+            events = json.loads(Path(opened.end_profiling()).read_text())
         operators = _operators(onnx.load(optimized, load_external_data=False).graph)
     placed = _placed(events)
     return {

@@ -113,6 +113,13 @@ def test_inputs_that_do_not_fit_are_refused(bundle, inputs, message):
         load(bundle)(inputs)
 
 
+def test_inputs_need_names(bundle):
+    with pytest.raises(
+        DataError, match=r"inputs of only are given by name\n.*engine\(image=\.\.\.\)\n.*found: ndarray"
+    ):
+        load(bundle)(IMAGE)
+
+
 def test_closed_engine_says_so(bundle):
     with load(bundle) as engine:
         engine.reset()

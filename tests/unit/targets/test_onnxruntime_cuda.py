@@ -114,6 +114,15 @@ class TestRunner:
         np.testing.assert_array_equal(outputs["y"].numpy(), [[-1, -2]])
         np.testing.assert_array_equal(np.asarray(outputs["y"], dtype=np.float64), [[-1, -2]])
 
+    def test_an_output_is_an_input_again_but_shares_its_own_memory_only(self, make, graphs):
+        runner = make(graphs=graphs)
+        once = runner.run({"x": torch.ones(1, 2), "flip": torch.tensor(True)})["y"]
+        twice = runner.run({"x": once, "flip": torch.tensor(True)})["y"]
+        np.testing.assert_array_equal(np.from_dlpack(twice), [[1, 1]])
+        for wish in ({"copy": True}, {"dl_device": (2, 0)}):
+            with pytest.raises(BufferError, match="only the memory itself can be shared"):
+                once.__dlpack__(**wish)
+
     def test_arrays_and_tensors_may_be_mixed(self, make, graphs):
         x = torch.tensor([[1.0, 2.0]])
         check(make(graphs=graphs).run({"x": x, "flip": np.array(False)}), x.numpy(), flip=False)
