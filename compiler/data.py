@@ -153,12 +153,19 @@ def _reader(source: str, signature: Signature) -> Callable[[], Iterator[Batch]]:
 
 
 def _function_reader(source: str) -> Callable[[], Iterator[Batch]]:
-    from .usercode import load_symbol
+    from .sources.user_code import load_symbol, running
 
     function = load_symbol(source, kind="data function")
+    file = Path(source.rpartition(":")[0]).absolute()
 
     def read() -> Iterator[Batch]:
-        for item in function():
+        with running(file):
+            items = iter(function())
+        while True:
+            with running(file):
+                item = next(items, None)
+            if item is None:
+                return
             if not isinstance(item, Mapping):
                 raise DataError(
                     f"{source} yields something else than inputs",

@@ -429,7 +429,7 @@ def _validate(job: Job, model: Model, data: Data, captured: Captured, engines: l
     scratch = _made(job.scratch / "reference")
     reference = ReferenceOutputs.record(model, data.labelled(), scratch, max_samples=job.recipe.max_samples)
     floor = noise_floor(reference, model, job.captured if captured.graph else None)
-    validate_engines(job.folder, engines, reference, floor, job.recipe, job.stages.update)
+    validate_engines(job.folder, engines, reference, floor, job.recipe, job.stages.update, save=True)
     reference.save(_made(job.folder / "reference"))
     return reference.description
 

@@ -68,8 +68,13 @@ def validate_engines(
     floor: tuple[str, list[OutputMetrics]],
     recipe: Recipe,
     update: Callable[[float, str], None],
+    *,
+    save: bool,
 ) -> None:
-    """Judges every engine that runs here, and notes the verdict in its record; one that does not load has failed."""
+    """Judges every engine that runs here, and notes the verdict in its record; one that does not load has failed.
+
+    With `save`, Polygraphy's files of the results are left in the engine's folder.
+    """
     from .validator import validate
 
     metric = load_metric(recipe)
@@ -92,7 +97,7 @@ def validate_engines(
                 tolerance=recipe.tolerances.get(engine["precision"]),
                 floor=floor,
                 metric=metric,
-                directory=directory,
+                directory=directory if save else None,
                 seed=recipe.seed,
             )
         finally:
@@ -149,10 +154,17 @@ def load_metric(recipe: Recipe) -> MetricFunction | None:
     """The user's metric."""
     if recipe.metric is None:
         return None
-    from .usercode import load_symbol
+    from .sources.user_code import load_symbol, running
 
     metric: MetricFunction = load_symbol(recipe.metric, kind="metric")
-    return metric
+    file = Path(recipe.metric.rpartition(":")[0]).absolute()
+
+    @functools.wraps(metric)
+    def guarded(outputs: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]) -> Any:
+        with running(file):
+            return metric(outputs, inputs)
+
+    return guarded
 
 
 def verdict(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> dict[str, Any]:
@@ -231,7 +243,7 @@ def validate_bundle(
             floor = noise_floor(reference, model, None)
         else:
             reference = ReferenceOutputs(path / "reference", signature)
-        validate_engines(path, chosen, reference, floor, recipe, (progress or Progress()).update)
+        validate_engines(path, chosen, reference, floor, recipe, (progress or Progress()).update, save=False)
     return [_judged(engine) for engine in chosen]
 
 
