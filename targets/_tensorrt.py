@@ -69,7 +69,7 @@ def interpreter(module: str) -> str:
 
 def in_process(module: str) -> bool:
     """Whether engines run in this process: the module is here, and no other interpreter was named."""
-    return variable(module) not in os.environ and importlib.util.find_spec(module) is not None
+    return not os.environ.get(variable(module)) and importlib.util.find_spec(module) is not None
 
 
 def command(module: str) -> list[str]:
@@ -167,7 +167,7 @@ def build_plan(
                     options=dict(options),
                     timing_cache=None if timing_cache is None else str(timing_cache.absolute()),
                 )
-        except BuildError:
+        except EnginesmithError:
             plan.unlink(missing_ok=True)
             raise
     request.progress(1.0, "done")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import tempfile
 import threading
 import weakref
@@ -60,7 +59,8 @@ class SessionRunner:
         self._session = session
         self._signature = signature
         self._lock = threading.Lock()
-        self._unused: list[Binding] = []  # of bounds that were dropped; freed with the next call that holds the lock
+        self._bindings: dict[int, Binding] = {}
+        self._unused: list[int] = []  # keys of those whose bound was dropped; freed by the next `bind`
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs as arrays; where an input is a CUDA tensor, as torch tensors on the GPU, which may still be busy."""
@@ -73,11 +73,12 @@ class SessionRunner:
         """Copies inputs to the GPU."""
         with self._active():
             while self._unused:
-                self._unused.pop().close()
+                self._bindings.pop(self._unused.pop()).close()
             binding = Binding(self._session, inputs)
+            self._bindings[id(binding)] = binding
             binding.put(inputs)
         bound = _SessionBound(self, binding)
-        weakref.finalize(bound, self._unused.append, binding)
+        weakref.finalize(bound, self._unused.append, id(binding))
         return bound
 
     def reset(self) -> None:
@@ -85,9 +86,10 @@ class SessionRunner:
 
     def close(self) -> None:
         """Gives the GPU's memory back."""
-        with self._active():
-            while self._unused:
-                self._unused.pop().close()
+        if self._bindings:
+            with self._active():
+                while self._bindings:
+                    self._bindings.popitem()[1].close()
         with self._lock, _translated():
             self._session.close()
 
@@ -97,12 +99,13 @@ class SessionRunner:
             yield
 
     def _run_on_gpu(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        torch = sys.modules.get("torch") or importlib.import_module("torch")
+        torch = importlib.import_module("torch")
         session = self._session
         tensors = {}
         for name in session.inputs:
-            tensor = torch.from_dlpack(inputs[name]) if _on_gpu(inputs[name]) else torch.as_tensor(inputs[name])
-            tensors[name] = tensor.detach().to("cuda", getattr(torch, session.dtypes[name].name)).contiguous()
+            value = _detached(inputs[name])
+            tensor = torch.from_dlpack(value) if _on_gpu(value) else torch.as_tensor(value)
+            tensors[name] = tensor.to("cuda", getattr(torch, session.dtypes[name].name)).contiguous()
         with session.active():
             binding = session.binding(tensors)
             if not binding.on_device:
@@ -158,6 +161,7 @@ class WorkerRunner:
         self._lock = threading.Lock()
         self._unused: list[int] = []
         self._worker = Worker(_tensorrt.command(module), name=f"the {module} worker", failure=EngineError)
+        weakref.finalize(self, self._worker.kill)
         try:
             self._call(
                 "load",
@@ -233,11 +237,18 @@ def _on_gpu(value: Any) -> bool:
     return device is not None and device()[0] == 2  # kDLCUDA
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if hasattr(value, "detach") else value
+
+
 def _host(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {
-        name: np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, order="C")
-        for name, value in inputs.items()
-    }
+    arrays = {}
+    for name, given in inputs.items():
+        value = _detached(given)
+        if _on_gpu(value):
+            value = importlib.import_module("torch").from_dlpack(value).cpu()
+        arrays[name] = np.asarray(value, order="C")
+    return arrays
 
 
 def _typed(arrays: Mapping[str, np.ndarray], signature: Signature) -> dict[str, np.ndarray]:

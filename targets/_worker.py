@@ -147,8 +147,9 @@ class Worker:
         self._process.stdin.flush()
 
     def _listen(self, kind: str, stream: IO[str]) -> None:
-        for line in stream:
-            self._lines.put((kind, line.rstrip("\n")))
+        with stream:
+            for line in stream:
+                self._lines.put((kind, line.rstrip("\n")))
         self._lines.put((kind, None))
 
     def _wait(
@@ -164,7 +165,8 @@ class Worker:
                     "allow more time, or ask for less",
                 ) from None
             if kind == "log":
-                self._take(line)
+                if line is not None:
+                    self._take(line)
             elif line is None:
                 raise self._ended(command)
             else:
@@ -191,10 +193,9 @@ class Worker:
             found=line[:200],
         )
 
-    def _take(self, line: str | None) -> None:
-        if line is not None:
-            self._tail.append(line)
-            self._log(line)
+    def _take(self, line: str) -> None:
+        self._tail.append(line)
+        self._log(line)
 
     def _answered(self, error: Mapping[str, str]) -> EnginesmithError:
         self._drain()
@@ -225,14 +226,18 @@ class Worker:
 
     def _drain(self) -> None:
         """Takes what the log still holds: until it ends, or is quiet for a moment where somebody keeps it open."""
-        deadline = time.monotonic() + 2.0
+        deadline, ended = time.monotonic() + 2.0, False
         with contextlib.suppress(queue.Empty):
             while time.monotonic() < deadline:
                 kind, line = self._lines.get(timeout=0.2)
-                if kind == "log":
+                if kind == "answer":
+                    ended = ended or line is None
+                elif line is None:
+                    break
+                else:
                     self._take(line)
-                    if line is None:
-                        return
+        if ended:
+            self._lines.put(("answer", None))  # for the next call
 
     def _error(self, message: str, hint: str) -> EngineError:
         found = "\n    ".join(["the log ends with", *self._tail]) if self._tail else None

@@ -189,12 +189,16 @@ def _weak_typing(trt: Any, network: Any) -> dict[str, Any]:
     flags: dict[str, Any] = {"fp16": fp16, "int8": int8}
     if not fp16 or int8:  # pins would keep quantized layers from being int8
         return flags
+    pinned = []
     for layer, types in zip(layers, outputs):  # noqa: B905 - Python 3.8
         if layer.type.name in ARITHMETIC and types and set(types) == {"FLOAT"}:
             layer.precision = trt.DataType.FLOAT
             for index in range(layer.num_outputs):
                 layer.set_output_type(index, trt.DataType.FLOAT)
-            flags["precision_constraints"] = "prefer"
+            pinned.append(layer.name)
+    if pinned:
+        flags["precision_constraints"] = "prefer"
+        print(f"{len(pinned)} layers are pinned to fp32: {', '.join(pinned)}", file=sys.stderr)
     return flags
 
 

@@ -194,6 +194,12 @@ def test_fp16_is_what_the_graph_says(tmp_path, options):
     runner.close()
 
 
+def test_fp16_arithmetic_is_not_pinned_to_fp32(tmp_path):
+    text = CNN_FP16.replace("Softmax<axis=1>(logits)", "Identity(logits)")
+    _, info = make(tmp_path, text, precision="fp16")
+    assert "PREFER_PRECISION_CONSTRAINTS" not in info.details["flags"]
+
+
 def test_bounds_of_several_sizes_are_timed_side_by_side(runner):
     bounds = {batch: runner.bind({"image": images(batch)}) for batch in (1, 4, 8)}
     for _ in range(2):

@@ -9,7 +9,7 @@ import pytest
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import Model
-from enginesmith.errors import BuildError, TargetUnavailableError
+from enginesmith.errors import BuildError, StorageError, TargetUnavailableError
 from enginesmith.targets import _tensorrt, parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
 
@@ -105,6 +105,13 @@ def test_a_graph_that_the_parser_refuses(request_for):
     with pytest.raises(BuildError, match=r"(?s)tensorrt_rtx.*failed.*DeformConvNowhere"):
         parse_target("tensorrt-rtx").build(request)
     assert not (request.directory / "model.plan").exists()
+
+
+def test_a_disk_that_is_full(request_for):
+    request, _, _ = request_for(CNN)
+    (request.directory / "model.plan").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left on device"):
+        parse_target("tensorrt-rtx").build(request)
 
 
 def test_a_build_that_takes_too_long(request_for):

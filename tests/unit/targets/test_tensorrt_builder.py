@@ -2,7 +2,15 @@ import types
 
 import pytest
 
-from enginesmith.targets.tensorrt_builder import _weak_typing, engine_layers, rules, summarize, write_atomically
+from enginesmith.targets.tensorrt_builder import (
+    _load_timing_cache,
+    _save_timing_cache,
+    _weak_typing,
+    engine_layers,
+    rules,
+    summarize,
+    write_atomically,
+)
 from enginesmith.targets.tensorrt_callbacks import make_progress_monitor
 
 
@@ -22,7 +30,7 @@ class Layer:
     """A layer of a network, with a type and the types of its outputs."""
 
     def __init__(self, kind, *outputs):
-        self.type, self.outputs, self.precision, self.output_types = member(kind), outputs, None, {}
+        self.name, self.type, self.outputs, self.precision, self.output_types = kind, member(kind), outputs, None, {}
         self.num_outputs = len(outputs)
 
     def get_output(self, index):
@@ -58,10 +66,11 @@ def test_an_fp32_network_needs_no_flag():
     assert layers[0].precision is None
 
 
-def test_what_the_graph_keeps_in_fp32_is_pinned_where_fp16_is_allowed():
+def test_what_the_graph_keeps_in_fp32_is_pinned_where_fp16_is_allowed(capsys):
     convolution, softmax, cast = Layer("CONVOLUTION", HALF), Layer("SOFTMAX", FLOAT), Layer("CAST", FLOAT)
     flags = _weak_typing(TRT, network(convolution, softmax, cast))
     assert flags == {"fp16": True, "int8": False, "precision_constraints": "prefer"}
+    assert "1 layers are pinned to fp32: SOFTMAX" in capsys.readouterr().err
     assert softmax.precision is FLOAT
     assert softmax.output_types == {0: FLOAT}
     assert convolution.precision is None
@@ -132,3 +141,55 @@ def test_files_are_replaced_whole(tmp_path):
         write_atomically(str(path), content)
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class Cache:
+    """A timing cache that holds the letters of its file."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def combine(self, other, *, ignore_mismatch):
+        assert not ignore_mismatch
+        self.content = bytes(sorted(set(self.content + other.content)))
+
+    def serialize(self):
+        return self.content
+
+
+class Config:
+    """A builder configuration that refuses caches with an x."""
+
+    def __init__(self, measured=b""):
+        self.cache = Cache(measured)
+
+    def create_timing_cache(self, content):
+        return Cache(content)
+
+    def set_timing_cache(self, cache, *, ignore_mismatch):
+        if b"x" in cache.content:
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return self.cache
+
+
+def test_a_timing_cache_grows_with_what_others_measured(tmp_path):
+    path = str(tmp_path / "tactics.timing")
+    assert _load_timing_cache(Config(), path) is None
+    for measured in (b"b", b"a", b"c"):
+        _save_timing_cache(Config(measured), path)
+    config = Config()
+    assert _load_timing_cache(config, path) is config.cache
+    assert config.cache.content == b"abc"
+
+
+def test_a_timing_cache_of_another_gpu_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "tactics.timing"
+    path.write_bytes(b"x")
+    config = Config()
+    _load_timing_cache(config, str(path))
+    assert config.cache.content == b""
+    assert "does not fit this GPU and version" in capsys.readouterr().err

@@ -255,8 +255,13 @@ def test_bounds_are_independent_and_freed_when_dropped(open_session):
         bound.synchronize()
         np.testing.assert_array_equal(bound.outputs()["y"], 2 * (array(2) + offset))
     del first, second, bound
-    runner.bind({"x": array(2)})
+    kept = runner.bind({"x": array(2)})
     assert len(runner._session.driver.memory) == 2
+    runner.close()
+    assert runner._session.driver.memory == {}
+    with pytest.raises(EngineError, match="the engine is closed"):
+        runner.bind({"x": array(2)})
+    del kept
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
