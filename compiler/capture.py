@@ -132,6 +132,8 @@ def _attempt(
     if not opset_range[0] <= graph.opset <= opset_range[1]:
         raise CaptureError(f"it gives opset {graph.opset}, where the targets take {opset_range[0]} to {opset_range[1]}")
     graph.verify()
+    if dropped := [spec.name for spec in model.signature.inputs if spec.name not in graph.input_names]:
+        raise CaptureError(f"it dropped input {dropped[0]!r}, which the model does not use")
     return graph, _compare(model, path, checks)
 
 

@@ -80,10 +80,15 @@ def export_torchscript(
             i: dim if dim != "?" else f"{spec.name}_{i}" for i, dim in enumerate(spec.shape) if isinstance(dim, str)
         }
         axes[spec.name] = named
+    tensors = _tensors(model, example)
     with quiet(log), torch.no_grad():
+        # The exporter's own trace cannot enter a ScriptModule inside a module; a trace that was made before can.
+        scripted = model.kind == "torchscript"
+        trace: Any = torch.jit.trace
+        module = trace(model.module, tensors, check_trace=False) if scripted else model.module
         torch.onnx.export(
-            model.module,
-            _tensors(model, example),
+            module,
+            tensors,
             path,
             dynamo=False,
             dynamic_axes=axes,

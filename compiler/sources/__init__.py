@@ -97,7 +97,7 @@ def load_model(
         return module.load(
             made, weights=weights, inputs=inputs, constants={}, sample=sample, device=device, identity=identity
         )
-    return _load_file(Path(source), weights, inputs, constants, sample, device)
+    return _load_file(Path(source), weights, inputs, constants, sample, device, log)
 
 
 def _load_object(
@@ -141,6 +141,7 @@ def _load_file(
     constants: Mapping[str, Any],
     sample: Mapping[str, np.ndarray] | None,
     device: str,
+    log: Callable[[str], None],
 ) -> Model:
     from .detect import detect
 
@@ -171,7 +172,7 @@ def _load_file(
     if kind == "exported-program":
         from . import exported_program
 
-        return exported_program.load(path, inputs=inputs, sample=sample, device=device)
+        return exported_program.load(path, inputs=inputs, sample=sample, device=device, log=log)
     from . import onnx_file
 
     return onnx_file.load(path, inputs=inputs)

@@ -80,6 +80,8 @@ def _detect_zip(path: Path) -> Kind:
         raise _refused(
             path, "an AOTInductor package, which is compiled already", "give the program saved by torch.export.save"
         )
+    if "serialized_exported_program.json" in names:
+        return "exported-program"  # as torch.export.save wrote it up to torch 2.7
     if "archive_format" in inside and any(name.startswith("models/") for name in inside):
         return "exported-program"
     if "constants.pkl" in inside and any(name.startswith("code/") for name in inside):

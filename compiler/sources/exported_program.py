@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from ..files import sha256
 from ..signature import DTYPES, Signature, TensorSpec
 from . import Model
 from .flat import flat_module
-from .guard import first_line, foreign, quiet
+from .guard import Log, first_line, foreign, quiet
 from .probe import describe as probe
 from .ranges import FileInput, with_ranges
 from .reference import TorchReference, snapshot
@@ -40,7 +43,9 @@ class _Unflatten:
 _TENSOR = object()
 
 
-def load(path: Path, *, inputs: Signature | None, sample: Mapping[str, np.ndarray] | None, device: str) -> Model:
+def load(
+    path: Path, *, inputs: Signature | None, sample: Mapping[str, np.ndarray] | None, device: str, log: Log
+) -> Model:
     """Loads a program.
 
     Raises:
@@ -55,7 +60,7 @@ def load(path: Path, *, inputs: Signature | None, sample: Mapping[str, np.ndarra
             hint="it is damaged, or was saved by another version of torch; export it again",
         )
 
-    with quiet(), foreign(failed):
+    with quiet(log), foreign(failed), _no_pickled_code(path):
         program = torch.export.load(path)
         module = program.module()
     leaves, declared = _inputs(program)
@@ -80,6 +85,29 @@ def load(path: Path, *, inputs: Signature | None, sample: Mapping[str, np.ndarra
         parameter_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
         stateful=stateful,
     )
+
+
+@contextlib.contextmanager
+def _no_pickled_code(path: Path) -> Iterator[None]:
+    """Makes torch.export.load refuse pickles that hold code: it reads some members with ``weights_only=False``."""
+    with zipfile.ZipFile(path) as archive:
+        opaque = [name for name in archive.namelist() if "/opaque_obj_" in name]
+    if opaque:
+        raise SourceError(
+            f"exported program {str(path)!r} holds pickled objects, which are never loaded",
+            found=opaque[0],
+            hint="export the model without opaque objects",
+        )
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _inputs(program: torch.export.ExportedProgram) -> tuple[tuple[Any, ...], list[FileInput]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,19 +37,50 @@ def foreign(translate: Callable[[BaseException], EnginesmithError]) -> Iterator[
 @contextlib.contextmanager
 def quiet(log: Log = discard) -> Iterator[None]:
     """Sends what the code inside prints, warns and logs to `log` instead of the terminal."""
-    text = io.StringIO()
+    out, err = _Sink(sys.stdout), _Sink(sys.stderr)
     handlers = _terminal_handlers()
-    streams = [handler.setStream(text) for handler in handlers]
+    streams = [handler.stream for handler in handlers]
+    for handler in handlers:
+        handler.stream = err  # setStream would flush the old stream, which may be closed
     try:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
+        with (
+            _native_stdout(out),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
+            warnings.showwarning = lambda message, kind, *_: print(f"{kind.__name__}: {message}", file=err)
             yield
     finally:
         for handler, stream in zip(handlers, streams, strict=True):
-            if stream is not None:
-                handler.setStream(stream)
-        for line in text.getvalue().splitlines():
+            handler.stream = stream
+        for line in (out.getvalue() + err.getvalue()).splitlines():
             if line.strip():
                 log(line.rstrip())
+
+
+class _Sink(io.StringIO):
+    """Takes text in place of a terminal, except what rich draws there: a progress bar goes on."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        super().__init__()
+        self.rich_proxied_file = getattr(terminal, "rich_proxied_file", terminal)
+
+
+@contextlib.contextmanager
+def _native_stdout(sink: io.StringIO) -> Iterator[None]:
+    """Catches what C++ writes to file descriptor 1, as torch does with a graph that it refuses."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.dup2(file.fileno(), 1)
+            yield
+        finally:
+            os.dup2(saved, 1)
+            os.close(saved)
+            file.seek(0)
+            sink.write(file.read().decode(errors="replace"))
 
 
 def _terminal_handlers() -> list[logging.StreamHandler[TextIO]]:

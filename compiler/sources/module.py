@@ -71,19 +71,20 @@ def load(
     arrangement = arrange(parameters, names, constants, any_keyword=any_keyword)
     if weights is not None:
         load_weights(module, read_weights(weights), weights)
-    check_values(module_tensors(module), parameters=frozenset(dict(module.named_parameters())))
+    tensors = module_tensors(module)
+    check_values(tensors, parameters=frozenset(dict(module.named_parameters())))
+    fingerprint = hashlib.sha256(f"{identity}{_code(module)}{tensor_digest(tensors)}".encode()).hexdigest()
     module.eval().to(device)
     flat = flat_module(module, arrangement, names)
     reference = TorchReference(flat, inputs, device, snapshot(module))
     signature, stateful = probe(reference, inputs, sample)
-    tensors = module_tensors(module)
     return Model(
         kind="module",
         reference=reference,
         signature=signature,
         module=flat,
         onnx_path=None,
-        fingerprint=hashlib.sha256(f"{identity}{_code(module)}{tensor_digest(tensors)}".encode()).hexdigest(),
+        fingerprint=fingerprint,
         parameter_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
         stateful=stateful,
     )

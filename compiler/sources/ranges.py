@@ -51,7 +51,7 @@ def with_ranges(
                 _same("range", label, axes.setdefault(label, ranged[wanted]), ranged[wanted], spec.name)
             else:
                 _same("size", key, sizes.setdefault(key, wanted), wanted, spec.name)
-    settled = {**sizes, **labels}  # a range for one input goes for all that share the axis
+    settled: dict[str, int | str] = {**sizes, **labels}  # a range for one input goes for all that share the axis
     specs = []
     for item in declared:
         shape = tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from ...errors import SourceError
 from ..signature import Signature
 from .flat import FlatModule
-from .guard import discard, first_line, foreign, quiet, where
+from .guard import first_line, foreign, where
 
 
 class TorchReference:
@@ -35,7 +36,12 @@ class TorchReference:
         tensors = [to_tensor(inputs[spec.name], spec.dtype).to(self._device) for spec in self._inputs.inputs]
         shapes = ", ".join(f"{s.name} {tuple(t.shape)}" for s, t in zip(self._inputs.inputs, tensors, strict=True))
         # Not inference_mode: a module that keeps a tensor from one call to the next could not be exported after it.
-        with torch.no_grad(), _exact(), quiet(discard), foreign(lambda error: _failed(error, shapes)):
+        with (
+            torch.no_grad(),
+            _exact(),
+            contextlib.redirect_stdout(io.StringIO()),
+            foreign(lambda error: _failed(error, shapes)),
+        ):
             return self._module.named(*tensors)
 
     def reset(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...errors import SourceError
-from .guard import first_line
+from .guard import first_line, quiet
 
 NESTED = ("state_dict", "model_state_dict", "model")
 """Keys under which training loops put the state_dict in a checkpoint."""
@@ -123,7 +123,8 @@ def _read_torch(path: Path) -> Any:
     with path.open("rb") as stream:
         zipped = stream.read(4) == b"PK\x03\x04"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with quiet():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
             raise _damaged(path, error) from error
