@@ -129,9 +129,7 @@ class Graph:
         if self.weight_bytes > _PROTO_LIMIT:
             raise self._too_large()
         copy = self.clone()
-        for owner, _, tensor in copy._tensors():
-            if isinstance(owner, ir.Value) and isinstance(tensor, ir.ExternalTensor):
-                owner.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+        copy.detach()
         proto = ir.serde.serialize_model(copy.model)
         if proto.ByteSize() > _PROTO_LIMIT:
             raise self._too_large()
@@ -144,6 +142,12 @@ class Graph:
             found=f"{self.weight_bytes / 1e9:.1f} GB of weights",
             hint="save it with external weights",
         )
+
+    def detach(self) -> None:
+        """Holds on to external weights by their memory maps, so that the files may be renamed or deleted."""
+        for owner, _, tensor in self._tensors():
+            if isinstance(owner, ir.Value) and isinstance(tensor, ir.ExternalTensor):
+                owner.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
     def clone(self) -> Graph:
         """An independent graph that shares its tensors with this one."""

@@ -143,7 +143,7 @@ class Lowering:
         if node.op_type in ("Constant", "ConstantOfShape"):
             given = next(iter(node.attributes.values()), None)
             numbers = [0.0] if given is None else given.value
-            fill = numbers if isinstance(numbers, ir.TensorProtocol) else ir.tensor(np.float32(numbers))
+            fill = numbers if isinstance(numbers, ir.TensorProtocol) else ir.Tensor(np.array(numbers, np.float32))
             node.attributes.clear()
             node.attributes["value"] = ir.AttrTensor("value", _converted(fill, self._type.dtype))
 

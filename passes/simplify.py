@@ -9,7 +9,9 @@ change, one whose weights would grow, and one that cannot be run to tell.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +29,9 @@ TOLERANCE = 1e-5
 
 _ROUNDS = 5
 _GROWTH_BYTES = 1 << 20
+_PROTO_LIMIT = (1 << 31) - 1
+_SKIPPED = "fuse_matmul_add_bias_into_gemm_batched"
+"""Turns MatMul + Add of three dimensions into Reshape, Gemm, Reshape: more nodes, and none that runtimes fuse."""
 
 
 class _RefusedError(Exception):
@@ -69,17 +74,28 @@ def _simplify(graph: Graph) -> Graph | None:
 def _once(graph: Graph) -> Graph:
     import onnxsim
 
+    if graph.weight_bytes > _PROTO_LIMIT:
+        raise _RefusedError(
+            f"onnxsim takes no model above 2 GB; this one has {graph.weight_bytes / 1e9:.1f} GB of weights"
+        )
     weights = [value.const_value for scope in graph.graphs() for value in scope.initializers.values()]
     largest = max((weight.nbytes for weight in weights if weight is not None), default=0)
     try:
-        proto, _ = onnxsim.simplify(
-            graph.to_proto(),
-            include_subgraph=True,
-            # Nothing is folded into a tensor larger than the model's own: that is a computation saved as data.
-            tensor_size_threshold=f"{max(largest, _GROWTH_BYTES)}B",
-            mutable_initializer=any(value.is_initializer() for value in graph.model.graph.inputs),
-        )
-        simplified = Graph.from_proto(proto)
+        # By way of files: a model in memory is copied six times, one in a file twice.
+        with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
+            source, target = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+            graph.save(source)
+            onnxsim.simplify(
+                str(source),
+                output_path=str(target),
+                include_subgraph=True,
+                skipped_optimizers=[_SKIPPED],
+                # Nothing is folded into a tensor larger than the model's own: that is a computation saved as data.
+                tensor_size_threshold=f"{max(largest, _GROWTH_BYTES)}B",
+                mutable_initializer=any(value.is_initializer() for value in graph.model.graph.inputs),
+            )
+            simplified = Graph.load(target)
+            simplified.detach()
         simplified.verify()
     except EnginesmithError as error:
         raise _RefusedError(str(error)) from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxsim
 import pytest
 
@@ -74,7 +75,7 @@ def test_nothing_to_simplify_costs_no_check(rewrite, context, monkeypatch):
 def replaced_by(monkeypatch, text: str) -> None:
     """Lets onnxsim return this graph whatever it is given."""
     proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
-    monkeypatch.setattr(onnxsim, "simplify", lambda model, **options: (proto, True))
+    monkeypatch.setattr(onnxsim, "simplify", lambda path, output_path, **options: onnx.save(proto, output_path))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_refuses_integers_that_change(rewrite, monkeypatch):
 
 
 def test_refuses_when_onnxsim_fails(rewrite, monkeypatch):
-    def fail(model: onnx.ModelProto, **options: object) -> None:
+    def fail(path: str, **options: object) -> None:
         raise RuntimeError("no supported data type: 17")
 
     monkeypatch.setattr(onnxsim, "simplify", fail)
@@ -119,9 +120,10 @@ def test_refuses_when_onnxsim_fails(rewrite, monkeypatch):
 
 
 def test_refuses_when_onnxsim_finds_no_end(rewrite, monkeypatch):
-    def rename(model: onnx.ModelProto, **options: object) -> tuple[onnx.ModelProto, bool]:
+    def rename(path: str, output_path: str, **options: object) -> None:
+        model = onnx.load(path)
         model.graph.node[0].name += "a"
-        return model, True
+        onnx.save(model, output_path)
 
     monkeypatch.setattr(onnxsim, "simplify", rename)
     assert "still changes the graph after 5 rounds" in rewrite(SIMPLIFY, PLAIN)[1].refusals[0].reason
@@ -140,4 +142,14 @@ def test_refuses_what_cannot_be_checked(rewrite):
 
 def test_refuses_above_two_gigabytes(rewrite, monkeypatch):
     monkeypatch.setattr(Graph, "weight_bytes", 3 << 30)
-    assert "too large for one protobuf message" in rewrite(SIMPLIFY, PLAIN)[1].refusals[0].reason
+    assert "onnxsim takes no model above 2 GB; this one has 3.2 GB" in rewrite(SIMPLIFY, PLAIN)[1].refusals[0].reason
+
+
+def test_large_weights_leave_no_file_behind(read, context):
+    graph = read("g (float[N,1024] x) => (float[N,1024] y) <float[1] w = {0}> { a = Identity(x)  y = Add(a, w) }")
+    weight = RANDOM.standard_normal((512, 1024)).astype(np.float32)[:1].repeat(512, axis=0)
+    graph.model.graph.initializers["w"].const_value = ir.Tensor(weight, name="w")
+    graph.infer()
+    assert SIMPLIFY(graph, context(graph)).modified
+    found = probe.run(graph, {"x": np.zeros((512, 1024), np.float32)})["y"]
+    np.testing.assert_array_equal(found, weight)
