@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import tempfile
 import threading
 import weakref
@@ -16,6 +17,9 @@ import numpy as np
 from ..compiler.signature import Signature
 from ..errors import EngineError, EnginesmithError
 from . import _tensorrt
+from ._cuda import Stream
+from ._dlpack import borrow, cuda_device
+from ._onnxruntime import to_numpy
 from ._worker import KINDS, Worker
 from .base import Arrays, Bound, Runner
 from .cuda_driver import Failure
@@ -63,9 +67,9 @@ class SessionRunner:
         self._unused: list[int] = []  # keys of those whose bound was dropped; freed by the next `bind`
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Outputs as arrays; where an input is a CUDA tensor, as torch tensors on the GPU, which may still be busy."""
+        """Outputs as arrays; where an input is a CUDA tensor and torch is loaded, as tensors of its current stream."""
         with self._lock, _translated():
-            if any(map(_on_gpu, inputs.values())):
+            if any(cuda_device(value) is not None for value in inputs.values()):
                 return self._run_on_gpu(inputs)
             return _typed(self._session.run(_host(inputs)), self._signature)
 
@@ -99,24 +103,28 @@ class SessionRunner:
             yield
 
     def _run_on_gpu(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        torch = importlib.import_module("torch")
-        session = self._session
-        tensors = {}
-        for name in session.inputs:
-            value = _detached(inputs[name])
-            tensor = torch.from_dlpack(value) if _on_gpu(value) else torch.as_tensor(value)
-            tensors[name] = tensor.to("cuda", getattr(torch, session.dtypes[name].name)).contiguous()
+        session, torch = self._session, sys.modules.get("torch")
+        if torch is None:
+            return _typed(session.run(_host(inputs)), self._signature)
         with session.active():
-            binding = session.binding(tensors)
-            if not binding.on_device:
-                arrays = session.run({name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+            binding = session.binding(inputs)
+            if not binding.on_device or any(_dtype(inputs[name]) != session.dtypes[name] for name in session.inputs):
+                arrays = _typed(session.run(_host(inputs)), self._signature)
                 return {name: torch.as_tensor(array, device="cuda") for name, array in arrays.items()}
-            for name in session.outputs:
-                dtype = getattr(torch, session.dtypes[name].name)
-                tensors[name] = torch.empty(binding.shapes[name], dtype=dtype, device="cuda")
-            pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+            borrowed = {
+                name: borrow(name, value, session.dtypes[name], binding.stream)
+                for name, value in inputs.items()
+                if cuda_device(value) is not None
+            }
+            binding.put({name: to_numpy(name, value) for name, value in inputs.items() if name not in borrowed})
+            outputs = {
+                name: torch.empty(binding.shapes[name], dtype=getattr(torch, session.dtypes[name].name), device="cuda")
+                for name in session.outputs
+            }
+            pointers = {name: tensor.address for name, tensor in borrowed.items()}
+            pointers.update((name, tensor.data_ptr()) for name, tensor in outputs.items())
             binding.exchange(pointers, torch.cuda.current_stream().cuda_stream)
-        return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in self._signature.outputs}
+        return {spec.name: outputs[spec.name].to(getattr(torch, spec.dtype)) for spec in self._signature.outputs}
 
 
 class _SessionBound:
@@ -232,23 +240,27 @@ class _WorkerBound:
         return self._runner.fetch(self._number)
 
 
-def _on_gpu(value: Any) -> bool:
-    device = getattr(value, "__dlpack_device__", None)
-    return device is not None and device()[0] == 2  # kDLCUDA
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if hasattr(value, "detach") else value
+def _dtype(value: Any) -> np.dtype[Any]:
+    return np.dtype(str(value.dtype).removeprefix("torch."))
 
 
 def _host(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    arrays = {}
-    for name, given in inputs.items():
-        value = _detached(given)
-        if _on_gpu(value):
-            value = importlib.import_module("torch").from_dlpack(value).cpu()
-        arrays[name] = np.asarray(value, order="C")
-    return arrays
+    """Arrays, and tensors copied from where they lie."""
+    return {
+        name: to_numpy(name, value) if cuda_device(value) is None else _fetched(name, value)
+        for name, value in inputs.items()
+    }
+
+
+def _fetched(name: str, value: Any) -> np.ndarray:
+    stream = Stream(cuda_device(value) or 0)
+    with stream.current():
+        tensor = borrow(name, value, _dtype(value), stream.handle)
+        array = np.empty(tensor.shape, tensor.dtype)
+        stream.copy(array.ctypes.data, tensor.address, tensor.size_bytes)
+        stream.synchronize()
+    stream.close()
+    return array
 
 
 def _typed(arrays: Mapping[str, np.ndarray], signature: Signature) -> dict[str, np.ndarray]:

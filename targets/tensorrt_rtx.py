@@ -27,8 +27,8 @@ class TensorRTRTX(Target):
     a runtime cache. Networks are strongly typed: precision is what the graph says.
 
     Attributes:
-        compute_capabilities: of the GPUs to build for, for instance ``8.6+8.9``; Hopper (9.0) is not among those that
-            TensorRT-RTX knows.
+        compute_capabilities: of the GPUs to build for, for instance ``8.6+8.9``. Hopper (9.0) is not among those that
+            TensorRT-RTX knows, and 7.5 takes no matrix products in fp32.
         workspace_gib: memory that tactics may use; None for all that the GPU has.
         builder_level: 0 to 5, how long to search for fast kernels.
         tf32: whether fp32 may compute with TF32's ten bits of mantissa.

@@ -185,7 +185,7 @@ class Binding:
         self._launched = True
         if self._graph is not None:
             self._driver("cuGraphLaunch", self._graph, self._stream)
-        elif not self._context.execute_async_v3(self._stream.value):
+        elif not self._context.execute_async_v3(self.stream):
             raise self._session.fail("the engine could not be executed")
 
     def synchronize(self) -> None:
@@ -215,7 +215,7 @@ class Binding:
         """Executes on device memory of the caller, ordered after what `stream` holds and before what it gets next.
 
         Without a CUDA graph the engine reads and writes that memory itself; with one, whose addresses are fixed, data
-        is copied on the device.
+        is copied on the device. Inputs without a pointer are those that were `put`.
         """
         mine, theirs = self._stream, ctypes.c_void_p(stream)
         self._wait(mine, theirs)
@@ -226,12 +226,17 @@ class Binding:
             for name in pointers:
                 self._context.set_tensor_address(name, self._buffers[name].value)
         else:
-            for name in self._session.inputs:
+            for name in set(self._session.inputs) & set(pointers):
                 self._driver("cuMemcpyDtoDAsync_v2", self._buffers[name], u64(pointers[name]), self._bytes(name), mine)
             self.launch()
             for name in self._session.outputs:
                 self._driver("cuMemcpyDtoDAsync_v2", u64(pointers[name]), self._buffers[name], self._bytes(name), mine)
         self._wait(theirs, mine)
+
+    @property
+    def stream(self) -> int:
+        """The stream, as libraries take it."""
+        return self._stream.value or 0
 
     @property
     def on_device(self) -> bool:
@@ -285,7 +290,7 @@ class Binding:
             index = self._narrowest(shapes)
         if index == self._context.active_optimization_profile:
             return
-        if not self._context.set_optimization_profile_async(index, self._stream.value):
+        if not self._context.set_optimization_profile_async(index, self.stream):
             raise self._session.fail(f"optimization profile {index} cannot be used")
         self.synchronize()
 
@@ -335,12 +340,12 @@ class Binding:
     def _capture(self) -> None:
         """Records an execution as a CUDA graph, or the reason why it cannot be one."""
         self.synchronize()
-        if not getattr(self._context, "is_stream_capturable", lambda stream: True)(self._stream.value):
+        if not getattr(self._context, "is_stream_capturable", lambda stream: True)(self.stream):
             self.graph_refusal = "TensorRT says that this engine cannot be captured"
             return
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._driver("cuStreamBeginCapture_v2", self._stream, 1)  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        enqueued = self._context.execute_async_v3(self._stream.value)
+        enqueued = self._context.execute_async_v3(self.stream)
         try:
             self._driver("cuStreamEndCapture", self._stream, ctypes.byref(graph))
             if not enqueued:

@@ -3,7 +3,6 @@
 import gc
 import sys
 import threading
-import types
 
 import numpy as np
 import pytest
@@ -140,9 +139,3 @@ def test_tensors_of_torch_are_taken(open_plan):
     outputs = runner.run({"x": torch.arange(4)})
     np.testing.assert_array_equal(outputs["y"], 2 * np.arange(4))
     runner.close()
-
-
-def test_only_tensors_on_the_gpu_count_as_such():
-    assert not _tensorrt_runner._on_gpu(np.zeros(1))
-    assert not _tensorrt_runner._on_gpu(3.0)
-    assert _tensorrt_runner._on_gpu(types.SimpleNamespace(__dlpack_device__=lambda: (2, 0)))

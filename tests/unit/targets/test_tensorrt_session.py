@@ -2,6 +2,7 @@
 """Sessions over stand-ins for TensorRT and the CUDA driver that keep the device's memory on the host."""
 
 import ctypes
+import sys
 import types
 
 import numpy as np
@@ -278,6 +279,44 @@ def test_device_memory_of_the_caller(open_session, cuda_graph):
             np.testing.assert_array_equal(np.frombuffer(driver.memory[y.value], np.int32), (2 * values).ravel())
     assert driver.calls.count("cuStreamWaitEvent") >= 4
     assert ("cuMemcpyDtoDAsync_v2" in driver.calls) == cuda_graph
+
+
+class GpuTensor:
+    """A stand-in of torch's CUDA tensors, whose memory is that of an array."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, f"torch.{array.dtype}"
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+    def __dlpack__(self, *, stream):
+        assert stream == 7
+        return self.array.__dlpack__()
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def to(self, dtype):
+        return self.array.astype(dtype)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_tensors_on_the_gpu_give_tensors_on_the_gpu(open_session, monkeypatch, cuda_graph):
+    torch = types.SimpleNamespace(
+        int32=np.int32, int64=np.int64, empty=lambda shape, dtype, device: GpuTensor(np.zeros(shape, dtype)),
+        cuda=types.SimpleNamespace(current_stream=lambda: types.SimpleNamespace(cuda_stream=0)),
+        as_tensor=lambda array, device: ("copied", array),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    runner = SessionRunner(open_session(Engine(), cuda_graph=cuda_graph), SIGNATURE)
+    np.testing.assert_array_equal(runner.run({"x": GpuTensor(array(2, np.int32))})["y"], 2 * array(2))
+    monkeypatch.setattr(_tensorrt_runner, "_fetched", lambda name, value: value.array)
+    kind, values = runner.run({"x": GpuTensor(array(2))})["y"]  # int64, which this engine does not take
+    assert kind == "copied"
+    np.testing.assert_array_equal(values, 2 * array(2))
+    monkeypatch.delitem(sys.modules, "torch")
+    np.testing.assert_array_equal(runner.run({"x": GpuTensor(array(3))})["y"], 2 * array(3))
 
 
 def test_a_plan_that_tensorrt_refuses(open_session):
