@@ -160,6 +160,7 @@ def build_plan(
                     "build",
                     timeout_s=request.timeout_s,
                     progress=request.progress,
+                    scratch=folder,
                     onnx=str(onnx),
                     plan=str(plan.absolute()),
                     layers=str((request.directory / "layers.json").absolute()),

@@ -77,7 +77,9 @@ class SessionRunner:
         """Copies inputs to the GPU."""
         with self._active():
             while self._unused:
-                self._bindings.pop(self._unused.pop()).close()
+                dropped = self._bindings.pop(self._unused.pop(), None)
+                if dropped is not None:
+                    dropped.close()
             binding = Binding(self._session, inputs)
             self._bindings[id(binding)] = binding
             binding.put(inputs)

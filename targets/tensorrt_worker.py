@@ -78,12 +78,13 @@ class Worker:
         """See the function of that name."""
         return versions(self._module)
 
-    def build(self, **request: Any) -> dict[str, Any]:
-        """See `tensorrt_builder.build`."""
+    def build(self, scratch: str, **request: Any) -> dict[str, Any]:
+        """See `tensorrt_builder.build`; `scratch` is a folder to remove when the parent dies, as in `load`."""
+        self._scratch = scratch
         return build(module=self._module, report=lambda *progress: self.answer("progress", progress), **request)
 
     def load(self, plan: str, scratch: str, cuda_graph: bool, runtime_cache: str | None) -> dict[str, Any]:
-        """Opens an engine; `scratch` is a folder for arrays, removed when the parent dies."""
+        """Opens an engine; `scratch` is a folder for arrays."""
         self._scratch = scratch
         self._session = Session(importlib.import_module(self._module), plan, cuda_graph, runtime_cache)
         return {"inputs": self._session.inputs, "outputs": self._session.outputs}
@@ -138,7 +139,7 @@ class Worker:
         self._channel.flush()
 
     def clean(self) -> None:
-        """Removes the arrays that a parent which died left behind."""
+        """Removes the folder that a parent which died left behind."""
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

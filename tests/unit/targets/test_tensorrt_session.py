@@ -260,9 +260,9 @@ def test_bounds_are_independent_and_freed_when_dropped(open_session):
     assert len(runner._session.driver.memory) == 2
     runner.close()
     assert runner._session.driver.memory == {}
+    del kept
     with pytest.raises(EngineError, match="the engine is closed"):
         runner.bind({"x": array(2)})
-    del kept
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

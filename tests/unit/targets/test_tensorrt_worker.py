@@ -60,28 +60,38 @@ def test_a_run_before_an_engine_is_loaded(start):
         worker.call("run", timeout_s=60, files={})
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_the_worker_dies_with_a_parent_that_is_killed(tmp_path, monkeypatch, busy):
-    (tmp_path / "standin.py").write_text("import time\ntime.sleep(600)" if busy else "__version__ = '1.2'")
+IDLE = 'worker.call("versions", timeout_s=600)'
+BUILDING = (
+    'worker.call("build", timeout_s=600, scratch=sys.argv[1], onnx="", plan="", layers="", profiles=[], options={},'
+    " timing_cache=None)"
+)
+
+
+@pytest.mark.parametrize("call", [IDLE, BUILDING])
+def test_the_worker_dies_with_a_parent_that_is_killed(tmp_path, monkeypatch, call):
+    (tmp_path / "standin.py").write_text("import time\ntime.sleep(600)" if call == BUILDING else "__version__ = '1.2'")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     code = f"""
 import sys, time
 from enginesmith.targets._worker import Worker
 worker = Worker([sys.executable, {str(_tensorrt.SCRIPT)!r}, "standin"], name="worker")
 print(worker.pid, flush=True)
-worker.call("versions", timeout_s=600)
+{call}
 time.sleep(600)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", code, str(scratch)], stdout=subprocess.PIPE, text=True)
     try:
         pid = int(parent.stdout.readline())
-        time.sleep(0.3)  # into the import, where it is busy
+        time.sleep(0.5)  # into the import, where it is busy
         assert alive(pid)
         os.kill(parent.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
         while alive(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not alive(pid)
+        assert scratch.exists() == (call == IDLE)
     finally:
         parent.kill()
         parent.wait()
