@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..errors import (
     BuildError,
     CaptureError,
@@ -147,7 +148,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("write bundle"):
             manifest = Manifest(
                 format=FORMAT,
-                enginesmith=str(job.machine["packages"]["enginesmith"]),
+                enginesmith=__version__,
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 verdict=verdict(engines, benchmark, model.signature),
                 source=_describe(recipe, model),

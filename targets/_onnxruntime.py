@@ -60,6 +60,7 @@ class Session:
         """
         import onnxruntime
 
+        onnxruntime.set_default_logger_severity(4)  # it prints each cuDNN plan that it tries in vain; failures raise
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.intra_threads
