@@ -15,7 +15,7 @@ MODULE = "tensorrt"
 OLDEST, NEWEST = (8, 6), (11, 99)
 
 INSTALL = (
-    "pip install enginesmith[tensorrt] (its libraries come from NVIDIA's index), or set "
+    "pip install 'enginesmith[tensorrt]' (its libraries come from NVIDIA's index), or set "
     f"{_tensorrt.variable(MODULE)} to an interpreter that has tensorrt and polygraphy"
 )
 

@@ -16,7 +16,7 @@ from .tensorrt import check_options, check_requirements
 MODULE = "tensorrt_rtx"
 COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
-INSTALL = f"pip install enginesmith[tensorrt-rtx], or set {_tensorrt.variable(MODULE)} to an interpreter that has it"
+INSTALL = f"pip install 'enginesmith[tensorrt-rtx]', or set {_tensorrt.variable(MODULE)} to an interpreter that has it"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -242,7 +242,8 @@ def test_outputs_whose_shape_depends_on_values(tmp_path):
     directory, info = make(tmp_path, POSITIVE, signature)
     runner = parse_target("tensorrt").runner(directory, info)
     for x in (np.eye(3, 4, dtype=np.float32), np.ones((2, 4), np.float32)):
-        np.testing.assert_array_equal(runner.run({"x": x})["where"], np.array(np.nonzero(x)))
+        where = runner.run({"x": x})["where"]
+        assert sorted(where.T.tolist()) == np.argwhere(x).tolist()  # TensorRT promises no order
     runner.close()
 
 

@@ -79,7 +79,7 @@ def test_tensorrt_rtx_is_missing(machine, tmp_path):
     machine(NOTHING)
     target = parse_target("tensorrt-rtx")
     assert not target.availability().build
-    assert "pip install enginesmith[tensorrt-rtx]" in target.availability().install
+    assert "pip install 'enginesmith[tensorrt-rtx]'" in target.availability().install
     request = BuildRequest(None, None, SIGNATURE, "fp32", {}, tmp_path, tmp_path, print)
     with pytest.raises(TargetUnavailableError, match="TensorRT-RTX cannot be imported"):
         target.build(request)
