@@ -127,13 +127,15 @@ def expected(image):
     parts = {name: torch.from_numpy(value) for name, value in weights().items()}
     hidden = torch.nn.functional.conv2d(torch.from_numpy(image), parts["w"], parts["b"], padding=1).relu()
     logits = hidden.mean((2, 3)) @ parts["w2"] + parts["b2"]
-    return {"scores": logits.softmax(1).numpy(), "label": logits.argmax(1).numpy()}
+    best, second = logits.topk(2).values.T
+    return {"scores": logits.softmax(1).numpy(), "label": logits.argmax(1).numpy(), "lead": (best - second).numpy()}
 
 
 def check(outputs, image, atol):
     wanted = expected(image)
     np.testing.assert_allclose(outputs["scores"], wanted["scores"], atol=atol)
-    np.testing.assert_array_equal(outputs["label"], wanted["label"])
+    clear = wanted["lead"] > 10 * atol  # rounding may swap classes whose logits are closer
+    np.testing.assert_array_equal(outputs["label"][clear], wanted["label"][clear])
     assert outputs["label"].dtype == np.int64
 
 
