@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import EnginesmithError
+from ..errors import GraphError, TargetUnavailableError
 from .data import Samples
 from .graph import Graph
 from .precision import HEAVY, Lowering, is_float, keep, kept
@@ -58,7 +58,7 @@ def judge(graph: Graph, lowering: Lowering, samples: Samples | None) -> Iterator
     else:
         try:
             _keep_overflows(graph, ranges(graph, itertools.islice(samples, BATCHES)))
-        except EnginesmithError as error:
+        except (GraphError, TargetUnavailableError) as error:
             yield f"activations were not checked for overflow: {error}"
         if any(True for _ in graph.model.graph.subgraphs()):
             yield "activations inside branches and loops were not checked for overflow"
@@ -83,7 +83,7 @@ def _is_mask(value: ir.Value) -> bool:
         if current.is_graph_output():
             return False
         for node in current.consumers():
-            if node.op_type in ("Softmax", "LogSoftmax"):
+            if node.op_type in ("Attention", "LogSoftmax", "Softmax"):
                 found = True
             elif node.op_type in _MASK_OPERATORS:
                 pending.extend(output for output in node.outputs if output not in seen)

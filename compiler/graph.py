@@ -47,7 +47,7 @@ class Graph:
         """
         path = Path(path)
         try:
-            proto = onnx.load(path, load_external_data=False)
+            proto = onnx.load(path, format="protobuf", load_external_data=False)
         except OSError as error:
             raise GraphError(f"cannot read {path}: {error.strerror}") from error
         except (DecodeError, UnicodeDecodeError, ValueError) as error:
@@ -176,13 +176,7 @@ class Graph:
                 owner.const_value = stub
             else:
                 owner.attributes[key] = ir.AttrTensor(key, stub)
-        try:
-            proto = onnx.shape_inference.infer_shapes(
-                ir.serde.serialize_model(copy.model), check_type=True, strict_mode=True, data_prop=True
-            )
-        except onnx.shape_inference.InferenceError as error:
-            raise GraphError("shapes or types contradict each other", found=str(error).strip()) from error
-        inferred = ir.serde.deserialize_model(proto)
+        inferred = ir.serde.deserialize_model(_infer(ir.serde.serialize_model(copy.model)))
         for mine, theirs in zip(_scopes(self.model), _scopes(inferred), strict=True):
             found = {value.name: value for value in _values(theirs)}
             for value in _values(mine):
@@ -266,6 +260,17 @@ def _static(tensor: ir.TensorProtocol) -> ir.Shape:
 
 def _dtype_name(dtype: ir.DataType) -> str:
     return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
+
+
+def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        pass  # propagating data fails in branches that hold equal names, with "Data for input 0 already exists"
+    try:
+        return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise GraphError("shapes or types contradict each other", found=str(error).strip()) from error
 
 
 def _check_external(tensor: ir.ExternalTensor) -> None:

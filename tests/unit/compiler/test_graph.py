@@ -219,6 +219,14 @@ def test_infer_fills_in_shapes_and_types_in_subgraphs_too(read):
     assert graph.precisions() == {"float32": 3}
 
 
+def test_infer_reads_branches_that_hold_equal_constants(read):
+    branch = "Constant <value = int64[1] {2}> ()  n = Shape(x)  s = Concat <axis = 0> (k, n)"
+    text = f"""g (float[2] x, bool c) => (int64[2] y) {{
+        y = If (c) <then_branch = t () => (int64[2] s) {{ k = {branch} }},
+                    else_branch = e () => (int64[2] s) {{ k = {branch} }}> }}"""
+    assert read(text).precisions() == {"int64": 7}
+
+
 def test_infer_reports_contradictions(read):
     with pytest.raises(GraphError, match=r"shapes or types contradict each other(.|\n)*Incompatible dimensions"):
         read("g (float[2,3] x) => (float[2,2] y) { y = MatMul(x, x) }")

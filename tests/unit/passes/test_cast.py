@@ -109,6 +109,14 @@ def test_nodes_that_overflow_on_the_data_stay(rewrite, read):
     assert not rewrite(CAST, text, feeds(x=[1, 2]))[1].refusals
 
 
+def test_input_that_overflows_stays_float32_even_by_choice(rewrite):
+    text = "g (float[N] x, float[N] z) => (float[N] y, float[N] u) <float k = {0.001}> { y = Mul(x, k)  u = Neg(z) }"
+    graph, _ = rewrite(Cast(keep_io=False), text, feeds(x=[1e5], z=[1]))
+    assert [value.dtype.name for value in graph.model.graph.inputs] == ["FLOAT", "FLOAT16"]
+    assert [value.dtype.name for value in graph.model.graph.outputs] == ["FLOAT", "FLOAT16"]
+    graph.verify()
+
+
 def test_every_batch_counts(rewrite):
     text = "g (float[N] x) => (float[N] y) { y = Mul(x, x) }"
     assert rewrite(CAST, text, Samples([{"x": np.float32([1])}, {"x": np.float32([300])}]))[1].refusals

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -8,7 +10,10 @@ import pytest
 
 from enginesmith.compiler import probe
 from enginesmith.compiler.graph import Graph
+from enginesmith.compiler.signature import AxisRange, Signature
+from enginesmith.errors import DataError
 from enginesmith.passes import simplify
+from enginesmith.passes.base import Context
 from enginesmith.passes.simplify import Simplify
 
 SIMPLIFY = Simplify()
@@ -94,6 +99,28 @@ def test_refuses_another_graph(rewrite, read, monkeypatch, text, reason):
     assert not result.modified
     assert reason in result.refusals[0].reason
     assert graph.fingerprint() == read(PLAIN).fingerprint()
+
+
+@pytest.mark.parametrize("point", ["N=1..3..8", "N=3..3..8"])
+def test_refuses_a_size_folded_into_the_graph(rewrite, read, monkeypatch, context, point):
+    text = "g (float[N] x) => (float[N] y) { s = Shape(x)  e = ConstantOfShape(s)  y = Add(x, e) }"
+    replaced_by(monkeypatch, "g (float[N] x) => (float[N] y) <float[3] e = {0, 0, 0}> { y = Add(x, e) }")
+    graph = read(text)
+    low, middle, high = (int(size) for size in point.removeprefix("N=").split(".."))
+    signature = dataclasses.replace(context(graph).signature, axes={"N": AxisRange(low, middle, high)})
+    result = SIMPLIFY(graph, Context(signature))
+    assert not result.modified
+    assert "cannot be checked" in result.refusals[0].reason or "changes output" in result.refusals[0].reason
+
+
+def test_wrong_data_is_the_users_mistake(read):
+    class Wrong:
+        def __iter__(self):
+            raise DataError("input 'x' has the wrong dtype")
+
+    graph = read(CONSTANTS)
+    with pytest.raises(DataError, match="wrong dtype"):
+        SIMPLIFY(graph, Context(Signature(()), samples=Wrong()))
 
 
 def test_takes_differences_of_rounding(rewrite, monkeypatch):
