@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from enginesmith import errors
-from enginesmith.targets import TARGETS
+from enginesmith.targets import TARGETS, parse_target
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("samples/*/README.md"))]
@@ -90,6 +90,9 @@ def test_the_extras_that_the_page_names_exist() -> None:
 def test_the_table_of_targets_is_complete() -> None:
     table = README.partition("\n## Targets\n")[2].partition("\n## ")[0]
     assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == sorted(TARGETS)
+    examples = re.findall(r"--target ([\w-]+:\w+=\w+)", README)
+    assert examples
+    assert [str(parse_target(text)) for text in examples] == examples
 
 
 def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
