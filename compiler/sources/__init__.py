@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -88,16 +87,29 @@ def load_model(
     constants = dict(arguments or {})
     if not isinstance(source, (str, Path)):
         return _load_object(source, weights, inputs, constants, sample, device)
-    if match := re.fullmatch(r"(.+\.py):(\w+)", str(source)):
+    if ".py:" in str(source):
         from . import module
 
+        _check_device(device)
         made = module.load_factory(str(source), constants, log)
-        code = hashlib.sha256(Path(match[1]).read_bytes()).hexdigest()
-        identity = f"{code}{match[2]}{sorted(constants.items())!r}"
+        file, _, factory = str(source).rpartition(":")
+        code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        identity = f"{code}{factory}{sorted(constants.items())!r}"
         return module.load(
             made, weights=weights, inputs=inputs, constants={}, sample=sample, device=device, identity=identity
         )
     return _load_file(Path(source), weights, inputs, constants, sample, device, log)
+
+
+def describe_source(source: str) -> dict[str, Any]:
+    """What a source tells about itself without inputs: kind, inputs, operators, precisions of the weights, sizes.
+
+    Raises:
+        SourceError: the source cannot be loaded.
+    """
+    from .description import describe
+
+    return describe(source)
 
 
 def _load_object(
@@ -110,6 +122,7 @@ def _load_object(
 ) -> Model:
     import torch
 
+    _check_device(device)
     if isinstance(source, torch.jit.ScriptModule):
         from . import torchscript
 
@@ -163,6 +176,8 @@ def _load_file(
             hint=f"write a factory that makes the module, and give file.py:factory with --weights {path}",
         )
     _no_weights(weights, f"{path.name}, which holds its own")
+    if kind != "onnx":
+        _check_device(device)
     if kind == "torchscript":
         from . import torchscript
 
@@ -181,3 +196,10 @@ def _load_file(
 def _no_weights(weights: Path | None, what: str) -> None:
     if weights is not None:
         raise RecipeError(f"--weights {weights} does not go with {what}", expected="a file.py:factory as the model")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("the reference cannot run on a GPU here", found=f"device {device!r}", hint="choose 'cpu'")

@@ -19,7 +19,7 @@ from ..files import sha256
 from ..signature import DTYPES, Signature, TensorSpec
 from . import Model
 from .flat import flat_module
-from .guard import Log, first_line, foreign, quiet
+from .guard import Log, discard, first_line, foreign, quiet
 from .probe import describe as probe
 from .ranges import FileInput, with_ranges
 from .reference import TorchReference, snapshot
@@ -52,24 +52,16 @@ def load(
         SourceError: the file is damaged or of another version, or the program cannot be run.
         RecipeError: `inputs` do not fit the program, or leave an axis without range.
     """
-
-    def failed(error: BaseException) -> SourceError:
-        return SourceError(
-            f"exported program {str(path)!r} cannot be loaded",
-            found=first_line(error),
-            hint="it is damaged, or was saved by another version of torch; export it again",
-        )
-
-    with quiet(log), foreign(failed), _no_pickled_code(path):
-        program = torch.export.load(path)
+    program = open_program(path, log)
+    with quiet(log):
         module = program.module()
-    leaves, declared = _inputs(program)
+    for part in module.modules():
+        part.training = False  # it was exported in the mode that it has; eval() is not supported on it
+    leaves, declared = program_inputs(program)
     signature = with_ranges(declared, inputs, path.name, keep_names=False)
     _check_ranges(program, declared, signature, path.name)
     tensors = module_tensors(module)
     check_values(tensors, parameters=frozenset(program.graph_signature.parameters))
-    for part in module.modules():
-        part.training = False  # it was exported in the mode that it has; eval() is not supported on it
     module.to(device)
     names = [item.spec.name for item in declared]
     flat = flat_module(module, _Unflatten(leaves, program.call_spec.in_spec), names)
@@ -85,6 +77,24 @@ def load(
         parameter_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
         stateful=stateful,
     )
+
+
+def open_program(path: Path, log: Log = discard) -> torch.export.ExportedProgram:
+    """Loads a program, and none of the pickled code that it may hold.
+
+    Raises:
+        SourceError: it is damaged, of another version, or holds pickled code.
+    """
+
+    def failed(error: BaseException) -> SourceError:
+        return SourceError(
+            f"exported program {str(path)!r} cannot be loaded",
+            found=first_line(error),
+            hint="it is damaged, or was saved by another version of torch; export it again",
+        )
+
+    with quiet(log), foreign(failed), _no_pickled_code(path):
+        return torch.export.load(path)
 
 
 @contextlib.contextmanager
@@ -110,7 +120,7 @@ def _no_pickled_code(path: Path) -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _inputs(program: torch.export.ExportedProgram) -> tuple[tuple[Any, ...], list[FileInput]]:
+def program_inputs(program: torch.export.ExportedProgram) -> tuple[tuple[Any, ...], list[FileInput]]:
     """The program's flat arguments, tensors marked, and what each tensor is."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     leaves: list[Any] = []

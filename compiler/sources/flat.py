@@ -1,9 +1,4 @@
-"""Between a model's own arguments and results, which nest, and flat tensors with names.
-
-Names are paths joined by dots. An input ``state.0`` is the first item of forward's parameter ``state``. Outputs are
-named by the keys that lead to them (``logits``, ``past.0.key``), with ``output`` standing for a root that has no name:
-a single tensor is ``output``, a tuple is ``output.0``, ``output.1``. None is dropped.
-"""
+"""From flat tensors with names to a model's own arguments, which nest: ``state.0`` is the first item of ``state``."""
 
 from __future__ import annotations
 
@@ -16,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ...errors import RecipeError, SourceError, UnknownNameError
-from ..signature import DTYPES
+from ...errors import RecipeError, UnknownNameError
+from .outputs import flatten_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,19 +124,6 @@ def describe(parameters: Iterable[Parameter]) -> str:
     return "forward(" + ", ".join(map(str, parameters)) + ")"
 
 
-def flatten_outputs(value: Any, taken: Iterable[str] = ()) -> tuple[dict[str, torch.Tensor], Any]:
-    """Tensors by name, and the structure that `Signature.nest` gives back. Names in `taken` get ``_out`` appended.
-
-    Raises:
-        SourceError: something else than tensors is returned.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    structure = _flatten(value, (), tensors, frozenset(taken))
-    if not tensors:
-        raise SourceError("the model returns no tensor", expected="a tensor, or tuples, lists and dicts of tensors")
-    return tensors, None if isinstance(value, torch.Tensor) else structure
-
-
 class FlatModule(torch.nn.Module):
     """A model that takes flat positional tensors and returns a flat tuple; `flat_module` makes one."""
 
@@ -220,43 +202,3 @@ def _fill(tree: Any, tensors: Sequence[torch.Tensor]) -> Any:
     if isinstance(tree, dict):
         return {key: _fill(child, tensors) for key, child in tree.items()}
     return type(tree)(_fill(child, tensors) for child in tree)
-
-
-def _flatten(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor], taken: frozenset[str]) -> Any:
-    if isinstance(value, torch.Tensor):
-        name = _output_name(path)
-        _check_tensor(name, value)
-        while name in tensors or name in taken:
-            name += "_out"
-        tensors[name] = value
-        return name
-    if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        items = {str(key): item for key, item in value.items() if item is not None}
-        return {"dict": {key: _flatten(item, (*path, key), tensors, taken) for key, item in items.items()}}
-    if isinstance(value, (tuple, list)):
-        keys = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
-        pairs = [(key, item) for key, item in zip(keys, value, strict=True) if item is not None]
-        nested = [_flatten(item, (*path, key), tensors, taken) for key, item in pairs]
-        return {"list" if isinstance(value, list) else "tuple": nested}
-    raise SourceError(
-        f"output {_output_name(path)!r} of the model is no tensor",
-        expected="a tensor, or tuples, lists, dicts and dataclasses of tensors",
-        found=f"{type(value).__module__}.{type(value).__qualname__}",
-        hint="wrap the model in a factory that returns tensors only",
-    )
-
-
-def _output_name(path: tuple[str, ...]) -> str:
-    return ".".join(path if path and not path[0].isdigit() else ("output", *path))
-
-
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.layout is not torch.strided or dtype not in DTYPES.values():
-        raise SourceError(
-            f"output {name!r} of the model is of a kind that engines do not have",
-            expected="a dense tensor of " + ", ".join(sorted(set(DTYPES.values()))),
-            found=f"{tensor.layout}, {dtype}",
-        )

@@ -36,8 +36,8 @@ def load(
         SourceError: the archive is damaged, has no forward, or cannot be run.
         RecipeError: forward needs inputs or constants that were not given.
     """
-    script = _open(source, device) if isinstance(source, Path) else source
-    parameters, plain = _parameters(script)
+    script = open_archive(source, device) if isinstance(source, Path) else source
+    parameters, plain = forward_parameters(script)
     if inputs is None or not inputs.inputs:
         raise RecipeError(
             "the inputs of the TorchScript model are not known",
@@ -75,7 +75,12 @@ def load(
     )
 
 
-def _open(path: Path, device: str) -> torch.jit.ScriptModule:
+def open_archive(path: Path, device: str = "cpu") -> torch.jit.ScriptModule:
+    """Loads an archive.
+
+    Raises:
+        SourceError: it is damaged, or uses operators that this torch does not have.
+    """
     try:
         script: torch.jit.ScriptModule = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
@@ -89,14 +94,14 @@ def _open(path: Path, device: str) -> torch.jit.ScriptModule:
 
 def _restorer(source: Path | torch.jit.ScriptModule, device: str) -> Callable[[], torch.nn.Module]:
     if isinstance(source, Path):
-        return lambda: _open(source, device).eval()
+        return lambda: open_archive(source, device).eval()
     saved = copy.deepcopy(
         source
     )  # a copy of the weights too; given back as soon as the model turns out to be stateless
     return lambda: copy.deepcopy(saved)
 
 
-def _parameters(script: torch.jit.ScriptModule) -> tuple[list[Parameter], dict[str, str]]:
+def forward_parameters(script: torch.jit.ScriptModule) -> tuple[list[Parameter], dict[str, str]]:
     """Parameters of forward, and the types of those that take no tensors."""
     if not script._c._has_method("forward"):
         raise SourceError("the TorchScript model has no forward", found=", ".join(script._c._method_names()))

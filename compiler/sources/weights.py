@@ -73,9 +73,9 @@ def check_values(tensors: Mapping[str, torch.Tensor], *, parameters: frozenset[s
         SourceError: the first bad tensor.
     """
     for name, tensor in tensors.items():
-        if tensor.is_meta:
+        if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
             raise SourceError(
-                f"weight {name!r} has no values, only a shape (meta device)",
+                f"weight {name!r} has no values (meta device or lazy module)",
                 hint="give --weights, or fill it in the factory",
             )
         if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.layout is not torch.strided:

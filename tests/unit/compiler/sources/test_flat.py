@@ -4,7 +4,8 @@ import dataclasses
 import pytest
 import torch
 
-from enginesmith.compiler.sources.flat import Parameter, arrange, flat_module, flatten_outputs, python_parameters
+from enginesmith.compiler.sources.flat import Parameter, arrange, flat_module, python_parameters
+from enginesmith.compiler.sources.outputs import flatten_outputs
 from enginesmith.errors import RecipeError, SourceError, UnknownNameError
 
 A, B = torch.zeros(1), torch.ones(2)

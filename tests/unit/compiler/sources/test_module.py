@@ -85,6 +85,7 @@ def test_the_fingerprint_tells_weights_code_and_arguments_apart(file):
         ("leave", {}, SourceError, "net.py:17 in leave(?s:.*)SystemExit"),
         ("build", {"depth": 3}, SourceError, "TypeError: .*unexpected keyword argument 'depth'"),
         ("number", {}, SourceError, "net.py:number gives no module(?s:.*)found: builtins.int"),
+        ("", {}, UnknownNameError, "unknown factory in net.py ''"),
         ("biuld", {}, UnknownNameError, "unknown factory in net.py 'biuld'(?s:.*)did you mean 'build'"),
     ],
 )
@@ -172,11 +173,18 @@ def test_a_model_that_fails_on_its_inputs():
         load_model(torch.nn.Linear(4, 2), inputs=parse_inputs(["input:1x5"]))
 
 
-def test_half_precision_runs_as_it_is():
-    model = load_model(torch.nn.Linear(4, 2).bfloat16(), inputs=parse_inputs(["input:1x4:bfloat16"]),
-                       sample={"input": np.ones((1, 4), np.float32)})  # fmt: skip
+def test_bfloat16_runs_as_it_is():
+    model = load_model(torch.nn.Linear(4, 2).bfloat16(), inputs=parse_inputs(["input:1x4:bfloat16"]))
     assert model.signature.outputs[0].dtype == "bfloat16"
-    assert model.reference.run({"input": np.ones((1, 4), np.float32)})["output"].dtype == np.float32
+    first = model.reference.run({"input": np.ones((1, 4), np.float32)})["output"]
+    assert first.dtype == np.float32
+    assert np.array_equal(model.reference.run({"input": np.ones((1, 4), "bfloat16")})["output"], first)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(RecipeError, match=r"cannot run on a GPU here(?s:.*)choose 'cpu'"):
+        load_model(torch.nn.Linear(4, 2), inputs=INPUTS, device="cuda")
 
 
 class Counter(torch.nn.Module):

@@ -142,8 +142,10 @@ def test_values_that_are_not_finite_are_refused():
     for infinity in (torch.inf, -torch.inf):
         with pytest.raises(SourceError, match="weight 'w' holds infinity"):
             check_values({"w": torch.tensor([1.0, infinity])}, parameters=names)
-    with pytest.raises(SourceError, match=r"weight 'w' has no values, only a shape \(meta device\)"):
+    with pytest.raises(SourceError, match=r"weight 'w' has no values"):
         check_values({"w": torch.empty(2, device="meta")}, parameters=names)
+    with pytest.raises(SourceError, match="weight 'w' has no values"):
+        check_values({"w": torch.nn.LazyLinear(2).weight}, parameters=names)
 
 
 def test_digest_tells_names_dtypes_shapes_and_values_apart():
