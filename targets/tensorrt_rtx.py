@@ -128,10 +128,13 @@ def _why_no_run(found: _tensorrt.Found) -> tuple[str, str]:
     return "", ""
 
 
-def _runtime_cache(plan: Path, found: _tensorrt.Found) -> Path:
-    """Where kernels compiled for this engine, version and GPU are kept."""
+def _runtime_cache(plan: Path, found: _tensorrt.Found) -> Path | None:
+    """Where kernels compiled for this engine, version and GPU are kept; None where nothing can be written."""
     home = os.environ.get("ENGINESMITH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "enginesmith")
     key = hashlib.sha256(plan.read_bytes() + f"{found.version} {found.gpu}".encode()).hexdigest()[:32]
     folder = Path(home).expanduser() / "tensorrt-rtx"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
     return folder / f"{key}.cache"

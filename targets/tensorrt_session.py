@@ -54,17 +54,19 @@ class Session:
         self.driver("cuDevicePrimaryCtxRetain", ctypes.byref(self._primary), self.driver.device)
         self._logger = make_logger(trt)
         self._bindings: dict[Any, Binding] = {}
-        with self.active():
-            self._runtime = trt.Runtime(self._logger)
-            with open(plan, "rb") as file:
-                self.engine = self._runtime.deserialize_cuda_engine(file.read())
-            if self.engine is None:
-                raise Failure("mismatch", f"{trt.__name__} {trt.__version__} cannot open the engine: {self.errors()}")
-            self._runtime_config, self._runtime_cache = self._make_runtime_cache(runtime_cache)
-        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-        self.outputs = [n for n in names if n not in self.inputs]
-        self.dtypes = {name: self._dtype(name) for name in names}
+        self._runtime: Any = None
+        self._runtime_config: Any = None
+        self._runtime_cache: tuple[Any, str] | None = None
+        self.engine: Any = None
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
+        self.dtypes: dict[str, np.dtype[Any]] = {}
+        try:
+            self._open(plan, runtime_cache)
+        except Failure:
+            self.engine = self._runtime = None
+            self.driver("cuDevicePrimaryCtxRelease_v2", self.driver.device)
+            raise
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -119,22 +121,36 @@ class Session:
                 binding.close()
             self._bindings.clear()
             if self._runtime_cache is not None:
-                write_atomically(self._runtime_cache[1], self._runtime_cache[0].serialize())
+                with contextlib.suppress(OSError):  # the next session compiles its kernels again
+                    write_atomically(self._runtime_cache[1], self._runtime_cache[0].serialize())
             self._runtime_config = self._runtime_cache = None
             self.engine = None
             self._runtime = None
         self.driver("cuDevicePrimaryCtxRelease_v2", self.driver.device)
 
-    def _make_runtime_cache(self, path: str | None) -> tuple[Any, tuple[Any, str] | None]:
-        if path is None:
-            return None, None
+    def _open(self, plan: str, runtime_cache: str | None) -> None:
+        trt = self.trt
+        with self.active():
+            self._runtime = trt.Runtime(self._logger)
+            with open(plan, "rb") as file:
+                self.engine = self._runtime.deserialize_cuda_engine(file.read())
+            if self.engine is None:
+                raise Failure("mismatch", f"{trt.__name__} {trt.__version__} cannot open the engine: {self.errors()}")
+            if runtime_cache is not None:
+                self._use_runtime_cache(runtime_cache)
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.outputs = [n for n in names if n not in self.inputs]
+        self.dtypes = {name: self._dtype(name) for name in names}
+
+    def _use_runtime_cache(self, path: str) -> None:
         config = self.engine.create_runtime_config()
         cache = config.create_runtime_cache()
         if os.path.exists(path):
             with open(path, "rb") as file:
                 cache.deserialize(file.read())
         config.set_runtime_cache(cache)
-        return config, (cache, path)
+        self._runtime_config, self._runtime_cache = config, (cache, path)
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         kind = self.engine.get_tensor_dtype(name).name

@@ -9,6 +9,7 @@ from enginesmith.errors import BuildError, EngineMismatchError, RecipeError, Tar
 from enginesmith.targets import _tensorrt, parse_target
 from enginesmith.targets._tensorrt import Found, profiles, reproduce
 from enginesmith.targets.base import BuildRequest, EngineInfo
+from enginesmith.targets.tensorrt_rtx import _runtime_cache
 
 SIGNATURE = parse_inputs(["image:1x3x8x8", "scale:1"], ["image:0=1..4..8"])
 
@@ -169,6 +170,20 @@ def test_a_model_without_a_graph(machine, tmp_path):
     request = BuildRequest(None, None, SIGNATURE, "fp32", {}, tmp_path, tmp_path, print)
     with pytest.raises(BuildError, match="tensorrt builds from a graph, and this model has none"):
         parse_target("tensorrt").build(request)
+
+
+def test_the_runtime_cache_is_that_of_engine_version_and_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    plan = tmp_path / "model.plan"
+    plan.write_bytes(b"one")
+    first = _runtime_cache(plan, ADA)
+    assert first == _runtime_cache(plan, ADA)
+    assert first.parent == tmp_path / "cache" / "tensorrt-rtx"
+    assert first != _runtime_cache(plan, H100)
+    plan.write_bytes(b"two")
+    assert first != _runtime_cache(plan, ADA)
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(plan))  # a file is no folder
+    assert _runtime_cache(plan, ADA) is None
 
 
 def test_the_environment_names_the_interpreter(monkeypatch):

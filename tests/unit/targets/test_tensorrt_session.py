@@ -104,6 +104,19 @@ class Context:
         return True
 
 
+class RuntimeConfig:
+    """Keeps a cache whose content grows by a letter with each session."""
+
+    def create_runtime_cache(self):
+        self.cache = types.SimpleNamespace(content=b"")
+        self.cache.deserialize = lambda content: setattr(self.cache, "content", content)
+        self.cache.serialize = lambda: self.cache.content + b"k"
+        return self.cache
+
+    def set_runtime_cache(self, cache):
+        assert cache is self.cache
+
+
 class Engine:
     num_io_tensors = 2
     data_dependent = False
@@ -130,7 +143,11 @@ class Engine:
     def get_tensor_profile_shape(self, name, index):
         return [(size, 2) for size in self.ranges[index]]
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return RuntimeConfig()
+
+    def create_execution_context(self, config=None):
+        assert config is None or config.cache.content is not None
         self.contexts.append(Context(self))
         return self.contexts[-1]
 
@@ -192,6 +209,17 @@ def test_the_shapes_used_longest_ago_lose_their_buffers(open_session):
     assert session.driver.calls.count("cuCtxPushCurrent_v2") == session.driver.calls.count("cuCtxPopCurrent_v2")
     with pytest.raises(Failure, match="the engine is closed"):
         session.run({"x": array(1)})
+
+
+def test_the_runtime_cache_is_read_and_saved(open_session, tmp_path):
+    cache = tmp_path / "engine.cache"
+    for content in (b"k", b"kk"):
+        session = open_session(Engine(), runtime_cache=str(cache))
+        session.run({"x": array(2)})
+        session.close()
+        assert cache.read_bytes() == content
+    session = open_session(Engine(), runtime_cache=str(tmp_path / "nowhere" / "engine.cache"))
+    session.close()
 
 
 def test_the_second_launch_is_captured_and_later_ones_are_replays(open_session):
@@ -325,17 +353,20 @@ def test_a_plan_that_tensorrt_refuses(open_session):
         open_session(None)
 
 
+def test_a_session_that_cannot_be_opened_gives_the_gpu_back(open_session, monkeypatch):
+    drivers = []
+    monkeypatch.setattr(Engine, "get_tensor_dtype", lambda self, name: member("BF16"))
+    monkeypatch.setattr(HostDriver, "cuDevicePrimaryCtxRelease_v2", lambda *args: drivers.append(args), raising=False)
+    with pytest.raises(Failure, match="'x' of the engine is BF16, which NumPy cannot hold"):
+        open_session(Engine())
+    assert len(drivers) == 1
+
+
 def test_an_execution_that_fails(open_session, monkeypatch):
     runner = SessionRunner(open_session(Engine()), SIGNATURE)
     monkeypatch.setattr(Context, "execute_async_v3", lambda self, stream: False)
     with pytest.raises(EngineError, match="the engine could not be executed: TensorRT gave no reason"):
         runner.run({"x": array(1)})
-
-
-def test_types_that_numpy_cannot_hold(open_session, monkeypatch):
-    monkeypatch.setattr(Engine, "get_tensor_dtype", lambda self, name: member("BF16"))
-    with pytest.raises(Failure, match="'x' of the engine is BF16, which NumPy cannot hold"):
-        open_session(Engine())
 
 
 @pytest.mark.parametrize(
