@@ -51,7 +51,7 @@ def _flatten(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]
         f"output {_output_name(path)!r} of the model is no tensor",
         expected="a tensor, or tuples, lists, dicts and dataclasses of tensors",
         found=f"{type(value).__module__}.{type(value).__qualname__}",
-        hint="wrap the model in a factory that returns tensors only",
+        hint="wrap the model in a factory that returns tensors only (transformers: use_cache=False)",
     )
 
 
