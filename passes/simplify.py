@@ -21,11 +21,11 @@ import onnx_ir as ir
 from ..compiler.data import random_batch
 from ..compiler.graph import Graph
 from ..compiler.probe import Arrays, run
-from ..errors import EnginesmithError
+from ..errors import GraphError, TargetUnavailableError
 from .base import Context, Pass, PassResult, Refusal
 
 TOLERANCE = 1e-5
-"""Relative L2 by which an fp32 output may differ; folding changes the order of roundings only."""
+"""Relative L2 by which an output may differ, a float16 one by two of its roundings: folding only reorders them."""
 
 _ROUNDS = 5
 _GROWTH_BYTES = 1 << 20
@@ -97,7 +97,7 @@ def _once(graph: Graph) -> Graph:
             simplified = Graph.load(target)
             simplified.detach()
         simplified.verify()
-    except EnginesmithError as error:
+    except GraphError as error:
         raise _RefusedError(str(error)) from error
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         raise _RefusedError(f"onnxsim failed: {error}") from error
@@ -124,13 +124,14 @@ def _check_results(before: Graph, after: Graph, context: Context) -> None:
     for inputs in _inputs(context):
         try:
             expected, found = run(before, inputs), run(after, inputs)
-        except EnginesmithError as error:
+        except (GraphError, TargetUnavailableError) as error:
             raise _RefusedError(f"the result cannot be checked: {error}") from error
         for name, value in expected.items():
             difference = _difference(value, found[name])
-            if not difference <= TOLERANCE:
+            allowed = max(TOLERANCE, 2 * float(np.finfo(value.dtype).eps)) if value.dtype.kind == "f" else 0.0
+            if not difference <= allowed:
                 raise _RefusedError(
-                    f"onnxsim changes output {name!r}: relative L2 {difference:.2e}, allowed {TOLERANCE:.0e}"
+                    f"onnxsim changes output {name!r}: relative L2 {difference:.2e}, allowed {allowed:.0e}"
                 )
 
 

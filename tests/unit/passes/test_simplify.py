@@ -131,6 +131,14 @@ def test_takes_differences_of_rounding(rewrite, monkeypatch):
     assert rewrite(SIMPLIFY, PLAIN)[1].modified
 
 
+def test_float16_may_differ_by_its_roundings(rewrite, monkeypatch):
+    text = "g (float16[N] x) => (float16[N] y) <float s = {SCALE}> { k = Cast <to = 10> (s)  y = Mul(x, k) }"
+    for scale, modified in (("1.001", True), ("1.01", False)):
+        with monkeypatch.context() as patch:
+            replaced_by(patch, text.replace("SCALE", scale))
+            assert rewrite(SIMPLIFY, text.replace("SCALE", "1.0"))[1].modified == modified
+
+
 def test_refuses_integers_that_change(rewrite, monkeypatch):
     text = "g (int64[N] x) => (int64[N] y) <int64 k = {1000000}> { y = Add(x, k) }"
     replaced_by(monkeypatch, text.replace("1000000", "1000001"))
