@@ -23,7 +23,8 @@ from ._onnxruntime import to_numpy
 from ._worker import KINDS, Worker
 from .base import Arrays, Bound, Runner
 from .cuda_driver import Failure
-from .tensorrt_session import Binding, Session
+from .tensorrt_binding import Binding
+from .tensorrt_session import Session
 from .tensorrt_worker import load_arrays, save_arrays
 
 _LOADING_S = 600.0

@@ -27,14 +27,16 @@ import numpy as np
 
 if __package__:
     from .cuda_driver import Failure, gpu
+    from .tensorrt_binding import Binding
     from .tensorrt_builder import build
-    from .tensorrt_session import Binding, Session
+    from .tensorrt_session import Session
 else:  # a script; its folder leaves the path again, as tensorrt.py there would hide the package of that name
     _here = os.path.dirname(os.path.realpath(__file__))
     sys.path.insert(0, _here)
     from cuda_driver import Failure, gpu  # type: ignore[import-not-found, no-redef]
+    from tensorrt_binding import Binding  # type: ignore[import-not-found, no-redef]
     from tensorrt_builder import build  # type: ignore[import-not-found, no-redef]
-    from tensorrt_session import Binding, Session  # type: ignore[import-not-found, no-redef]
+    from tensorrt_session import Session  # type: ignore[import-not-found, no-redef]
 
     sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != _here]
 

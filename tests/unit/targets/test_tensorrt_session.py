@@ -13,7 +13,8 @@ from enginesmith.errors import DataError, EngineError, EngineMismatchError
 from enginesmith.targets import _tensorrt_runner, tensorrt_session
 from enginesmith.targets._tensorrt_runner import SessionRunner
 from enginesmith.targets.cuda_driver import Failure, allocate
-from enginesmith.targets.tensorrt_session import BINDINGS, Session, convert
+from enginesmith.targets.tensorrt_binding import convert
+from enginesmith.targets.tensorrt_session import BINDINGS, Session
 
 SIGNATURE = Signature(
     inputs=(TensorSpec("x", "int64", ("batch", 2)),),
