@@ -68,10 +68,10 @@ def cli() -> None:
 
 
 def _compile() -> click.Command:
-    from .compiler.flags import overrides, recipe_options
+    from .compiler.console.flags import overrides, recipe_options
 
     def run(recipe: Path | None, output: Path, as_json: bool, quiet: bool, **values: Any) -> int:
-        from .compiler.console import progress, show_bundle
+        from .compiler.console.console import progress, show_bundle
         from .compiler.pipeline import compile
 
         with progress(quiet) as bars:
@@ -102,10 +102,10 @@ _ENGINES = click.Option(["--engine", "-e", "engines"], multiple=True, help="Engi
 
 
 def _validate() -> click.Command:
-    from .compiler.flags import field_options, overrides
+    from .compiler.console.flags import field_options, overrides
 
     def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
-        from .compiler.console import progress, show_validations
+        from .compiler.console.console import progress, show_validations
         from .compiler.trial import validate_bundle
 
         with progress(quiet) as bars:
@@ -118,10 +118,10 @@ def _validate() -> click.Command:
 
 
 def _bench() -> click.Command:
-    from .compiler.flags import field_options, overrides
+    from .compiler.console.flags import field_options, overrides
 
     def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
-        from .compiler.console import progress, show_benchmark
+        from .compiler.console.console import progress, show_benchmark
         from .compiler.trial import benchmark_bundle
 
         with progress(quiet) as bars:
@@ -135,7 +135,7 @@ def _bench() -> click.Command:
 
 def _inspect() -> click.Command:
     def run(path: Path, as_json: bool, quiet: bool) -> int:
-        from .compiler.console import show_inspection
+        from .compiler.console.console import show_inspection
         from .compiler.inspection import inspect
 
         result = inspect(path)
@@ -147,8 +147,8 @@ def _inspect() -> click.Command:
 
 def _doctor() -> click.Command:
     def run(targets: tuple[str, ...], as_json: bool, quiet: bool) -> int:
-        from .compiler.console import progress, show_diagnosis
-        from .compiler.doctor import diagnose
+        from .compiler.console.console import progress, show_diagnosis
+        from .compiler.machine.doctor import diagnose
 
         with progress(quiet) as bars:
             result = diagnose(targets, progress=bars)

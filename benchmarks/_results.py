@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from enginesmith.compiler.environment import environment
+from enginesmith.compiler.machine.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,8 +20,8 @@ import onnxruntime
 from _results import write
 
 from enginesmith.compiler.engine import load
-from enginesmith.compiler.files import hashes
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
+from enginesmith.compiler.storage.files import hashes
 from enginesmith.targets.base import EngineInfo
 
 LIMIT_US = 50.0

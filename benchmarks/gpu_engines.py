@@ -21,8 +21,8 @@ import torch
 from _results import RESULTS, command, write
 
 import enginesmith
-from enginesmith.compiler.baselines import torch_baselines
 from enginesmith.compiler.benchmark import Candidate, Settings, SizedInputs, benchmark
+from enginesmith.compiler.benchmark.baselines import torch_baselines
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import load_model
 from enginesmith.compiler.trial import open_runner

@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import hashes
 from .manifest import EngineRecord, Manifest
+from .storage.files import hashes
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -18,8 +18,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from ..errors import DataError
-from .files import sha256
 from .signature import Signature
+from .storage.files import sha256
 
 Batch = dict[str, np.ndarray]
 RANDOM_BATCHES = 8
@@ -191,6 +191,28 @@ def random_batch(signature: Signature, generator: np.random.Generator, sizes: Ma
         values = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
         batch[name] = np.asarray(values, dtype=dtype)
     return batch
+
+
+def resized(signature: Signature, sample: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> Batch:
+    """A sample with its dynamic axes repeated or cut to these sizes: values that the model knows, at another size."""
+    arrays: Batch = {}
+    for name, shape in signature.shapes(sizes).items():
+        array = np.asarray(sample[name])
+        for axis, size in enumerate(shape):
+            if array.shape[axis] != size:
+                array = np.take(array, np.arange(size) % array.shape[axis], axis=axis)
+        arrays[name] = np.asarray(array, order="C")
+    return arrays
+
+
+def other_sizes(signature: Signature) -> list[dict[str, int]]:
+    """For each dynamic axis of more than one size, sizes that differ from the optimum in that axis alone."""
+    found = []
+    for name, axis in signature.axes.items():
+        other = axis.min if axis.min < axis.opt else axis.opt + 1
+        if other in axis:
+            found.append({**signature.sizes(), name: other})
+    return found
 
 
 def _read_polygraphy(path: Path) -> Iterator[Batch]:

@@ -17,10 +17,10 @@ from ..errors import (
 )
 from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
-from .files import sha256
+from .machine.requirements import check_machine, devices
 from .manifest import FORMAT, EngineRecord, Manifest
-from .requirements import check_machine, devices
 from .signature import Signature
+from .storage.files import sha256
 
 Device = Literal["cpu", "cuda"]
 

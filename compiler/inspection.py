@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import SourceError
 from ..targets.base import EngineInfo
 from .bundle import Bundle
-from .files import size_bytes
 from .signature import Signature
+from .storage.files import size_bytes
 
 
 def inspect(path: Path) -> dict[str, Any]:

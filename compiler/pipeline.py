@@ -26,16 +26,16 @@ from ..passes.base import Context, Pass
 from ..targets import parse_target
 from ..targets.base import Availability, BuildRequest, EngineInfo, Target
 from .bundle import Bundle, write_bundle, write_reproduction
-from .cache import Cache, key
 from .data import Data, describe, open_data
-from .environment import environment
-from .files import appearing_folder, copy_tree, size_bytes
-from .fingerprint import compile_key, is_self_contained, local_modules, still_hold
+from .machine.environment import environment
 from .manifest import FORMAT, Benchmark, CaptureRecord, EngineRecord, Manifest, PassRecord
 from .progress import Progress, Stages
 from .recipe import Recipe, make_recipe, read_recipe
-from .reference import ReferenceOutputs
+from .storage.cache import Cache, key
+from .storage.files import appearing_folder, copy_tree, size_bytes
+from .storage.fingerprint import compile_key, is_self_contained, local_modules, still_hold
 from .trial import TORCH_BASELINES, benchmark_engines, load, validate_engines, verdict
+from .validation.reference import ReferenceOutputs
 
 if TYPE_CHECKING:
     import torch
@@ -286,7 +286,7 @@ def _build_all(
         BuildError: a required engine failed, or none was built.
     """
     variants = [(target, precision) for target in job.targets for precision in job.recipe.precisions]
-    engines = []
+    engines: list[EngineRecord] = []
     for number, (target, precision) in enumerate(variants):
         job.stages.update(number / len(variants), f"{target.name} {precision}")
         name = f"{target.name}-{precision}"
@@ -330,10 +330,10 @@ def _build(
     )
     state = target.availability()
     if not state.build:
-        record.update(reason=state.reason, to_do=state.install)
+        record.update({"reason": state.reason, "to_do": state.install})
         return record
     if problem := _mismatch(target, precision, graph, capture):
-        record.update(status="failed", reason=problem)
+        record.update({"status": "failed", "reason": problem})
         return record
     directory = job.folder / "engines" / name
     directory.mkdir(parents=True)
@@ -345,7 +345,7 @@ def _build(
         known = isinstance(error, EnginesmithError)
         log.extend(traceback.format_exc().splitlines())
         record.update(
-            status="failed", reason=str(error) if known else f"internal error, {type(error).__name__}: {error}"
+            {"status": "failed", "reason": str(error) if known else f"internal error, {type(error).__name__}: {error}"}
         )
         record["to_do"] = f"see engines/{name}/build.log"
         write_reproduction(directory, str(target), precision, log)
@@ -354,12 +354,14 @@ def _build(
     dataclasses.replace(info, name=name).write(directory)
     write_reproduction(directory, str(target), precision, log)
     record.update(
-        status="ready" if state.run else "built",
-        reason=state.reason,
-        to_do=state.install,
-        build_s=time.perf_counter() - start,
-        size_bytes=size_bytes(directory),
-        details=dict(info.details),
+        {
+            "status": "ready" if state.run else "built",
+            "reason": state.reason,
+            "to_do": state.install,
+            "build_s": time.perf_counter() - start,
+            "size_bytes": size_bytes(directory),
+            "details": dict(info.details),
+        }
     )
     return record
 
@@ -425,7 +427,7 @@ def _build_or_reuse(
 
 def _validate(job: Job, model: Model, data: Data, captured: Captured, engines: list[EngineRecord]) -> str:
     """Records the reference once, judges every engine that runs here, and says on what."""
-    from .validator import noise_floor
+    from .validation.validator import noise_floor
 
     scratch = _made(job.scratch / "reference")
     reference = ReferenceOutputs.record(model, data.labelled(), scratch, max_samples=job.recipe.max_samples)

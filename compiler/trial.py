@@ -14,21 +14,20 @@ from ..errors import EnginesmithError, TargetUnavailableError, UnknownNameError
 from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
 from .bundle import Bundle
-from .data import open_data
+from .data import open_data, resized
 from .engine import check_files
 from .manifest import Benchmark, EngineRecord, OutputMetrics, Validation
 from .progress import Progress
 from .recipe import Recipe, make_recipe, read_recipe
-from .reference import ReferenceOutputs
 from .signature import Signature, parse_inputs
-from .sources.probe import resized
+from .validation.reference import ReferenceOutputs
 
 if TYPE_CHECKING:
     import torch
 
     from .benchmark import Candidate, SizedInputs
     from .sources import Model
-    from .validator import MetricFunction
+    from .validation.validator import MetricFunction
 
 
 TORCH_BASELINES = ("torch", "torch.compile")
@@ -75,7 +74,7 @@ def validate_engines(
 
     With `save`, Polygraphy's files of the results are left in the engine's folder.
     """
-    from .validator import validate
+    from .validation.validator import validate
 
     metric = load_metric(recipe)
     ready = [engine for engine in engines if engine["status"] == "ready"]
@@ -85,7 +84,7 @@ def validate_engines(
         try:
             runner = open_runner(folder, engine)
         except EnginesmithError as error:
-            engine.update(status="failed", reason=f"built, but it does not load: {error}")
+            engine.update({"status": "failed", "reason": f"built, but it does not load: {error}"})
             continue
         try:
             engine["validation"] = validate(
@@ -146,7 +145,7 @@ def sized_inputs(signature: Signature, sample: Mapping[str, np.ndarray]) -> list
     result = []
     for sizes in batch_sizes(signature):
         batch = sizes[signature.batch_axis] if signature.batch_axis else int(first)
-        result.append(SizedInputs(sizes, batch, resized(sample, signature, sizes)))
+        result.append(SizedInputs(sizes, batch, resized(signature, sample, sizes)))
     return result
 
 
@@ -192,7 +191,7 @@ def _baselines(
     recipe: Recipe, model: Model | None, engines: Sequence[EngineRecord]
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Candidates in torch, and the reason where there can be none."""
-    from .baselines import torch_baselines
+    from .benchmark.baselines import torch_baselines
 
     names = {engine["name"] for engine in engines}
     asked = [name for name in recipe.baselines if name not in names]
@@ -229,7 +228,7 @@ def validate_bundle(
     Raises:
         TargetUnavailableError: no engine that was asked for runs here.
     """
-    from .validator import noise_floor
+    from .validation.validator import noise_floor
 
     bundle, recipe = _reopen(path, fields)
     chosen = _choose(bundle, engines)

@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
-from ..compiler.float16 import clamp_masks, judge
 from ..compiler.graph import Graph
-from ..compiler.precision import Lowering, kept
+from ..compiler.graph.float16 import clamp_masks, judge
+from ..compiler.graph.precision import Lowering, kept
 from .base import Context, Pass, PassResult, Refusal
 
 

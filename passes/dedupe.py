@@ -17,8 +17,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from ..compiler.graph import Graph
-from ..compiler.identity import attribute_digest, tensor_digest
-from ..compiler.verifier import subgraphs
+from ..compiler.graph.identity import attribute_digest, tensor_digest
+from ..compiler.graph.verifier import subgraphs
 from .base import Context, Pass, PassResult, Refusal
 
 _RANDOM = frozenset(

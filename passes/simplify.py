@@ -18,9 +18,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..compiler.data import random_batch
+from ..compiler.data import other_sizes, random_batch
+from ..compiler.difference import relative_l2
 from ..compiler.graph import Graph
-from ..compiler.probe import Arrays, run
+from ..compiler.graph.probe import Arrays, run
 from ..errors import GraphError, TargetUnavailableError
 from .base import Context, Pass, PassResult, Refusal
 
@@ -127,7 +128,7 @@ def _check_results(before: Graph, after: Graph, context: Context) -> None:
         except (GraphError, TargetUnavailableError) as error:
             raise _RefusedError(f"the result cannot be checked: {error}") from error
         for name, value in expected.items():
-            difference = _difference(value, found[name])
+            difference = relative_l2(found[name], value)
             allowed = max(TOLERANCE, 2 * float(np.finfo(value.dtype).eps)) if value.dtype.kind == "f" else 0.0
             if not difference <= allowed:
                 raise _RefusedError(
@@ -140,22 +141,5 @@ def _inputs(context: Context) -> Iterator[Arrays]:
         yield next(iter(context.samples))
         return
     generator = np.random.default_rng(0)
-    axes = context.signature.axes
-    yield random_batch(context.signature, generator)
-    if axes:  # another size of each, so that no size is folded into the graph
-        other = {name: axis.min if axis.min < axis.opt else min(axis.opt + 1, axis.max) for name, axis in axes.items()}
-        yield random_batch(context.signature, generator, other)
-
-
-def _difference(expected: np.ndarray, found: np.ndarray) -> float:
-    """||found - expected|| / ||expected||; infinite where shapes, dtypes, NaN or Inf differ, or integers at all."""
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        return np.inf
-    if expected.dtype.kind != "f":
-        return 0.0 if np.array_equal(expected, found) else np.inf
-    finite = np.isfinite(expected)
-    if not np.array_equal(expected[~finite], found[~finite], equal_nan=True):
-        return np.inf
-    norm = float(np.linalg.norm(expected[finite].astype(np.float64)))
-    error = float(np.linalg.norm(found[finite].astype(np.float64) - expected[finite].astype(np.float64)))
-    return error / norm if norm else error
+    for sizes in (context.signature.sizes(), *other_sizes(context.signature)):  # so that no size is folded in
+        yield random_batch(context.signature, generator, sizes)

@@ -15,8 +15,8 @@ import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
 
 from ...errors import RecipeError, SourceError
-from ..files import sha256
 from ..signature import DTYPES, Signature, TensorSpec
+from ..storage.files import sha256
 from . import Model
 from .flat import flat_module
 from .guard import Log, discard, first_line, foreign, quiet

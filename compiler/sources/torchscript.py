@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ...errors import RecipeError, SourceError
-from ..files import sha256
 from ..signature import Signature
+from ..storage.files import sha256
 from . import Model
 from .flat import Parameter, arrange, describe, flat_module
 from .guard import first_line

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from enginesmith.compiler.baselines import torch_baselines
 from enginesmith.compiler.benchmark import Settings, SizedInputs, benchmark
+from enginesmith.compiler.benchmark.baselines import torch_baselines
 from enginesmith.compiler.signature import Signature, TensorSpec
 from enginesmith.compiler.sources import Model
 

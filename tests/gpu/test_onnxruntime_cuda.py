@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from enginesmith.compiler.engine import load
-from enginesmith.compiler.environment import compute_capability, environment
-from enginesmith.compiler.files import hashes
+from enginesmith.compiler.machine.environment import compute_capability, environment
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
+from enginesmith.compiler.storage.files import hashes
 from enginesmith.errors import BuildError, DataError, EngineError, TargetUnavailableError
 from enginesmith.targets import parse_target
 from enginesmith.targets.base import BuildRequest

@@ -11,8 +11,8 @@ import onnx.parser
 import pytest
 
 import enginesmith
-from enginesmith.compiler.files import hashes
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
+from enginesmith.compiler.storage.files import hashes
 from enginesmith.targets.base import EngineInfo
 
 MODEL = """

@@ -21,7 +21,7 @@ PACKAGES = ("compiler", "passes", "targets")
 RUNTIME = [
     "enginesmith",
     "enginesmith.errors",
-    *(f"enginesmith.compiler.{name}" for name in ("engine", "environment", "manifest", "options", "signature")),
+    *(f"enginesmith.compiler.{name}" for name in ("engine", "machine.environment", "manifest", "options", "signature")),
     *(f"enginesmith.targets.{path.stem}" for path in sorted((ROOT / "targets").glob("*.py")) if path.stem[0] != "_"),
 ]
 """What loading an engine may import."""

@@ -6,11 +6,11 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from enginesmith.compiler import requirements
 from enginesmith.compiler.engine import Engine, load
-from enginesmith.compiler.files import hashes
-from enginesmith.compiler.requirements import check_machine
+from enginesmith.compiler.machine import requirements
+from enginesmith.compiler.machine.requirements import check_machine
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
+from enginesmith.compiler.storage.files import hashes
 from enginesmith.errors import (
     DataError,
     EngineError,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enginesmith.compiler import probe
+from enginesmith.compiler.graph import probe
 from enginesmith.passes.base import Refusal
 from enginesmith.passes.cast import Cast
 

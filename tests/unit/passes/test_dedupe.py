@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enginesmith.compiler import probe
+from enginesmith.compiler.graph import probe
 from enginesmith.passes.dedupe import Dedupe
 
 DEDUPE = Dedupe()

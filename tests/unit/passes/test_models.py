@@ -7,8 +7,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from enginesmith.compiler import probe
-from enginesmith.compiler.graph import Graph
+from enginesmith.compiler.graph import Graph, probe
 from enginesmith.passes import parse_pass
 
 BATCH = torch.export.Dim("batch", min=1, max=64)

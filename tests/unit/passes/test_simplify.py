@@ -8,8 +8,7 @@ import onnx_ir as ir
 import onnxsim
 import pytest
 
-from enginesmith.compiler import probe
-from enginesmith.compiler.graph import Graph
+from enginesmith.compiler.graph import Graph, probe
 from enginesmith.compiler.signature import AxisRange, Signature
 from enginesmith.errors import DataError
 from enginesmith.passes import simplify

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx.parser
 import pytest
+
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import BuildError, DataError, EngineError, RecipeError, TargetUnavailableError
 from enginesmith.targets import parse_target

@@ -1,0 +1,5 @@
+"""From a model to a graph that reproduces it."""
+
+from .capture import Captured, capture
+
+__all__ = ["Captured", "capture"]

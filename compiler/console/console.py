@@ -1,0 +1,249 @@
+"""What the command line shows: progress while it works, and tables of the results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from ..manifest import Benchmark, EngineRecord, OutputMetrics, Timing, Validation
+from ..progress import Progress
+from ..signature import Signature
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+MARKS = {True: "[green]pass[/]", False: "[red]FAIL[/]"}
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress]:
+    """A bar on a terminal, a line for each stage elsewhere, nothing where quiet; all on standard error."""
+    if quiet:
+        yield Progress()
+    elif not sys.stderr.isatty():
+        yield _Lines()
+    else:
+        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+        with Bar(*columns, TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True) as bar:
+            yield _Bars(bar)
+
+
+class _Lines(Progress):
+    """For logs of pipelines."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def stage(self, name: str, number: int, total: int) -> None:
+        print(f"[{number}/{total}] {time.perf_counter() - self._start:6.1f} s  {name}", file=sys.stderr, flush=True)
+
+
+class _Bars(Progress):
+    """For people at a terminal."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task = bar.add_task("start", total=1.0, what="")
+        self._number, self._total = 0, 1
+
+    def stage(self, name: str, number: int, total: int) -> None:
+        self._number, self._total = number - 1, total
+        self._bar.update(self._task, description=f"{number}/{total} {name}", what="")
+        self.update(0.0, "")
+
+    def update(self, fraction: float, what: str) -> None:
+        done = (self._number + min(max(fraction, 0.0), 1.0)) / self._total
+        self._bar.update(self._task, completed=done, what=escape(what))
+
+
+def show_bundle(bundle: Bundle) -> None:
+    """The outcome of a compile."""
+    manifest = bundle.manifest
+    sizes = Signature.from_json(manifest["signature"]).sizes()
+    timings = _at(manifest["benchmark"], sizes)
+    table = _table("engine", "verdict", ">rel. L2", ">mean ms", ">p99 ms", ">requests/s", ">speed-up (95 %)", ">MB")
+    for name in dict.fromkeys([*timings, *(engine["name"] for engine in manifest["engines"])]):
+        engine = next((engine for engine in manifest["engines"] if engine["name"] == name), None)
+        table.add_row(*_engine_cells(name, engine), *_timing_cells(timings.get(name)), _size(engine))
+    console = _console()
+    if sizes and timings:
+        at = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        table.caption = f"times at {at}"
+    console.print(table)
+    for engine in manifest["engines"]:
+        if engine["reason"]:
+            console.print(f"[yellow]{engine['name']}[/]: {escape(engine['reason'])}", soft_wrap=True)
+            if engine["to_do"]:
+                console.print(f"  to do: {escape(engine['to_do'])}", soft_wrap=True)
+        _show_failures(console, engine["validation"])
+    if manifest["data"]["random"]:
+        console.print("[red]Inputs were random: give --data for a verdict on real inputs.[/]")
+    if bundle.cached:
+        console.print(f"Unchanged since {manifest['created']}: taken from the cache.")
+    console.print(f"verdict: {MARKS[bundle.passed]}   report: {bundle.report}", soft_wrap=True, highlight=False)
+
+
+def show_validations(validations: Sequence[Validation]) -> None:
+    """Every output of every engine."""
+    table = _table(
+        "engine", "output", "verdict", ">rel. L2", ">max abs", ">cosine", ">SNR dB", ">top-1", ">noise floor L2"
+    )
+    for validation in validations:
+        floors = {floor["output"]: floor for floor in validation["noise_floor"]}
+        for output in validation["outputs"]:
+            table.add_row(validation["engine"], escape(output["output"]), *_metric_cells(output, floors))
+    console = _console()
+    console.print(table)
+    for validation in validations:
+        _show_failures(console, validation)
+        if metric := validation["metric"]:
+            console.print(
+                f"{validation['engine']}: {escape(metric['name'])} {metric['value']:.4f} "
+                f"[{metric['low']:.4f}, {metric['high']:.4f}], reference {metric['reference']:.4f}, "
+                f"{metric['samples']} samples",
+                markup=False,
+            )
+
+
+def show_benchmark(benchmark: Benchmark) -> None:
+    """Every candidate at every size."""
+    table = _table(
+        "candidate", "sizes", ">mean ms", ">p50 ms", ">p99 ms", ">device ms", ">requests/s", ">samples/s",
+        ">GPU %", ">speed-up (95 %)",
+    )  # fmt: skip
+    for timing in benchmark["timings"]:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in timing["sizes"].items()) or "static"
+        table.add_row(
+            timing["candidate"], sizes, _ms(timing["mean_ms"]), _ms(timing["p50_ms"]), _ms(timing["p99_ms"]),
+            _ms(timing["device_p50_ms"]), f"{timing['requests_per_s']:.1f}", f"{timing['samples_per_s']:.1f}",
+            _percent(timing["gpu_utilization_percent"]), _speed_up(timing),
+        )  # fmt: skip
+    console = _console()
+    console.print(table)
+    for name, reason in benchmark["skipped"].items():
+        console.print(f"[yellow]{escape(name)}[/] skipped: {escape(reason)}", soft_wrap=True)
+    console.print(escape(benchmark["protocol"]["description"]), style="dim")
+
+
+def show_inspection(result: Mapping[str, Any]) -> None:
+    """What `inspect` found."""
+    console = _console()
+    for title, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            table = _table(*value[0], title=title)
+            for row in value:
+                table.add_row(*(escape(_text(cell)) for cell in row.values()))
+            console.print(table)
+        elif isinstance(value, dict):
+            console.print(f"[bold]{title}[/]  " + escape(", ".join(f"{key}: {_text(v)}" for key, v in value.items())))
+        else:
+            console.print(f"[bold]{title}[/]  {escape(_text(value))}", soft_wrap=True)
+
+
+def show_diagnosis(result: Mapping[str, Any]) -> None:
+    """What `doctor` found."""
+    console = _console()
+    show_inspection(result["machine"])
+    table = _table("target", "builds", "runs", "tried", "versions")
+    words = {True: "[green]yes[/]", False: "[red]no[/]", None: "[dim]-[/]"}
+    for target in result["targets"]:
+        versions = ", ".join(f"{name} {version}" for name, version in target["versions"].items())
+        marks = (words[target[key]] for key in ("builds", "runs", "usable"))
+        table.add_row(target["target"], *marks, versions)
+    console.print(table)
+    for target in result["targets"]:
+        if target["reason"]:
+            console.print(f"[yellow]{target['target']}[/]: {escape(target['reason'])}", soft_wrap=True)
+        if target["to_do"]:
+            console.print(f"  to do: {escape(target['to_do'])}", soft_wrap=True)
+
+
+def _console() -> Console:
+    """Standard output; a log has room for whole tables."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """A table; columns whose name begins with ">" are numbers."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", no_wrap=True)
+    return table
+
+
+def _at(benchmark: Benchmark | None, sizes: Mapping[str, int]) -> dict[str, Timing]:
+    timings = benchmark["timings"] if benchmark else []
+    return {timing["candidate"]: timing for timing in timings if timing["sizes"] == sizes}
+
+
+def _engine_cells(name: str, engine: EngineRecord | None) -> tuple[str, str, str]:
+    if engine is None:
+        return name, "[dim]baseline[/]", "-"
+    validation = engine["validation"]
+    errors = [output["relative_l2"] for output in validation["outputs"]] if validation else []
+    worst = max((error for error in errors if error is not None), default=None)
+    mark = MARKS[validation["passed"]] if validation else f"[yellow]{engine['status']}[/]"
+    return name, mark, _number(worst, ".1e")
+
+
+def _timing_cells(timing: Timing | None) -> tuple[str, str, str, str]:
+    if timing is None:
+        return "-", "-", "-", "-"
+    return _ms(timing["mean_ms"]), _ms(timing["p99_ms"]), f"{timing['requests_per_s']:.1f}", _speed_up(timing)
+
+
+def _metric_cells(output: OutputMetrics, floors: Mapping[str, OutputMetrics]) -> list[str]:
+    floor = floors.get(output["output"])
+    numbers = (
+        _number(output["relative_l2"], ".1e"), _number(output["max_abs"], ".1e"), _number(output["cosine"], ".6f"),
+        _number(output["snr_db"], ".1f", "equal"), _number(output["top1"], ".4f"),
+        _number(floor["relative_l2"], ".1e") if floor else "-",
+    )  # fmt: skip
+    return [MARKS[output["passed"]], *numbers]
+
+
+def _show_failures(console: Console, validation: Validation | None) -> None:
+    for output in validation["outputs"] if validation else []:
+        for failure in output["failures"]:
+            name = validation["engine"] if validation else ""
+            console.print(f"[red]{name}[/], output {escape(output['output'])}: {escape(failure)}", soft_wrap=True)
+
+
+def _speed_up(timing: Timing) -> str:
+    ratio = timing["speed_up"]
+    return f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]".replace("[", r"\[") if ratio else "-"
+
+
+def _size(engine: EngineRecord | None) -> str:
+    return f"{engine['size_bytes'] / 1e6:.1f}" if engine and engine["size_bytes"] else "-"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _number(value: float | None, form: str, missing: str = "-") -> str:
+    return missing if value is None else format(value, form)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return str(value)

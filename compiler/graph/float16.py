@@ -1,0 +1,228 @@
+"""What float16 cannot hold: which nodes of a float32 graph must stay as they are, and why.
+
+A node stays that
+- has an operator that takes no float16 at the graph's opset, or a type that is not known;
+- overflows on the data, or has a weight beyond 65504;
+- adds an epsilon that float16 rounds to zero, with the sum of squares before it and the division after it;
+- computes integers, which float16 counts exactly to 2048 only;
+- is light and lies between such nodes, where casts would cost more than they save.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ...errors import GraphError, TargetUnavailableError
+from ..data import Samples
+from .graph import Graph
+from .precision import HEAVY, Lowering, is_float, keep, kept
+from .probe import Range, ranges
+
+LARGEST = 65504.0
+SMALLEST = 2.0**-24
+MASK = -LARGEST / 2
+"""What the minus infinity of a mask becomes. Softmax gives zero as before, and the sum with a score or a second mask
+stays above -65504: beyond that it is infinite, and a row of nothing but minus infinity gives NaN."""
+
+BATCHES = 32
+"""How many batches of data are run to find overflows."""
+
+_MASK_OPERATORS = frozenset((
+    "Add", "Cast", "Concat", "Expand", "Gather", "Identity", "Max", "Min", "Mul", "Reshape", "ScatterND",
+    "Slice", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
+))  # fmt: skip
+_ROOTS = frozenset((
+    "Clip", "Expand", "Identity", "Log", "Max", "Pow", "Reciprocal", "Reshape", "Sqrt", "Unsqueeze",
+))  # fmt: skip
+_COUNTING = frozenset((
+    "Add", "Ceil", "Clip", "Div", "Expand", "Floor", "Identity", "Max", "Min", "Mul", "Range", "Reshape",
+    "Round", "Sub", "Unsqueeze",
+))  # fmt: skip
+_INTEGERS = frozenset((
+    "INT4", "INT8", "INT16", "INT32", "INT64", "UINT4", "UINT8", "UINT16", "UINT32", "UINT64",
+))  # fmt: skip
+
+
+def judge(graph: Graph, lowering: Lowering, samples: Samples | None) -> Iterator[str]:
+    """Marks the nodes that stay; yields why something could not be judged."""
+    _keep_illegal(graph, lowering)
+    _keep_extreme_weights(graph)
+    _keep_integers(graph)
+    if samples is None:
+        yield "activations were not checked for overflow: there is no data"
+    else:
+        try:
+            _keep_overflows(graph, ranges(graph, itertools.islice(samples, BATCHES)))
+        except (GraphError, TargetUnavailableError) as error:
+            yield f"activations were not checked for overflow: {error}"
+        if any(True for _ in graph.model.graph.subgraphs()):
+            yield "activations inside branches and loops were not checked for overflow"
+    _keep_between(graph)
+
+
+def clamp_masks(graph: Graph) -> int:
+    """Raises constants below -65504 that only mask to `MASK`; returns how many."""
+    clamped = 0
+    for value, array, replace in _constants(graph):
+        if _finite(array).min(initial=0) < -LARGEST and _is_mask(value):
+            replace(np.where(np.isfinite(array) & (array < MASK), np.float32(MASK), array))
+            clamped += 1
+    return clamped
+
+
+def _is_mask(value: ir.Value) -> bool:
+    """Whether a constant is added to, multiplied into or chosen among what goes to Softmax, and to nothing else."""
+    pending, seen, found = [value], {value}, False
+    while pending:
+        current = pending.pop()
+        if current.is_graph_output():
+            return False
+        for node in current.consumers():
+            if node.op_type in ("Attention", "LogSoftmax", "Softmax"):
+                found = True
+            elif node.op_type in _MASK_OPERATORS:
+                pending.extend(output for output in node.outputs if output not in seen)
+                seen.update(node.outputs)
+            else:
+                return False
+    return found
+
+
+def _keep_illegal(graph: Graph, lowering: Lowering) -> None:
+    for node in graph.nodes():
+        unknown = [v.name for v in (*node.inputs, *node.outputs) if v is not None and v.name and v.type is None]
+        if unknown:
+            keep(node, f"the type of {unknown[0]!r} is not known")
+        elif node.op_type == "BitCast":
+            keep(node, "BitCast reads the bits of float32")
+        elif lowering.legal(node) is False:
+            keep(node, f"{node.op_type} takes no float16 at opset {graph.model.opset_imports.get(node.domain)}")
+
+
+def _keep_extreme_weights(graph: Graph) -> None:
+    for value, array, _ in _constants(graph):
+        finite = _finite(array)
+        peak = max(float(finite.max(initial=0)), -float(finite.min(initial=0)))
+        for node in (*value.consumers(), *_producers(value)):
+            if peak > LARGEST:
+                keep(node, f"weight {value.name!r} reaches {peak:.3g}, float16 ends at {LARGEST:.0f}")
+            elif 0 < peak < SMALLEST:
+                _keep_around_epsilon(node, f"{value.name!r} is {peak:.1g}, which float16 rounds to zero")
+
+
+def _keep_around_epsilon(node: ir.Node, reason: str) -> None:
+    keep(node, reason)
+    for before in _reach(node, _inputs, lambda n: n.op_type.startswith("Reduce")):
+        if before.op_type.startswith("Reduce") or before.op_type in ("Mul", "Pow"):
+            keep(before, reason)
+    for after in _reach(node, _outputs, lambda n: n.op_type in _ROOTS):
+        if after.op_type in _ROOTS or after.op_type in ("Div", "Mul"):
+            keep(after, reason)
+
+
+def _keep_integers(graph: Graph) -> None:
+    reason = "computes integers, which float16 counts exactly to 2048 only"
+    for node in graph.nodes():
+        if node.op_type != "Cast" or not is_float(node.inputs[0]):
+            continue
+        if ir.DataType(node.attributes["to"].as_int()).name in _INTEGERS:
+            keep(node, reason)
+            for before in _reach(node, _inputs, lambda n: n.op_type in _COUNTING):
+                if before.op_type in _COUNTING:
+                    keep(before, reason)
+
+
+def _keep_overflows(graph: Graph, measured: dict[str, Range]) -> None:
+    main = graph.model.graph
+    for value in (*main.inputs, *(output for node in main for output in node.outputs)):
+        peak = max(map(abs, measured.get(value.name or "", (0.0,))))
+        if peak > LARGEST:
+            for node in (*_producers(value), *value.consumers()):
+                keep(node, f"tensor {value.name!r} reaches {peak:.3g} on the data, float16 ends at {LARGEST:.0f}")
+
+
+def _keep_between(graph: Graph) -> None:
+    """Keeps regions of light nodes that touch nothing but kept nodes."""
+    light = {node for node in graph.nodes() if kept(node) is None and node.op_type not in HEAVY | {"Cast"}}
+    while light:
+        start = light.pop()
+        region = _region(start, light)
+        light -= region
+        around = {other for node in region for other in _neighbours(node)} - region
+        if around and all(map(kept, around)) and not any(map(_at_border, region)):
+            for node in region:
+                keep(node, "lies between nodes that stay in float32")
+
+
+def _region(start: ir.Node, among: set[ir.Node]) -> set[ir.Node]:
+    return {start, *_reach(start, lambda n: [other for other in _neighbours(n) if other in among], lambda n: True)}
+
+
+def _at_border(node: ir.Node) -> bool:
+    inputs = any(value is not None and is_float(value) and value.is_graph_input() for value in node.inputs)
+    return inputs or any(value.is_graph_output() for value in node.outputs)
+
+
+def _constants(graph: Graph) -> Iterator[tuple[ir.Value, np.ndarray, Callable[[np.ndarray], None]]]:
+    """Float32 constants: the tensor that holds one, the values, and how to replace them."""
+    for scope in graph.graphs():
+        for value in scope.initializers.values():
+            if is_float(value) and value.const_value is not None and not value.is_graph_input():
+                yield value, value.const_value.numpy(), functools.partial(_set_weight, value)
+        for node in scope:
+            if node.op_type == "ConstantOfShape" and "value" in node.attributes and is_float(node.outputs[0]):
+                yield node.outputs[0], node.attributes["value"].as_tensor().numpy(), functools.partial(_set_fill, node)
+
+
+def _set_weight(value: ir.Value, array: np.ndarray) -> None:
+    value.const_value = ir.Tensor(array, name=value.name)
+
+
+def _set_fill(node: ir.Node, array: np.ndarray) -> None:
+    node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(array))
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    whole = np.isfinite(array.min(initial=0)) and np.isfinite(array.max(initial=0))
+    return array if whole else array[np.isfinite(array)]
+
+
+def _producers(value: ir.Value) -> list[ir.Node]:
+    producer = value.producer()
+    return [] if producer is None else [producer]
+
+
+def _inputs(node: ir.Node) -> list[ir.Node]:
+    """The nodes that a node's float32 inputs come from."""
+    return [
+        producer for value in node.inputs if value is not None and is_float(value) for producer in _producers(value)
+    ]
+
+
+def _outputs(node: ir.Node) -> list[ir.Node]:
+    """The nodes that a node's float32 outputs go to."""
+    return [consumer for value in node.outputs if is_float(value) for consumer in value.consumers()]
+
+
+def _neighbours(node: ir.Node) -> list[ir.Node]:
+    return [*_inputs(node), *_outputs(node)]
+
+
+def _reach(
+    node: ir.Node, step: Callable[[ir.Node], Sequence[ir.Node]], onward: Callable[[ir.Node], bool]
+) -> Iterable[ir.Node]:
+    """All nodes that steps lead to from here, through nodes where `onward` holds."""
+    pending, seen = list(step(node)), set[ir.Node]()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if onward(current):
+            pending.extend(step(current))
+    return seen

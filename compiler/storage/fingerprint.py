@@ -1,0 +1,64 @@
+"""The key of a compile: one SHA-256 over everything that decides a bundle."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data import digest
+from ..recipe import PATHS, Recipe
+from .cache import code_digest, key
+from .files import sha256
+
+
+def is_self_contained(recipe: Recipe) -> bool:
+    """Whether the files that the recipe names tell what the model is, without loading it.
+
+    A factory that brings its own weights must run to tell, and an ONNX file may keep its weights in others.
+    """
+    return recipe.weights is not None if ".py:" in recipe.model else not recipe.model.endswith(".onnx")
+
+
+def compile_key(recipe: Recipe, machine: Mapping[str, Any], model_fingerprint: str = "") -> str:
+    """SHA-256 over all that decides a bundle."""
+    files = {name: _digests(value) for name in PATHS if (value := getattr(recipe, name))}
+    return key(
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "files": files,
+            "model": model_fingerprint,
+            "machine": machine,
+            "code": code_digest(),
+        }
+    )
+
+
+def local_modules(known: Iterable[str]) -> dict[str, str]:
+    """Hashes of the user's own modules imported since `known` was taken; installed packages count by version instead."""
+    installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    package = Path(__file__).parents[2]
+    own = tuple(str(package / name) for name in ("compiler", "passes", "targets"))
+    found = {}
+    for name in set(sys.modules) - set(known):
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and file.endswith(".py") and not file.startswith((*installed, *own)):
+            found[file] = sha256(Path(file))
+    return found
+
+
+def still_hold(dependencies: Mapping[str, str]) -> bool:
+    """Whether modules recorded by `local_modules` are still the same."""
+    try:
+        return all(sha256(Path(file)) == value for file, value in dependencies.items())
+    except OSError:
+        return False
+
+
+def _digests(source: str) -> dict[str, str]:
+    path = Path(source.rpartition(":")[0] if ".py:" in source else source)
+    if path.is_dir() or not path.exists():
+        return {str(path): digest(source) if path.exists() else "missing"}
+    return {path.name: sha256(path)}

@@ -1,0 +1,1 @@
+"""Judges engines: metrics, tolerances, the record of the reference, Polygraphy's formats."""

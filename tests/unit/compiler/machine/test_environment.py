@@ -1,0 +1,86 @@
+import json
+import sys
+import types
+
+import pytest
+
+from enginesmith.compiler.machine import environment as module
+from enginesmith.compiler.machine.environment import cpu_flags, environment, gpus
+
+CPUINFO = "processor : 0\nmodel name : Some CPU\nflags : fpu avx2 avx512_vnni\n\nprocessor : 1\nflags : fpu\n"
+
+
+class NVMLError(Exception):
+    pass
+
+
+def fail(*arguments):
+    raise NVMLError
+
+
+def fake_nvml(**changes):
+    """pynvml with one H100."""
+    calls = {
+        "NVMLError": NVMLError,
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda handle: "NVIDIA H100 80GB HBM3",
+        "nvmlDeviceGetCudaComputeCapability": lambda handle: (9, 0),
+        "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=80 << 30),
+        "nvmlSystemGetDriverVersion": lambda: "580.65.06",
+        "nvmlSystemGetCudaDriverVersion": lambda: 13000,
+    }
+    return types.SimpleNamespace(**{**calls, **changes})
+
+
+def test_environment_is_plain_json_and_names_this_machine():
+    found = environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["python"].startswith(f"{sys.version_info.major}.")
+    assert "numpy" in found["packages"]
+    assert found["cpu"]["cores"] >= 1
+    assert all(found.values())
+
+
+def test_gpu_and_driver_come_from_nvml(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    found = environment()
+    assert found["gpus"] == [{"name": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0", "memory_bytes": 80 << 30}]
+    assert found["cuda"] == {"driver": "580.65.06", "driver_supports": "13.0"}
+
+
+def test_versions_of_a_loaded_torch_are_told(monkeypatch):
+    torch = types.SimpleNamespace(
+        version=types.SimpleNamespace(cuda="13.0"),
+        backends=types.SimpleNamespace(cudnn=types.SimpleNamespace(version=lambda: 91900)),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert environment()["cuda"].items() >= {"torch_cuda": "13.0", "torch_cudnn": "91900"}.items()
+
+
+@pytest.mark.parametrize(
+    "nvml", [None, fake_nvml(nvmlInit=fail), fake_nvml(nvmlDeviceGetCount=fail, nvmlSystemGetDriverVersion=fail)]
+)
+def test_a_machine_without_nvml_has_no_gpus(monkeypatch, nvml):
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert gpus() == []
+    assert not {"gpus", "cuda"} & set(environment())
+
+
+def test_flags_are_those_of_the_first_processor(monkeypatch, tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text(CPUINFO)
+    monkeypatch.setattr(module, "_CPU_INFO", file)
+    assert cpu_flags() == {"fpu", "avx2", "avx512_vnni"}
+    assert environment()["cpu"]["model"] == "Some CPU"
+    assert environment()["cpu"]["isa"] == ["avx2", "avx512_vnni"]
+
+
+def test_a_system_without_cpuinfo_has_no_flags(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_CPU_INFO", tmp_path / "none")
+    assert cpu_flags() == frozenset()
+    assert "isa" not in environment()["cpu"]
