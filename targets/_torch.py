@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BuildError, EngineError, TargetUnavailableError
-from .base import Arrays, Availability, Bound, BuildRequest, EngineInfo, Runner
+from .base import Arrays, Availability, Bound, BuildRequest, EngineInfo
 
 if TYPE_CHECKING:
     import torch
+
+    from ..compiler.sources import Reference
 
 MINIMUM = (2, 9)
 MINIMUM_TEXT = "2.9"
@@ -241,14 +243,15 @@ class TorchBound:
         return {name: to_array(tensor) for name, tensor in self._outputs.items()}
 
 
-def check(runner: Runner, request: BuildRequest, how: str) -> None:
+def check(runner: Reference, request: BuildRequest, how: str) -> None:
     """Compares what was built with the model at the sample's sizes and at another size of every dynamic axis.
 
     Raises:
-        BuildError: they differ, as they do where sizes or state were recorded as constants.
+        BuildError: they differ, as they do where sizes or state were recorded as constants; or the process that runs
+            it failed.
     """
-    from ..compiler.metrics import Judge, resolve_tolerance
-    from ..compiler.reference import resized
+    from ..compiler.data import resized
+    from ..compiler.validation.metrics import Judge, resolve_tolerance
 
     signature, reference = request.signature, request.model.reference
     sizes = signature.check(request.sample)
@@ -261,6 +264,8 @@ def check(runner: Runner, request: BuildRequest, how: str) -> None:
         try:
             for _ in range(2 if request.model.stateful else 1):
                 judge.update(reference.run(inputs), runner.run(inputs))
+        except BuildError:
+            raise
         except EngineError as error:
             raise _wrong(how, point, error.message) from error
         found = [f"{m['output']}: {reason}" for m in judge.metrics() for reason in m["failures"]]

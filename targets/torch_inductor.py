@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib.util
 import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..errors import BuildError, RecipeError
+import numpy as np
+
+from ..errors import BuildError, EngineError, RecipeError
 from ._torch import MINIMUM_TEXT, TorchRunner, check, prepare, require, tensors_of, torch_availability
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from ._worker import Worker
+from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from .torch_inductor_worker import command, load_arrays, save_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +37,7 @@ class TorchInductor(Target):
     Attributes:
         device: where the engine runs.
         freezing: whether weights become constants in layouts of the compiler's choice. Without it a CNN was slower than
-            eager torch (0.86x), with it faster (1.5x). Left out for models with state.
+            eager torch (0.86x), with it faster (1.5x). Left out for models with state and on a GPU.
         max_autotune: whether kernels are chosen by measuring, which takes minutes.
         threads: number of threads compiled in; None for as many as torch uses when it runs.
     """
@@ -51,23 +58,21 @@ class TorchInductor(Target):
             raise RecipeError(f"threads of {self.name} is too small", expected="1 or more", found=self.threads)
 
     def availability(self) -> Availability:
-        """Imports torch and looks for the device and for the C++ compiler, which only building needs."""
+        """Imports torch and looks for the device, and for what building alone needs: a C++ compiler, Triton, CUDA."""
         state = torch_availability(self.device)
-        compiler = os.environ.get("CXX", "g++")
-        if not state.build or shutil.which(compiler):
+        missing = _missing_tool(self.device) if state.build else None
+        if missing is None:
             return state
-        return dataclasses.replace(
-            state, build=False, reason=f"no C++ compiler {compiler!r}", install="apt-get install g++, or set CXX"
-        )
+        reason, install = missing
+        return dataclasses.replace(state, build=False, reason=reason, install=install)
 
     def build(self, request: BuildRequest) -> EngineInfo:
-        """Exports, compiles and packages the module, loads it again and compares it with the model."""
+        """Exports the module; a worker process compiles and packages it, loads it and runs it against the model.
+
+        Compiler and compiled code are native: the first load of a package is where a bad one crashes.
+        """
         require(state := self.availability(), to_build=True)
-        module = prepare(request, self.device)
-        if any(_is_script(part) for part in module.modules()):
-            raise BuildError("torch.export does not take TorchScript", hint="build this model with target torchscript")
         entry = request.directory / "model.pt2"
-        self._compile(module, request, entry)
         info = EngineInfo(
             name=request.directory.name,
             target=self.name,
@@ -79,7 +84,14 @@ class TorchInductor(Target):
             requires=self._requires(state.versions["torch"]),
             stateful=request.model.stateful,
         )
-        check(self.runner(request.directory, info), request, "compiled")
+        request.cache.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=request.cache, prefix="inductor-") as scratch:
+                self._build(request, info, Path(scratch).absolute())
+        except EngineError:
+            entry.unlink(missing_ok=True)
+            raise
+        request.progress(1.0, "done")
         return info
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
@@ -92,43 +104,63 @@ class TorchInductor(Target):
 
         return torch._inductor.aoti_load_package(str(path))
 
-    def _compile(self, module: torch.nn.Module, request: BuildRequest, entry: Path) -> None:
-        import torch
-        from torch._inductor.utils import fresh_cache
+    def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> None:
+        request.progress(0.0, "torch.export")
+        program = scratch / "program.pt2"
+        libraries = self._export(request, program)
+        info.write(scratch)
+        directory = request.directory.absolute()
+        with Worker(command(), name="TorchInductor in its worker process", log=request.log) as worker:
+            request.progress(0.3, "compilation")
+            worker.call(
+                "compile",
+                timeout_s=request.timeout_s,
+                program=str(program),
+                package=str(directory / info.entry),
+                scratch=str(scratch),
+                libraries=libraries,
+                configs=self._configs(request.model.stateful),
+            )
+            request.progress(0.9, "first runs")
+            worker.call("load", timeout_s=request.timeout_s, directory=str(directory), info=str(scratch))
+            check(_Remote(worker, info, scratch, request.timeout_s), request, "compiled")
 
-        from ..compiler.reference import resized
-        from ..compiler.sources.guard import first_line, foreign, quiet
-
-        def failed(error: BaseException) -> BuildError:
-            return BuildError(f"TorchInductor failed at {stage}", found=first_line(error), hint="see build.log")
-
-        # torch.export takes a size of 1 for a constant.
-        sizes = {name: min(max(size, 2), request.signature.axes[name].max) for name, size in _sizes(request).items()}
-        inputs = tuple(tensors_of(resized(request.signature, request.sample, sizes), request, self.device))
-        request.cache.mkdir(parents=True, exist_ok=True)
-        configs: dict[str, Any] = {
-            "freezing": self.freezing and not request.model.stateful,
+    def _configs(self, stateful: bool) -> dict[str, Any]:
+        return {
+            "freezing": self.freezing and self.device == "cpu" and not stateful,
             "max_autotune": self.max_autotune,
             "cpp.threads": self.threads or -1,
             "cpp.dynamic_threads": self.threads is None,
         }
-        stage = "torch.export"
-        # fresh_cache alone keeps its folder where compilation fails.
-        with (
-            tempfile.TemporaryDirectory(dir=request.cache, prefix="inductor-") as scratch,
-            torch.no_grad(),
-            quiet(request.log),
-            foreign(failed),
-            fresh_cache(dir=scratch),
-        ):
-            request.progress(0.1, stage)
+
+    def _export(self, request: BuildRequest, file: Path) -> list[str]:
+        """Saves the program in `file`, and returns the modules whose operators it uses."""
+        import torch
+
+        from ..compiler.data import resized
+        from ..compiler.sources.guard import first_line, foreign, quiet
+
+        def failed(error: BaseException) -> BuildError:
+            return BuildError("TorchInductor failed at torch.export", found=first_line(error), hint="see build.log")
+
+        module = prepare(request, self.device)
+        if any(_is_script(part) for part in module.modules()):
+            raise BuildError("torch.export does not take TorchScript", hint="build this model with target torchscript")
+        # torch.export takes a size of 1 for a constant.
+        sizes = {name: min(max(size, 2), request.signature.axes[name].max) for name, size in _sizes(request).items()}
+        inputs = tuple(tensors_of(resized(request.signature, request.sample, sizes), request, self.device))
+        with torch.no_grad(), quiet(request.log), foreign(failed):
             program = torch.export.export(module, inputs, dynamic_shapes=(_dynamic_shapes(request),), strict=False)
-            stage = "compilation"
-            request.progress(0.3, stage)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(entry), inductor_configs=configs)
+            torch.export.save(program, file)
+            libraries = _libraries(program)
+        del program, module, inputs
+        gc.collect()  # programs refer to themselves, and the worker needs the room
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return libraries
 
     def _requires(self, version: str) -> dict[str, str]:
-        from ..compiler import environment
+        from ..compiler.machine import environment
 
         needs = {"torch": ".".join(version.split(".")[:2]), "machine": platform.machine()}
         if self.device == "cuda":
@@ -145,6 +177,58 @@ class _CheckedRunner(TorchRunner):
     def bind(self, inputs: Any) -> Any:
         self._info.signature.check(inputs)
         return super().bind(inputs)
+
+
+class _Remote:
+    """The engine in the worker, run and reset like the reference."""
+
+    def __init__(self, worker: Worker, info: EngineInfo, scratch: Path, timeout_s: float) -> None:
+        self._worker = worker
+        self._info = info
+        self._files = {"inputs": scratch / "inputs.npz", "outputs": scratch / "outputs.npz"}
+        self._timeout_s = timeout_s
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+        save_arrays(self._files["inputs"], [inputs[spec.name] for spec in self._info.signature.inputs])
+        files: dict[str, Any] = {name: str(file) for name, file in self._files.items()}
+        answer = self._worker.call("run", timeout_s=self._timeout_s, **files)
+        if "failed" in answer:
+            raise EngineError(answer["failed"])
+        names = [spec.name for spec in self._info.signature.outputs]
+        return dict(zip(names, load_arrays(self._files["outputs"]), strict=True))
+
+    def reset(self) -> None:
+        """Returns to the first state."""
+        self._worker.call("reset", timeout_s=self._timeout_s)
+
+
+def _missing_tool(device: str) -> tuple[str, str] | None:
+    """What building needs beside torch and is not here, and what to do about it."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler {compiler!r}", "apt-get install g++, or set CXX"
+    if device == "cpu":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "no package triton, which compiles kernels for the GPU", "pip install triton"
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        return "no CUDA toolkit", "install the toolkit of the CUDA version that torch has, or set CUDA_HOME"
+    if not (header := Path(CUDA_HOME, "include", "cuda.h")).is_file():
+        return f"no {header}", "install the headers of the CUDA toolkit, or set CUDA_HOME to a toolkit that has them"
+    return None
+
+
+def _libraries(program: torch.export.ExportedProgram) -> list[str]:
+    """Imported modules that bring operators of the program, known by namespace: torchvision brings torchvision::nms."""
+    import torch
+
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    targets = [node.target for graph in graphs for node in graph.nodes]
+    spaces = {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
+    return sorted(space for space in spaces if space in sys.modules)
 
 
 def _sizes(request: BuildRequest) -> dict[str, int]:

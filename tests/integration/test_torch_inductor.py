@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from enginesmith.compiler.reference import ReferenceOutputs
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import load_model
-from enginesmith.compiler.validator import validate
+from enginesmith.compiler.validation.reference import ReferenceOutputs
+from enginesmith.compiler.validation.validator import validate
 from enginesmith.errors import DataError
 from enginesmith.targets import parse_target
 from enginesmith.targets.base import BuildRequest

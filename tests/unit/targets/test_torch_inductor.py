@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from enginesmith.compiler.requirements import check_machine
+from enginesmith.compiler.machine.requirements import check_machine
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.compiler.sources import Model
 from enginesmith.errors import (
@@ -22,8 +28,10 @@ from enginesmith.errors import (
     TargetUnavailableError,
 )
 from enginesmith.targets import parse_target
+from enginesmith.targets._worker import Worker
 from enginesmith.targets.base import BuildRequest, EngineInfo
 from enginesmith.targets.torch_inductor import TorchInductor
+from enginesmith.targets.torch_inductor_worker import Commands, command
 
 SIGNATURE = Signature(
     (TensorSpec("x", "float32", ("batch", "my axis")), TensorSpec("y", "float32", ("my axis", "fixed"))),
@@ -56,6 +64,23 @@ def make_request(
     return BuildRequest(None, model, SIGNATURE, "fp32", sample, folder, folder / "cache", log)
 
 
+class InProcess:
+    """Takes the place of the worker process: its commands are run here."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self._commands = Commands()
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._commands.close()
+
+    def call(self, command: str, *, timeout_s: float, **arguments: Any) -> Any:
+        assert timeout_s > 0
+        return json.loads(json.dumps(getattr(self._commands, command)(**json.loads(json.dumps(arguments)))))
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Takes the place of the compiler: keeps what it is given, and the package is the exported program itself."""
@@ -65,6 +90,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen.update(program=program, configs=inductor_configs)
         Path(package_path).write_bytes(b"package")
 
+    monkeypatch.setattr("enginesmith.targets.torch_inductor.Worker", InProcess)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: seen["program"].module())
     return seen
@@ -88,6 +114,7 @@ def test_axes_with_a_range_stay_dynamic(compiled: dict[str, Any], tmp_path: Path
         "cpp.threads": 2,
         "cpp.dynamic_threads": False,
     }
+    assert list((tmp_path / "cache").iterdir()) == []
     assert (info.entry, info.target, info.options["threads"]) == ("model.pt2", "torch-inductor", 2)
 
 
@@ -119,19 +146,120 @@ def test_calls_with_other_shapes_are_refused_before_they_read_too_far(compiled: 
             call({**inputs, "y": np.ones((4, 4), np.float32)})
 
 
-@pytest.mark.parametrize("stage", ["torch.export", "compilation"])
-def test_a_failure_says_where(
-    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
+def test_a_failing_export_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise TypeError("no kernel")
+        raise TypeError("no such dimension")
 
-    owner, name = (torch.export, "export") if stage == "torch.export" else (torch._inductor, "aoti_compile_and_package")
-    monkeypatch.setattr(owner, name, fail)
-    with pytest.raises(BuildError, match=f"TorchInductor failed at {stage}") as caught:
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(BuildError, match=r"TorchInductor failed at torch\.export") as caught:
         parse_target("torch-inductor").build(make_request(tmp_path))
-    assert caught.value.found == "TypeError: no kernel"
+    assert caught.value.found == "TypeError: no such dimension"
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+SAY = "import sys, os, time; print('linking', file=sys.stderr, flush=True); open(sys.argv[1], 'w').close(); "
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "hint"),
+    [
+        ("os.kill(os.getpid(), 11)", "crashed with SIGSEGV during 'compile'", "another version or other options"),
+        ("os.kill(os.getpid(), 9)", r"was killed \(SIGKILL\) .* memory ran out", "give it more memory"),
+        ("time.sleep(600)", "took longer than 2 s for 'compile' and was stopped", "allow more time"),
+    ],
+)
+def test_a_compiler_that_crashes_or_hangs_is_a_failed_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str, hint: str
+) -> None:
+    package = tmp_path / "model.pt2"
+    child = [sys.executable, "-c", SAY + code, str(package)]
+    monkeypatch.setattr("enginesmith.targets.torch_inductor.command", lambda: child)
+    log: list[str] = []
+    request = dataclasses.replace(make_request(tmp_path, log=log.append), timeout_s=2)
+    with pytest.raises(BuildError, match=f"TorchInductor in its worker process {message}") as caught:
+        parse_target("torch-inductor").build(request)
+    assert caught.value.found == "the log ends with\n    linking"
+    assert hint in str(caught.value.hint)
+    assert "linking" in log
+    assert not package.exists()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_engine_that_crashes_in_the_check_is_no_wrong_result(
+    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise BuildError("the worker crashed")
+
+    monkeypatch.setattr(Commands, "run", crash)
+    with pytest.raises(BuildError, match=r"^the worker crashed$"):
+        parse_target("torch-inductor").build(make_request(tmp_path))
+
+
+def test_an_engine_that_refuses_inputs_in_the_check_is_told_with_their_sizes(
+    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("size 3 was recorded")
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: refuse)
+    with pytest.raises(BuildError, match="does not do what the model does at batch=1, my axis=3") as caught:
+        parse_target("torch-inductor").build(make_request(tmp_path))
+    assert "size 3 was recorded" in str(caught.value.found)
+
+
+def test_the_worker_process_tells_its_errors(tmp_path: Path) -> None:
+    arguments = {"program": str(tmp_path / "none.pt2"), "package": "", "scratch": str(tmp_path), "configs": {}}
+    with (
+        Worker(command(), name="the worker") as worker,
+        pytest.raises(BuildError, match=r"the worker failed: ModuleNotFoundError: No module named 'no_such_library'"),
+    ):
+        worker.call("compile", timeout_s=60, libraries=["no_such_library"], **arguments)
+    with Worker(command(), name="the worker") as worker, pytest.raises(BuildError, match="failed: no engine is loaded"):
+        worker.call("reset", timeout_s=60)
+
+
+def test_the_worker_process_ends_with_its_parent_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys, time\nprint('busy', file=sys.stderr, flush=True)\ntime.sleep(600)\n"
+    (tmp_path / "compiles_for_long.py").write_text(code)
+    (scratch := tmp_path / "scratch").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    request = {"program": "", "package": "", "scratch": str(scratch), "libraries": ["compiles_for_long"], "configs": {}}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command(), text=True, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(json.dumps({"command": "compile", **request}) + "\n")
+        process.stdin.flush()
+        assert process.stderr.readline() == "busy\n"
+        process.stdin.close()
+        assert process.wait(60) == 1
+    assert not scratch.exists()
+
+
+def test_the_worker_process_gets_the_libraries_whose_operators_are_used(
+    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @torch.library.custom_op("made_up_library::double", mutates_args=())
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    double.register_fake(torch.empty_like)
+
+    class Double(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (double(x @ y) / 2,)
+
+    def stop(_: Commands, **arguments: Any) -> None:
+        wanted.extend(arguments["libraries"])
+        raise BuildError("that is all")
+
+    wanted: list[str] = []
+    monkeypatch.setitem(sys.modules, "made_up_library", types.ModuleType("made_up_library"))
+    monkeypatch.setattr(Commands, "compile", stop)
+    with pytest.raises(BuildError, match="that is all"):
+        parse_target("torch-inductor").build(make_request(tmp_path, Double()))
+    assert wanted == ["made_up_library"]
 
 
 def test_torchscript_is_refused(tmp_path: Path) -> None:
@@ -147,6 +275,35 @@ def test_building_needs_a_compiler_and_running_does_not(monkeypatch: pytest.Monk
     assert (state.build, state.run, state.reason) == (False, True, "no C++ compiler 'no-such-compiler'")
     with pytest.raises(TargetUnavailableError, match=r"no C\+\+ compiler 'no-such-compiler'"):
         target.build(make_request(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("home", "reason"),
+    [(None, "no CUDA toolkit"), ("", r"no .*/include/cuda\.h")],
+)
+def test_building_for_a_gpu_needs_the_cuda_toolkit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str | None, reason: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None if home is None else str(tmp_path))
+    state = parse_target("torch-inductor:device=cuda").availability()
+    assert (state.build, state.run) == (False, True)
+    assert re.fullmatch(reason, state.reason)
+    assert "CUDA_HOME" in state.install
+
+
+def test_building_for_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(TargetUnavailableError, match="no package triton, which compiles kernels for the GPU"):
+        parse_target("torch-inductor:device=cuda").build(make_request(Path("never")))
+
+
+def test_weights_are_not_frozen_on_a_gpu() -> None:
+    assert TorchInductor(device="cpu")._configs(stateful=False)["freezing"]
+    assert not TorchInductor(device="cuda")._configs(stateful=False)["freezing"]
+    assert not TorchInductor(device="cpu")._configs(stateful=True)["freezing"]
 
 
 def test_a_package_that_is_damaged_is_an_engine_error(tmp_path: Path) -> None:
