@@ -11,13 +11,16 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..compiler.signature import Signature
 from ..errors import BuildError, EngineError, EnginesmithError
 from . import tensorrt_worker
 from ._worker import Worker
 from .base import BuildRequest
+
+if TYPE_CHECKING:
+    from ..compiler.graph import Graph
 
 SCRIPT = Path(tensorrt_worker.__file__)
 
@@ -165,6 +168,7 @@ def build_plan(
                     plan=str(plan.absolute()),
                     layers=str((request.directory / "layers.json").absolute()),
                     profiles=plans,
+                    types=_types(request.graph),
                     options=dict(options),
                     timing_cache=None if timing_cache is None else str(timing_cache.absolute()),
                 )
@@ -173,6 +177,17 @@ def build_plan(
             raise
     request.progress(1.0, "done")
     return {**details, "reproduce": reproduce(module, plans, options, details["flags"])}
+
+
+def _types(graph: Graph) -> dict[str, str]:
+    """TensorRT's names for the floating-point types of what the graph's nodes give, by tensor."""
+    import onnx_ir as ir
+
+    names = {ir.DataType.FLOAT: "FLOAT", ir.DataType.FLOAT16: "HALF"}
+    typed = graph.clone()
+    typed.infer()
+    outputs = (value for node in typed.nodes() for value in node.outputs)
+    return {value.name: names[value.dtype] for value in outputs if value.name and value.dtype in names}
 
 
 FLAGS = {

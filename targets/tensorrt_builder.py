@@ -57,6 +57,7 @@ def build(
     plan: str,
     layers: str,
     profiles: list[dict[str, list[list[int]]]],
+    types: dict[str, str],
     options: dict[str, Any],
     timing_cache: str | None,
     report: Callable[[float, str], None],
@@ -69,6 +70,8 @@ def build(
         plan: file to write the engine to.
         layers: file to write the layers to, as JSON.
         profiles: ranges to tune for, each from the name of an input to its least, usual and largest shape.
+        types: data type ("FLOAT", "HALF") of the model's tensors by name. A weakly typed network does not know them
+            before it is built.
         options: "workspace_gib", "builder_level", "tf32", "sparsity", "aux_streams", "compute_capabilities".
         timing_cache: file of measured tactics, read and added to; None for none.
         report: takes the fraction done and the phase.
@@ -101,7 +104,7 @@ def build(
         if hasattr(trt, "IProgressMonitor"):
             arguments["progress_monitor"] = make_progress_monitor(trt, report)
         if not version_rules.strongly_typed:
-            arguments.update(_weak_typing(trt, network))
+            arguments.update(_weak_typing(trt, network, types))
         config = _config(module, arguments, options)(builder, network)
         if not options.get("tf32"):
             config.clear_flag(trt.BuilderFlag.TF32)
@@ -176,22 +179,23 @@ ARITHMETIC = frozenset([
 """Types of layers whose results depend on the precision that they compute in."""
 
 
-def _weak_typing(trt: Any, network: Any) -> dict[str, Any]:
-    """Builder flags that the types in the network need, with its fp32 arithmetic pinned where fp16 is allowed.
+def _weak_typing(trt: Any, network: Any, types: dict[str, str]) -> dict[str, Any]:
+    """Builder flags that the types in the model need, with its fp32 arithmetic pinned where fp16 is allowed.
 
     Without the pins a weakly typed builder may run in fp16 what the graph keeps in fp32. They are preferences: a layer
     that has no fp32 kernel is named in the log instead of failing the build.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    outputs = [[layer.get_output(i).dtype.name for i in range(layer.num_outputs)] for layer in layers]
-    fp16 = any("HALF" in types for types in outputs)
+    tensors = [[layer.get_output(i) for i in range(layer.num_outputs)] for layer in layers]
+    outputs = [[types.get(tensor.name, tensor.dtype.name) for tensor in row] for row in tensors]
+    fp16 = any("HALF" in row for row in outputs)
     int8 = any(layer.type.name in ("QUANTIZE", "DEQUANTIZE") for layer in layers)
     flags: dict[str, Any] = {"fp16": fp16, "int8": int8}
     if not fp16 or int8:  # pins would keep quantized layers from being int8
         return flags
     pinned = []
-    for layer, types in zip(layers, outputs):  # noqa: B905 - Python 3.8
-        if layer.type.name in ARITHMETIC and types and set(types) == {"FLOAT"}:
+    for layer, row in zip(layers, outputs):  # noqa: B905 - Python 3.8
+        if layer.type.name in ARITHMETIC and row and set(row) == {"FLOAT"}:
             layer.precision = trt.DataType.FLOAT
             for index in range(layer.num_outputs):
                 layer.set_output_type(index, trt.DataType.FLOAT)
@@ -229,12 +233,17 @@ def _save_timing_cache(config: Any, path: str) -> None:
 
 def engine_layers(trt: Any, engine: Any) -> list[Any]:
     """The layers of an engine after fusion, as TensorRT tells them."""
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    inspector, form = engine.create_engine_inspector(), trt.LayerInformationFormat.JSON
+    return [_parsed(inspector.get_layer_information(index, form)) for index in range(engine.num_layers)]
+
+
+def _parsed(text: str) -> Any:
+    """One layer; as text where TensorRT wrote no valid JSON."""
     try:
-        layers: list[Any] = json.loads(text)["Layers"]
-    except (ValueError, KeyError, TypeError):
-        layers = [line for line in str(text).splitlines() if line.strip()]
-    return layers
+        return json.loads(text)
+    except ValueError as error:
+        print(f"TensorRT's inspector wrote no JSON: {error}: {text[:500]!r}", file=sys.stderr)
+        return text
 
 
 def _graph_layers(network: Any) -> list[Any]:

@@ -63,7 +63,7 @@ def test_a_run_before_an_engine_is_loaded(start):
 IDLE = 'worker.call("versions", timeout_s=600)'
 BUILDING = (
     'worker.call("build", timeout_s=600, scratch=sys.argv[1], onnx="", plan="", layers="", profiles=[], options={},'
-    " timing_cache=None)"
+    " types={}, timing_cache=None)"
 )
 
 
