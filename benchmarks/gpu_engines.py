@@ -1,8 +1,8 @@
-"""ResNet-50 and MiniLM on one GPU: engines against torch and torch.compile, judged against torch, b1, b8 and b32.
+"""ResNet-50 and MiniLM on one GPU: engines against torch and torch.compile, judged against torch.
 
-Each model and batch size is a job of its own: engines are built for exactly that size, validated on two batches, and
+Each model is a job of its own: engines are built for a range of batch sizes, tuned for the largest, validated, and
 measured in one interleaved benchmark with the baselines in fp32 and fp16. A TensorRT build takes minutes, so jobs may
-be spread over several calls: results are merged by model and batch into the same file.
+be spread over several calls: results are merged by model into the same file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from enginesmith.compiler.trial import open_runner
 from enginesmith.errors import EnginesmithError
 
 MODELS = {
-    "resnet50": (["image:{}x3x224x224"], models.resnet50_inputs),
-    "minilm": (["input_ids:{}x128:int64", "attention_mask:{}x128:int64"], models.minilm_inputs),
+    "resnet50": (["image:1x3x224x224"], models.resnet50_inputs),
+    "minilm": (["input_ids:1x128:int64", "attention_mask:1x128:int64"], models.minilm_inputs),
 }
 BATCHES = ("1", "8", "32")
 VALIDATED_BATCHES = 2
@@ -42,14 +42,13 @@ def main() -> None:
     deadline = time.monotonic() + options.time_limit
     results = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
     for name in options.models:
-        for batch in map(int, options.batches):
-            remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0:
-                print(f"{name} b{batch}: left out, the time limit has passed")
-                continue
-            results[f"{name} b{batch}"] = run = run_job(name, batch, options, remaining_s)
-            show(f"{name} b{batch}", run)
-            write("gpu_engines", results, options.out)
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            print(f"{name}: left out, the time limit has passed")
+            continue
+        results[name] = run = run_job(name, options, remaining_s)
+        show(name, run)
+        write("gpu_engines", results, options.out)
 
 
 def parse_options() -> argparse.Namespace:
@@ -67,12 +66,14 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_job(name: str, batch: int, options: argparse.Namespace, remaining_s: float) -> dict[str, Any]:
-    """One model at one batch size: compiled and validated by the public API, then measured."""
-    shapes, make_inputs = MODELS[name]
-    inputs = [shape.format(batch) for shape in shapes]
+def run_job(name: str, options: argparse.Namespace, remaining_s: float) -> dict[str, Any]:
+    """One model: compiled and validated by the public API, then measured at every batch size."""
+    inputs, make_inputs = MODELS[name]
+    batches = sorted(map(int, options.batches))
+    largest = batches[-1]
+    dynamic = [f"{text.partition(':')[0]}:0=1..{largest}..{largest}" for text in inputs]
     source = str(Path(models.__file__).resolve()) + f":{name}"
-    arrays = make_inputs(batch * VALIDATED_BATCHES)
+    arrays = make_inputs(largest * VALIDATED_BATCHES)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "inputs.npz", **arrays)
@@ -81,6 +82,7 @@ def run_job(name: str, batch: int, options: argparse.Namespace, remaining_s: flo
                 source,
                 Path(folder) / "bundle",
                 inputs=inputs,
+                dynamic=dynamic,
                 data=str(Path(folder) / "inputs.npz"),
                 targets=options.targets,
                 precisions=options.precisions,
@@ -91,7 +93,7 @@ def run_job(name: str, batch: int, options: argparse.Namespace, remaining_s: flo
             return {"error": str(error)}
         compile_s = time.perf_counter() - start
         engines = bundle.manifest["engines"]
-        model = load_model(source, inputs=parse_inputs(inputs))
+        model = load_model(source, inputs=parse_inputs(inputs, dynamic))
         precisions = tuple(options.precisions)
         candidates = torch_baselines(model, device=device(), precisions=precisions, compiled=not options.eager_only)
         candidates += [
@@ -99,9 +101,12 @@ def run_job(name: str, batch: int, options: argparse.Namespace, remaining_s: flo
             for engine in engines
             if engine["status"] == "ready"
         ]
-        sized = SizedInputs({"batch": batch}, batch, {key: array[:batch] for key, array in arrays.items()})
-        timings = benchmark(candidates, [sized], baseline=candidates[0].name, protocol=SETTINGS)
-    kept = ("name", "status", "reason", "build_s", "size_bytes", "cached", "validation")
+        sized = [
+            SizedInputs({"batch": batch}, batch, {key: array[:batch] for key, array in arrays.items()})
+            for batch in batches
+        ]
+        timings = benchmark(candidates, sized, baseline=candidates[0].name, protocol=SETTINGS)
+    kept = ("name", "status", "reason", "build_s", "size_bytes", "cached", "details", "validation")
     return {
         "command": command(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -122,14 +127,14 @@ def show(title: str, run: dict[str, Any]) -> None:
     if "error" in run:
         print(run["error"])
         return
-    print(f"  {'':28} {'p50 ms':>9} {'p99 ms':>9} {'device ms':>9} {'samples/s':>10}  {'speed-up (95 %)':20} verdict")
+    print(f"  {'':33} {'p50 ms':>9} {'p99 ms':>9} {'device ms':>9} {'samples/s':>10}  {'speed-up (95 %)':20} verdict")
     judged = {engine["name"]: engine["validation"] for engine in run["engines"]}
     for timing in run["benchmark"]["timings"]:
         ratio = timing["speed_up"]
         device_ms = f"{timing['device_p50_ms']:9.3f}" if timing["device_p50_ms"] else f"{'-':>9}"
         speed = f"{ratio['ratio']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "baseline"
         print(
-            f"  {timing['candidate']:28} {timing['p50_ms']:9.3f} {timing['p99_ms']:9.3f} {device_ms} "
+            f"  b{timing['batch']:<3} {timing['candidate']:28} {timing['p50_ms']:9.3f} {timing['p99_ms']:9.3f} {device_ms} "
             f"{timing['samples_per_s']:10.0f}  {speed:20} {verdict(judged.get(timing['candidate']))}"
         )
     for name, reason in run["benchmark"]["skipped"].items():
