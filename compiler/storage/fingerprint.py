@@ -44,7 +44,9 @@ def local_modules(known: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in set(sys.modules) - set(known):
         file = getattr(sys.modules[name], "__file__", None)
-        if file and file.endswith(".py") and not file.startswith((*installed, *own)):
+        if not file or not Path(file).is_absolute():  # torch.ops gives a bare file name
+            continue
+        if file.endswith(".py") and not file.startswith((*installed, *own)):
             found[file] = sha256(Path(file))
     return found
 
