@@ -127,7 +127,8 @@ def show(title: str, run: dict[str, Any]) -> None:
     if "error" in run:
         print(run["error"])
         return
-    print(f"  {'':33} {'p50 ms':>9} {'p99 ms':>9} {'device ms':>9} {'samples/s':>10}  {'speed-up (95 %)':20} verdict")
+    columns = f"{'p50 ms':>9} {'p99 ms':>9} {'device ms':>9} {'samples/s':>10}  {'speed-up (95 %)':20} verdict"
+    print(f"  {'':33} {columns}")
     judged = {engine["name"]: engine["validation"] for engine in run["engines"]}
     for timing in run["benchmark"]["timings"]:
         ratio = timing["speed_up"]
