@@ -34,6 +34,7 @@ from .recipe import Recipe, make_recipe, read_recipe
 from .storage.cache import Cache, key
 from .storage.files import appearing_folder, copy_tree, size_bytes
 from .storage.fingerprint import compile_key, is_self_contained, local_modules, still_hold
+from .storage.memory import release
 from .trial import TORCH_BASELINES, benchmark_engines, load, validate_engines, verdict
 from .validation.reference import ReferenceOutputs
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from .graph import Graph
     from .sources import Model
 
-STAGES = 8
+STAGES = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Job:
     scratch: Path
     stages: Stages
 
-    @property
-    def captured(self) -> Path:
-        """The graph as it was captured, before any pass."""
-        return self.scratch / "captured" / "model.onnx"
+    def needs_model(self, captured: Captured) -> bool:
+        """Whether the model runs again after the reference was recorded."""
+        in_torch = self.recipe.benchmark and any(name in TORCH_BASELINES for name in self.recipe.baselines)
+        return in_torch or captured.graph is None or any(t.capabilities.consumes == "module" for t in self.targets)
 
 
 def compile(
@@ -107,33 +108,44 @@ def compile(
 
 def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progress: Progress) -> Bundle:
     """The stages. Every name and option is checked before any work starts."""
+    from .validation.validator import noise_floor
+
     targets = tuple(parse_target(text) for text in recipe.targets)
+    _check_names(recipe, targets)
+    machine, cache = environment(), Cache()
+    bundle_key = compile_key(recipe, machine)
+    from_files = module is None and is_self_contained(recipe)
+    if from_files and (kept := _unchanged(cache, bundle_key)):
+        with appearing_folder(output) as folder:
+            return _copied(kept, folder, output)
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
     casts = {precision: parse_pass(f"cast:to={precision}") for precision in recipe.precisions if precision != "fp32"}
-    _check_names(recipe, targets)
     stages = Stages(progress, STAGES)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
-        job = Job(recipe, targets, passes, casts, environment(), Cache(), folder, Path(scratch), stages)
-
-        bundle_key = compile_key(recipe, job.machine)
-        from_files = module is None and is_self_contained(recipe)
-        if from_files and (kept := _unchanged(job, bundle_key)):
-            return Bundle(output, kept, cached=True)
+        job = Job(recipe, targets, passes, casts, machine, cache, folder, Path(scratch), stages)
         known_modules = set(sys.modules)
         with stages("load model") as stage:
             model = load(recipe, module)
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"
         if not from_files:
-            bundle_key = compile_key(recipe, job.machine, model.fingerprint)
-            if kept := _unchanged(job, bundle_key):
-                return Bundle(output, kept, cached=True)
+            bundle_key = compile_key(recipe, machine, model.fingerprint)
+            if kept := _unchanged(cache, bundle_key):
+                return _copied(kept, folder, output)
 
         with stages("read data") as stage:
             data = open_data(recipe.data, model.signature, seed=recipe.seed)
             stage["detail"] = data.description
+        with stages("run reference") as stage:
+            reference = ReferenceOutputs.record(
+                model, data.labelled(), _made(job.scratch / "reference"), max_samples=recipe.max_samples
+            )
+            stage["detail"] = reference.description
         with stages("capture graph") as stage:
             captured = _capture(job, model, data)
             stage["detail"] = captured.record["exporter"] or "no exporter succeeded"
+        if not job.needs_model(captured):
+            model = model.without_weights()
+            release()
         with stages("run passes"):
             graphs, pass_records = _run_passes(job, captured, model, data)
         with stages("build engines") as stage:
@@ -141,7 +153,11 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
             stage["detail"] = f"{len(built)} of {len(engines)}"
         with stages("validate") as stage:
-            stage["detail"] = _validate(job, model, data, captured, engines)
+            floor = noise_floor(reference, model, captured.path)
+            release()
+            validate_engines(folder, engines, reference, floor, recipe, stages.update, save=True)
+            reference.save(_made(folder / "reference"))
+            stage["detail"] = reference.description
         with stages("benchmark") as stage:
             benchmark = _benchmark(job, model, data, engines)
             stage["detail"] = f"against {benchmark['baseline']}" if benchmark else "nothing to measure"
@@ -207,14 +223,17 @@ def _unavailable(target: Target, state: Availability) -> TargetUnavailableError:
     )
 
 
-def _unchanged(job: Job, bundle_key: str) -> Manifest | None:
-    """Fills the folder from the cache where nothing changed since."""
-    kept = job.cache.get("bundles", bundle_key)
-    if kept is None or not still_hold(job.cache.notes("bundles", bundle_key)):
-        return None
-    job.folder.rmdir()
-    copy_tree(kept, job.folder)
-    return Bundle.open(job.folder).manifest
+def _unchanged(cache: Cache, bundle_key: str) -> Path | None:
+    """The bundle of this compile in the cache, where nothing changed since."""
+    kept = cache.get("bundles", bundle_key)
+    return kept if kept and still_hold(cache.notes("bundles", bundle_key)) else None
+
+
+def _copied(kept: Path, folder: Path, output: Path) -> Bundle:
+    """Fills the folder that will appear at `output` from the cache."""
+    folder.rmdir()
+    copy_tree(kept, folder)
+    return Bundle(output, Bundle.open(folder).manifest, cached=True)
 
 
 def _capture(job: Job, model: Model, data: Data) -> Captured:
@@ -235,9 +254,6 @@ def _capture(job: Job, model: Model, data: Data) -> Captured:
         log=log.append,
     )
     (job.folder / "capture.log").write_text("\n".join(log) + "\n")
-    if captured.graph is not None:
-        _made(job.captured.parent)
-        captured.graph.save(job.captured)
     if captured.graph is None and all(target.capabilities.consumes == "graph" for target in job.targets):
         reasons = "; ".join(f"{a['exporter']}: {a['reason']}" for a in captured.record["attempts"])
         raise CaptureError(
@@ -265,6 +281,7 @@ def _run_passes(job: Job, captured: Captured, model: Model, data: Data) -> tuple
 def _run_pass(rewrite: Pass, graph: Graph, context: Context, variant: str) -> PassRecord:
     before, start = sum(1 for _ in graph.nodes()), time.perf_counter()
     result = rewrite(graph, context)
+    release()
     return PassRecord(
         variant=variant,
         text=str(rewrite),
@@ -420,21 +437,10 @@ def _build_or_reuse(
         timeout_s=job.recipe.timeout_s,
     )
     info = target.build(request)
+    release()
     info.write(directory)
     job.cache.put("engines", engine_key, directory)
     return info, False
-
-
-def _validate(job: Job, model: Model, data: Data, captured: Captured, engines: list[EngineRecord]) -> str:
-    """Records the reference once, judges every engine that runs here, and says on what."""
-    from .validation.validator import noise_floor
-
-    scratch = _made(job.scratch / "reference")
-    reference = ReferenceOutputs.record(model, data.labelled(), scratch, max_samples=job.recipe.max_samples)
-    floor = noise_floor(reference, model, job.captured if captured.graph else None)
-    validate_engines(job.folder, engines, reference, floor, job.recipe, job.stages.update, save=True)
-    reference.save(_made(job.folder / "reference"))
-    return reference.description
 
 
 def _benchmark(job: Job, model: Model, data: Data, engines: list[EngineRecord]) -> Benchmark | None:

@@ -20,6 +20,7 @@ from .manifest import Benchmark, EngineRecord, OutputMetrics, Validation
 from .progress import Progress
 from .recipe import Recipe, make_recipe, read_recipe
 from .signature import Signature, parse_inputs
+from .storage.memory import release
 from .validation.reference import ReferenceOutputs
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def open_runner(folder: Path, engine: EngineRecord) -> Runner:
     """Loads one engine of a bundle."""
     directory = folder / "engines" / engine["name"]
     info = EngineInfo.read(directory)
-    return get_target(info.target, info.options).runner(directory, info)
+    runner = get_target(info.target, info.options).runner(directory, info)
+    release()  # runtimes load a model by way of copies
+    return runner
 
 
 def validate_engines(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +31,9 @@ TOLERANCE = 1e-5
 _ROUNDS = 5
 _GROWTH_BYTES = 1 << 20
 _PROTO_LIMIT = (1 << 31) - 1
+_HELD_OUT_BYTES = 1 << 16
+_WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"))
+_SCALES = frozenset(("BatchNormalization", "Div", "Mul"))
 _SKIPPED = "fuse_matmul_add_bias_into_gemm_batched"
 """Turns MatMul + Add of three dimensions into Reshape, Gemm, Reshape: more nodes, and none that runtimes fuse."""
 
@@ -85,7 +88,9 @@ def _once(graph: Graph) -> Graph:
         # By way of files: a model in memory is copied six times, one in a file twice.
         with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
             source, target = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
-            graph.save(source)
+            given = graph.clone()
+            held = _hold_out(given.model.graph)
+            given.save(source)
             onnxsim.simplify(
                 str(source),
                 output_path=str(target),
@@ -97,12 +102,49 @@ def _once(graph: Graph) -> Graph:
             )
             simplified = Graph.load(target)
             simplified.detach()
+        _put_back(simplified.model.graph, held)
         simplified.verify()
     except GraphError as error:
         raise _RefusedError(str(error)) from error
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         raise _RefusedError(f"onnxsim failed: {error}") from error
     return simplified
+
+
+def _hold_out(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
+    """Makes inputs of the large weights that onnxsim could only copy: operands of nodes that compute on an input."""
+    live = set(graph.inputs)
+    for node in graph:
+        if node.op_type not in ("Shape", "Size") and not live.isdisjoint(node.inputs):
+            live.update(node.outputs)
+    held: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _HELD_OUT_BYTES or value in graph.inputs or value in graph.outputs:
+            continue
+        if all(_only_reads(node, live) for node, _ in value.uses()):
+            held[name] = tensor
+            graph.initializers.pop(name)
+            value.const_value = None
+            graph.inputs.append(value)
+    return held
+
+
+def _only_reads(node: ir.Node, live: set[ir.Value]) -> bool:
+    """Whether the node stays as it is whatever its weights hold, with no scale beside it to fold into them."""
+    around = [value.producer() for value in node.inputs if value is not None]
+    around += [user for value in node.outputs for user, _ in value.uses()]
+    scaled = any(other is not None and other.op_type in _SCALES for other in around)
+    return node.op_type in _WEIGHTED and not node.domain and not scaled and not live.isdisjoint(node.inputs)
+
+
+def _put_back(graph: ir.Graph, held: Mapping[str, ir.TensorProtocol]) -> None:
+    for value in list(graph.inputs):
+        if value.name in held:
+            graph.inputs.remove(value)
+            value.const_value = held[value.name]
+            if value.uses():
+                graph.register_initializer(value)
 
 
 def _restore_interface(before: Graph, after: Graph) -> None:

@@ -23,6 +23,7 @@ from ..manifest import Attempt, CaptureRecord
 from ..sources import Model
 from ..sources.guard import first_line, foreign
 from ..sources.onnx_file import open_session, run_session
+from ..storage.memory import release
 from .exporters import EXPORTERS, MAX_OPSET, Exporter, example_sizes, root_reason
 
 if TYPE_CHECKING:
@@ -34,10 +35,15 @@ RELATIVE_L2 = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
-    """The graph, or None where no exporter succeeded; the record says why. Its weights stay in the given folder."""
+    """The graph, or None where no exporter succeeded; the record says why.
+
+    Attributes:
+        path: its file in the given folder, from which its weights are mapped.
+    """
 
     graph: Graph | None
     record: CaptureRecord
+    path: Path | None = None
 
 
 def capture(
@@ -54,12 +60,11 @@ def capture(
 ) -> Captured:
     """Captures and checks the graph. `opset_range` is what all targets that take a graph accept.
 
-    `directory`
-       must outlive the graph, whose weights are mapped from it.
+    `directory` must outlive the graph, whose weights are mapped from it.
 
     Raises:
-           CaptureError: an ONNX source that does not run at the declared sizes; any failure where `required`.
-           RecipeError: an opset that the targets do not accept.
+        CaptureError: an ONNX source that does not run at the declared sizes; any failure where `required`.
+        RecipeError: an opset that the targets do not accept.
     """
     if opset is not None and not opset_range[0] <= opset <= opset_range[1]:
         raise RecipeError(
@@ -76,15 +81,17 @@ def capture(
     for name in chosen:
         log(f"capture: trying the {name} exporter")
         start = time.perf_counter()
+        path = directory / f"captured-{name}.onnx"
         try:
-            graph, differences = _attempt(model, name, target, opset_range, checks, directory, log)
+            graph, differences = _attempt(model, name, target, opset_range, checks, path, log)
         except EnginesmithError as error:
             reason = _short(error)
             log(f"capture: {name} failed: {reason}")
             attempts.append(_record(name, start, reason))
             continue
         attempts.append(_record(name, start, ""))
-        return Captured(graph, CaptureRecord(exporter=name, opset=graph.opset, attempts=attempts, checks=differences))
+        record = CaptureRecord(exporter=name, opset=graph.opset, attempts=attempts, checks=differences)
+        return Captured(graph, record, path)
     if required:
         raise CaptureError(
             "no exporter captured the model as a graph that reproduces it",
@@ -117,17 +124,17 @@ def _attempt(
     opset: int,
     opset_range: tuple[int, int],
     checks: Sequence[_Check],
-    directory: Path,
+    path: Path,
     log: Callable[[str], None],
 ) -> tuple[Graph, list[dict[str, Any]]]:
     if model.stateful:
         raise CaptureError("the model carries state from one call to the next, which a graph cannot")
     if exporter == "dynamo" and model.kind == "torchscript":
         raise CaptureError("it takes no TorchScript")
-    path = directory / f"captured-{exporter}.onnx"
     example = resized(model.signature, checks[0].inputs, example_sizes(model.signature))
     with foreign(lambda error: CaptureError(root_reason(error))):
         EXPORTERS[exporter](model, example, opset, path, log)
+    release()
     graph = Graph.load(path)
     if not opset_range[0] <= graph.opset <= opset_range[1]:
         raise CaptureError(f"it gives opset {graph.opset}, where the targets take {opset_range[0]} to {opset_range[1]}")
@@ -144,11 +151,14 @@ def _compare(model: Model, path: Path, checks: Sequence[_Check]) -> list[dict[st
         CaptureError: the graph fails at one, or differs there.
     """
     limit = max(RELATIVE_L2.get(dtype, 0.0) for dtype in _dtypes(model))
-    session = open_session(path)
-    results: list[dict[str, Any]] = []
+    references = []
     for check in checks:
         model.reference.reset()
-        expected = model.reference.run(check.inputs)
+        references.append(model.reference.run(check.inputs))
+    release()  # what torch ran in, before the session takes its own
+    session = open_session(path)
+    results: list[dict[str, Any]] = []
+    for check, expected in zip(checks, references, strict=True):
         at = f"at {_text(check.sizes)}" if check.sizes else "on the check's inputs"
         with foreign(functools.partial(_failed, at)):
             found = run_session(session, check.inputs)
@@ -190,7 +200,7 @@ def _from_file(
             hint="check --input and --dynamic, or give --data with values that the model accepts",
         ) from error
     attempt = _record("onnx", start, "")
-    return Captured(graph, CaptureRecord(exporter="onnx", opset=graph.opset, attempts=[attempt], checks=results))
+    return Captured(graph, CaptureRecord(exporter="onnx", opset=graph.opset, attempts=[attempt], checks=results), copy)
 
 
 def _dtypes(model: Model) -> set[str]:

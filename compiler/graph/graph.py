@@ -18,7 +18,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from ...errors import GraphError, StorageError
-from .identity import model_digest
+from .identity import model_digest, unmap
 from .verifier import verify
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # its warnings come back as errors of `verify`
@@ -119,6 +119,9 @@ class Graph:
             raise StorageError(
                 f"cannot write {path}: {error.strerror}", hint="free space, or choose a folder"
             ) from error
+        finally:
+            for _, _, tensor in self._tensors():
+                unmap(tensor)
 
     def to_proto(self) -> onnx.ModelProto:
         """The model as one protobuf message with its weights inside.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 
@@ -71,4 +72,12 @@ def _hash(tensor: ir.TensorProtocol) -> str:
         hasher.update(repr(tensor.numpy().tolist()).encode())
     else:
         hasher.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
+    unmap(tensor)
     return hasher.hexdigest()
+
+
+def unmap(tensor: ir.TensorProtocol) -> None:
+    """Lets go of the memory map of an external tensor that nobody looks at; reading it maps it again."""
+    if isinstance(tensor, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):  # an array of it is in use
+            tensor.release()

@@ -45,6 +45,10 @@ class Model:
     parameter_bytes: int
     stateful: bool = False
 
+    def without_weights(self) -> Model:
+        """What is known about the model, which cannot run any more; the original is freed where nobody else holds it."""
+        return dataclasses.replace(self, reference=_Freed(), module=None)
+
 
 class Reference(Protocol):
     """Runs the model as the user gave it."""
@@ -54,6 +58,16 @@ class Reference(Protocol):
 
     def reset(self) -> None:
         """Returns a stateful model to its first state."""
+
+
+class _Freed:
+    """In the place of a reference that nobody was to run any more."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise AssertionError("the weights of this model were let go")
+
+    def reset(self) -> None:
+        """Keeps no state."""
 
 
 def load_model(
