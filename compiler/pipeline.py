@@ -108,8 +108,6 @@ def compile(
 
 def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progress: Progress) -> Bundle:
     """The stages. Every name and option is checked before any work starts."""
-    from .validation.validator import noise_floor
-
     targets = tuple(parse_target(text) for text in recipe.targets)
     _check_names(recipe, targets)
     machine, cache = environment(), Cache()
@@ -153,11 +151,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
             stage["detail"] = f"{len(built)} of {len(engines)}"
         with stages("validate") as stage:
-            floor = noise_floor(reference, model, captured.path)
-            release()
-            validate_engines(folder, engines, reference, floor, recipe, stages.update, save=True)
-            reference.save(_made(folder / "reference"))
-            stage["detail"] = reference.description
+            stage["detail"] = _validate(job, model, captured, reference, engines)
         with stages("benchmark") as stage:
             benchmark = _benchmark(job, model, data, engines)
             stage["detail"] = f"against {benchmark['baseline']}" if benchmark else "nothing to measure"
@@ -441,6 +435,19 @@ def _build_or_reuse(
     info.write(directory)
     job.cache.put("engines", engine_key, directory)
     return info, False
+
+
+def _validate(
+    job: Job, model: Model, captured: Captured, reference: ReferenceOutputs, engines: list[EngineRecord]
+) -> str:
+    """Judges every engine that runs here on the record of the reference, and says on what."""
+    from .validation.validator import noise_floor
+
+    floor = noise_floor(reference, model, captured.path)
+    release()
+    validate_engines(job.folder, engines, reference, floor, job.recipe, job.stages.update, save=True)
+    reference.save(_made(job.folder / "reference"))
+    return reference.description
 
 
 def _benchmark(job: Job, model: Model, data: Data, engines: list[EngineRecord]) -> Benchmark | None:

@@ -140,9 +140,9 @@ def _only_reads(node: ir.Node, live: set[ir.Value]) -> bool:
 
 def _put_back(graph: ir.Graph, held: Mapping[str, ir.TensorProtocol]) -> None:
     for value in list(graph.inputs):
-        if value.name in held:
+        if (tensor := held.get(value.name or "")) is not None:
             graph.inputs.remove(value)
-            value.const_value = held[value.name]
+            value.const_value = tensor
             if value.uses():
                 graph.register_initializer(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 
@@ -11,6 +12,10 @@ from .gpu_monitor import GpuMonitor, GpuUse
 STEADY_WINDOWS = 3
 STEADY_SPREAD = 0.05
 """The state is steady once the medians of this many windows in a row lie within this ratio of each other."""
+
+LATE_FACTOR = 2
+PARTS = 8
+"""A slice runs in this many parts, and ends early once it took that multiple of its time: the machine got busy."""
 
 GPU_SLICE_S = 1.2
 """NVML averages utilisation over up to one second, so its slice must be longer than that."""
@@ -28,6 +33,7 @@ class Slices:
         self.host_ms: list[list[float]] = []
         self.device_ms: list[list[float]] = []
         self._bound = bound
+        self._slice_s = slice_s
         self.steady, call_ms = _warm_up(bound, warmup_s)
         self._calls = max(1, round(1000 * slice_s / call_ms))
 
@@ -35,8 +41,15 @@ class Slices:
         """Times a slice. A twentieth runs untimed before: the other candidates have just emptied the caches."""
         if lead := self._calls // 20:
             self._bound.timed(lead)
-        host_ms, device_ms = self._bound.timed(self._calls)
-        return host_ms, device_ms or []
+        host_ms: list[float] = []
+        device_ms: list[float] = []
+        deadline = time.perf_counter() + LATE_FACTOR * self._slice_s
+        part = math.ceil(self._calls / PARTS)
+        while (left := self._calls - len(host_ms)) and not (host_ms and time.perf_counter() > deadline):
+            host, device = self._bound.timed(min(part, left))
+            host_ms += host
+            device_ms += device or []
+        return host_ms, device_ms
 
     def keep(self, host_ms: list[float], device_ms: list[float]) -> None:
         """Adds what `take` gave to the result."""

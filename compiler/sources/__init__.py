@@ -46,7 +46,7 @@ class Model:
     stateful: bool = False
 
     def without_weights(self) -> Model:
-        """What is known about the model, which cannot run any more; the original is freed where nobody else holds it."""
+        """What is known about the model. It cannot run any more; its weights are freed where nobody else holds them."""
         return dataclasses.replace(self, reference=_Freed(), module=None)
 
 

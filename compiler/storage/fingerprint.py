@@ -37,7 +37,7 @@ def compile_key(recipe: Recipe, machine: Mapping[str, Any], model_fingerprint: s
 
 
 def local_modules(known: Iterable[str]) -> dict[str, str]:
-    """Hashes of the user's own modules imported since `known` was taken; installed packages count by version instead."""
+    """Hashes of the user's own modules imported since `known` was taken; installed packages count by version."""
     installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
     package = Path(__file__).parents[2]
     own = tuple(str(package / name) for name in ("compiler", "passes", "targets"))

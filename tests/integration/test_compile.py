@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,20 @@ def test_unchanged_compile_comes_from_the_cache(enginesmith, bundle, model, argu
     assert (model / "again" / "manifest.json").read_text() == (bundle / "manifest.json").read_text()
     (model / "model.py").write_text((model / "model.py").read_text() + "\n# changed\n")
     assert "taken from the cache" not in enginesmith(*again).out
+
+
+def test_an_unchanged_compile_imports_nothing_heavy(enginesmith, model, arguments):
+    weights = model / "weights.pt"
+    shapes = {"hidden.weight": (8, 4), "hidden.bias": (8,), "head.weight": (3, 8), "head.bias": (3,)}
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, weights)
+    assert enginesmith(*arguments, "--weights", weights).code == 0
+    heavy = "{'torch', 'onnx', 'onnxruntime', 'matplotlib', 'polygraphy', 'sympy'}"
+    code = (
+        "import sys\nfrom enginesmith import compile\n"
+        f"assert compile(recipe={str(model / 'out/recipe.yaml')!r}, output={str(model / 'again')!r}).cached\n"
+        f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_changed_data_build_no_engine_again(enginesmith, bundle, model, arguments):

@@ -187,3 +187,58 @@ def test_large_weights_outlive_the_files_they_travel_in(read, context):
     weight.const_value, weight.shape = ir.Tensor(array, name="w"), ir.Shape(array.shape)
     assert SIMPLIFY(graph, context(graph)).modified
     np.testing.assert_array_equal(probe.run(graph, {"x": np.zeros_like(array)})["y"], array)
+
+
+def _given_to_onnxsim(monkeypatch):
+    """The inputs of every graph that onnxsim was called with."""
+    seen = []
+    real = onnxsim.simplify
+
+    def spy(path, output_path, **options):
+        seen.append([value.name for value in onnx.load(path).graph.input])
+        return real(path, output_path=output_path, **options)
+
+    monkeypatch.setattr(onnxsim, "simplify", spy)
+    return seen
+
+
+TWO_LAYERS = """g (float[N,256] x, float[256,256] w) => (float[N,256] z) {
+    i = Identity(x)  y = MatMul(i, w)  z = Relu(y) }"""
+
+
+def _with_large_weight(read, text):
+    """The graph with its input `w` made an initializer of 256 KiB."""
+    graph = read(text)
+    weight = graph.model.graph.inputs.pop(1)
+    weight.const_value = ir.tensor(RANDOM.standard_normal((256, 256)).astype(np.float32), name="w")
+    graph.model.graph.register_initializer(weight)
+    return graph
+
+
+def test_large_weights_are_not_given_to_onnxsim(read, context, monkeypatch):
+    seen = _given_to_onnxsim(monkeypatch)
+    graph = _with_large_weight(read, TWO_LAYERS)
+    before, weight = graph.clone(), graph.model.graph.initializers["w"].const_value
+    assert SIMPLIFY(graph, context(graph)).modified
+    assert seen[0] == ["x", "w"]
+    assert graph.operators() == {"MatMul": 1, "Relu": 1}
+    assert graph.input_names == ("x",)
+    assert graph.model.graph.initializers["w"].const_value is weight
+    inputs = {"x": RANDOM.standard_normal((3, 256)).astype(np.float32)}
+    np.testing.assert_array_equal(probe.run(graph, inputs)["z"], probe.run(before, inputs)["z"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TWO_LAYERS.replace("MatMul(i, w)", "MatMul(i, t)").replace("i =", "t = Transpose(w)  i ="),
+        TWO_LAYERS.replace("z = Relu(y)", "z = Mul(y, i)"),
+        TWO_LAYERS.replace("MatMul(i, w)", "MatMul(c, w)").replace("i =", "c = Neg(w)  i ="),
+    ],
+    ids=["transposed", "scaled", "constant"],
+)
+def test_large_weights_that_may_be_folded_are_given_to_onnxsim(read, context, monkeypatch, text):
+    seen = _given_to_onnxsim(monkeypatch)
+    graph = _with_large_weight(read, text)
+    SIMPLIFY(graph, context(graph))
+    assert seen[0] == ["x"]

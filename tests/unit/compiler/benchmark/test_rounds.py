@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from enginesmith.compiler.benchmark import Candidate, Settings, SizedInputs, batch_sizes, benchmark
+from enginesmith.compiler.benchmark import Candidate, Settings, SizedInputs, batch_sizes, benchmark, slices
 from enginesmith.compiler.benchmark import rounds as module
 from enginesmith.compiler.benchmark.gpu_monitor import GpuUse
 from enginesmith.compiler.signature import parse_inputs
@@ -9,6 +9,8 @@ from enginesmith.errors import BuildError, RecipeError, UnknownNameError, UsageE
 
 INPUTS = [SizedInputs({"batch": 4}, 4, {"x": np.zeros((4, 2), np.float32)})]
 SETTINGS = Settings(rounds=8, slice_s=0.1, warmup_s=0.01)
+LAST_PART = 9
+"""A slice of 100 calls runs as 7 parts of 13 and one of 9."""
 
 
 class FakeRunner:
@@ -83,7 +85,7 @@ def rounds_of(seed):
     log = []
     names = ["torch", "b", "c"]
     run({n: FakeRunner(n, log=log) for n in names}, settings=Settings(8, 0.1, 0.01, seed=seed))
-    slices = [name for name, iterations in log if iterations == 100]
+    slices = [name for name, iterations in log if iterations == LAST_PART]
     return [slices[i : i + 3] for i in range(0, len(slices), 3)]
 
 
@@ -113,6 +115,19 @@ def test_a_candidate_that_fails_to_load_or_at_a_size_is_skipped_with_the_reason(
         "broken": "driver too old\n  to do: update it",
         "picky batch=4": "no kernel for this size",
     }
+
+
+def test_a_slice_ends_early_where_the_machine_gets_busy(monkeypatch):
+    class Busy(FakeRunner):
+        def timed(self, iterations):
+            nonlocal now
+            now += 0.15 if iterations > 1 else 0  # seconds a part, where the warm-up promised 13 ms
+            return super().timed(iterations)
+
+    now = 0.0
+    monkeypatch.setattr(slices.time, "perf_counter", lambda: now)
+    taken, _ = slices.Slices(Busy(), slice_s=0.1, warmup_s=0.01).take()
+    assert len(taken) == 2 * 13
 
 
 def test_a_candidate_that_fails_between_rounds_is_skipped_and_the_rest_goes_on():
@@ -153,7 +168,7 @@ def test_disturbed_rounds_are_repeated_a_bounded_number_of_times(monkeypatch):
     monkeypatch.setattr(module.ForeignCpu, "share", lambda self: 0.5)
     log = []
     result = run({"torch": FakeRunner(log=log)})
-    assert sum(iterations == 100 for _, iterations in log) == 8 + 4
+    assert sum(iterations == LAST_PART for _, iterations in log) == 8 + 4
     assert result["timings"][0]["iterations"] == 800
     assert "4 repeated, 8 kept" in result["protocol"]["description"]
 

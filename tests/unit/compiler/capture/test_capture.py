@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -13,6 +16,7 @@ from enginesmith.errors import CaptureError, RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BATCH = ["x:0=1..4..8"]
+IMAGE = ["input:1x3x8x8"]
 
 
 class Net(torch.nn.Module):
@@ -212,3 +216,13 @@ def test_an_onnx_source_with_a_baked_in_size_is_refused(tmp_path):
     path = onnx_model(tmp_path / "m.onnx", text)
     with pytest.raises(CaptureError, match=r"m.onnx does not run at the declared sizes(?s:.*)--dynamic"):
         run(tmp_path, path, ["x:1x3"], BATCH)
+
+
+def test_the_exporter_does_not_hold_on_to_the_weights(tmp_path):
+    model, captured = run(tmp_path, torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)), IMAGE)
+    weight = weakref.ref(next(model.module.parameters()))
+    del model
+    gc.collect()
+    assert weight() is None
+    assert captured.path is not None
+    assert captured.graph is not None
