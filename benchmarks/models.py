@@ -65,7 +65,9 @@ def resnet50() -> nn.Module:
     """ResNet-50 with seeded random weights.
 
     One pass over a few images sets the statistics of the batch norms. With the defaults, mean 0 and variance 1, the
-    activations of all images become alike with depth, and an engine that ignores its input would pass as right.
+    activations of all images become alike with depth, and an engine that ignores its input would pass as right. The
+    residual branches are scaled to a fifth, as training leaves them: at full scale random weights amplify rounding from
+    block to block, and half precision is 2 % off even in torch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -77,6 +79,8 @@ def resnet50() -> nn.Module:
                 nn.init.uniform_(module.weight, 0.9, 1.1)
                 nn.init.normal_(module.bias, 0, 0.1)
                 module.momentum = 1.0
+        for block in model.blocks:
+            nn.init.uniform_(block.bn3.weight, 0.18, 0.22)
     with torch.no_grad():
         model.train()(torch.from_numpy(resnet50_inputs(4)["image"]))
     return model.eval()
