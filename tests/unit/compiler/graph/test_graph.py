@@ -243,3 +243,22 @@ def test_what_inspect_shows(read):
 def test_inputs_with_a_default_are_not_asked_for(read):
     graph = read("g (float[2] x, float[2] w = {1, 2}) => (float[2] y) { y = Add(x, w) }")
     assert graph.input_names == ("x",)
+
+
+def test_weights_are_not_left_mapped(tmp_path, read):
+    graph = read("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    values = np.arange(1000, dtype=np.float32)
+    weight = ir.Value(name="w", const_value=ir.tensor(values, name="w"))
+    graph.model.graph.register_initializer(weight)
+    graph.save(tmp_path / "m.onnx", external=True)
+    loaded = Graph.load(tmp_path / "m.onnx")
+    tensor = loaded.model.graph.initializers["w"].const_value
+    loaded.fingerprint()
+    assert tensor.raw is None
+    view = tensor.numpy()
+    loaded.save(tmp_path / "copy.onnx", external=True)
+    np.testing.assert_array_equal(view, values)
+    np.testing.assert_array_equal(tensor.numpy(), values)
+    del view
+    loaded.save(tmp_path / "again.onnx", external=True)
+    assert tensor.raw is None
