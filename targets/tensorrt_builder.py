@@ -240,7 +240,7 @@ def engine_layers(trt: Any, engine: Any) -> list[Any]:
 def _parsed(text: str) -> Any:
     """One layer; as text where TensorRT wrote no valid JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)  # TensorRT 8.6 joins the names of fused layers by control characters
     except ValueError as error:
         print(f"TensorRT's inspector wrote no JSON: {error}: {text[:500]!r}", file=sys.stderr)
         return text
@@ -262,7 +262,10 @@ SPELLINGS = {"float": "FP32", "half": "FP16"}
 
 
 def summarize(layers: list[Any]) -> dict[str, Any]:
-    """Counts layers by type, and by the data type of their first output."""
+    """Counts layers by type, and by the data type of their first output.
+
+    TensorRT 8.6 tells no type of outputs with dynamic shapes: that of the weights stands in, else "dynamic" is counted.
+    """
     types: dict[str, int] = collections.Counter()
     precisions: dict[str, int] = collections.Counter()
     for layer in layers:
@@ -270,13 +273,22 @@ def summarize(layers: list[Any]) -> dict[str, Any]:
             types["unknown"] += 1
             continue
         types[layer.get("LayerType", "unknown")] += 1
-        for output in layer.get("Outputs", [])[:1]:
-            found = re.search(
-                r"\b(BF16|FP\d+|Float|Half|U?Int\d+|Bool)\b", str(output.get("Format/Datatype", "")), re.I
-            )
-            if found:
-                precisions[SPELLINGS.get(found.group(1).lower(), found.group(1).upper())] += 1
+        precision = _precision(layer)
+        if precision:
+            precisions[precision] += 1
     return {"count": len(layers), "types": dict(types), "precisions": dict(precisions)}
+
+
+def _precision(layer: dict[str, Any]) -> str:
+    outputs = layer.get("Outputs") or [{}]
+    text = str(outputs[0].get("Format/Datatype", ""))
+    dynamic = "dynamic shapes" in text
+    if dynamic:
+        text = str((layer.get("Weights") or {}).get("Type", ""))
+    found = re.search(r"\b(BF16|FP\d+|Float|Half|U?Int\d+|Bool)\b", text, re.I)
+    if found:
+        return SPELLINGS.get(found.group(1).lower(), found.group(1).upper())
+    return "dynamic" if dynamic else ""
 
 
 def _device_memory(engine: Any) -> int:

@@ -133,11 +133,20 @@ def test_layers_are_counted_by_type_and_precision():
     }
 
 
+def test_layers_with_dynamic_shapes_are_counted_by_the_type_of_their_weights():
+    outputs = [{"Name": "y", "Dimensions": [-1, 8], "Format/Datatype": "N/A due to dynamic shapes"}]
+    layers = [
+        {"LayerType": "CaskConvolution", "Weights": {"Type": "Half", "Count": 9408}, "Outputs": outputs},
+        {"LayerType": "Reformat", "Outputs": outputs},
+    ]
+    assert summarize(layers)["precisions"] == {"FP16": 1, "dynamic": 1}
+
+
 def test_layers_of_an_engine(capsys):
-    texts = ['{"Name": "a"}', "not JSON"]
+    texts = ['{"Name": "a"}', "not JSON", '{"Metadata": "Conv_0\x1eRelu_1"}']
     inspector = types.SimpleNamespace(get_layer_information=lambda index, form: texts[index])
-    engine = types.SimpleNamespace(create_engine_inspector=lambda: inspector, num_layers=2)
-    assert engine_layers(TRT, engine) == [{"Name": "a"}, "not JSON"]
+    engine = types.SimpleNamespace(create_engine_inspector=lambda: inspector, num_layers=len(texts))
+    assert engine_layers(TRT, engine) == [{"Name": "a"}, "not JSON", {"Metadata": "Conv_0\x1eRelu_1"}]
     assert "TensorRT's inspector wrote no JSON" in capsys.readouterr().err
 
 
