@@ -95,6 +95,12 @@ def cuda_device(value: Any) -> int | None:
     return int(number) if kind in CUDA_KINDS else None
 
 
+def require_device(name: str, found: int, wanted: int) -> None:
+    """Raises DataError where the tensor of an input lies on another device than the engine."""
+    if found != wanted:
+        raise DataError(f"input {name!r} lies on another device", expected=f"cuda:{wanted}", found=f"cuda:{found}")
+
+
 def borrow(name: str, value: Any, dtype: np.dtype[Any], stream: int | None) -> Borrowed:
     """The memory of the tensor `value`, readable on `stream` once the work that produces it is done.
 

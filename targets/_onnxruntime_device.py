@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import DataError, EngineError
+from ..errors import EngineError
 from ._cuda import Stream
-from ._dlpack import Borrowed, DeviceTensor, borrow, cuda_device, ort_dtype
+from ._dlpack import Borrowed, DeviceTensor, borrow, cuda_device, ort_dtype, require_device
 from ._onnxruntime import failures, to_numpy
 from .base import Arrays, Bound
 
@@ -102,10 +102,7 @@ class DeviceRunner:
         device = cuda_device(value)
         if device is None:
             return np.asarray(to_numpy(name, value), order="C")
-        if device != self.stream.device:
-            raise DataError(
-                f"input {name!r} lies on another device", expected=f"cuda:{self.stream.device}", found=f"cuda:{device}"
-            )
+        require_device(name, device, self.stream.device)
         return borrow(name, value, np.dtype(str(value.dtype).removeprefix("torch.")), self.stream.handle)
 
     def _run(self, placed: Placed) -> dict[str, Any]:

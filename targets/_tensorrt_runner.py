@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..compiler.signature import Signature
 from ..errors import EngineError, EnginesmithError
 from . import _tensorrt
 from ._cuda import Stream
-from ._dlpack import borrow, cuda_device
+from ._dlpack import borrow, cuda_device, require_device
 from ._onnxruntime import to_numpy
 from ._worker import KINDS, Worker
 from .base import Arrays, Bound, Runner
@@ -48,7 +48,7 @@ def open_engine(
     return WorkerRunner(module, plan, signature, cuda_graph=cuda_graph, runtime_cache=cache)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """Turns a session's failure into the error of that kind."""
     try:
@@ -70,7 +70,10 @@ class SessionRunner:
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs as arrays; where an input is a CUDA tensor and torch is loaded, as tensors of its current stream."""
         with self._lock, _translated():
-            if any(cuda_device(value) is not None for value in inputs.values()):
+            devices = {name: device for name, value in inputs.items() if (device := cuda_device(value)) is not None}
+            for name, device in devices.items():
+                require_device(name, device, self._session.driver.device.value)
+            if devices:
                 return self._run_on_gpu(inputs)
             return _typed(self._session.run(_host(inputs)), self._signature)
 
@@ -100,20 +103,21 @@ class SessionRunner:
         with self._lock, _translated():
             self._session.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
         with self._lock, _translated(), self._session.active():
             yield
 
     def _run_on_gpu(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         session, torch = self._session, sys.modules.get("torch")
+        place = f"cuda:{session.driver.device.value}"
         if torch is None:
             return _typed(session.run(_host(inputs)), self._signature)
         with session.active():
             binding = session.binding(inputs)
             if not binding.on_device or any(_dtype(inputs[name]) != session.dtypes[name] for name in session.inputs):
                 arrays = _typed(session.run(_host(inputs)), self._signature)
-                return {name: torch.as_tensor(array, device="cuda") for name, array in arrays.items()}
+                return {name: torch.as_tensor(array, device=place) for name, array in arrays.items()}
             borrowed = {
                 name: borrow(name, value, session.dtypes[name], binding.stream)
                 for name, value in inputs.items()
@@ -121,12 +125,12 @@ class SessionRunner:
             }
             binding.put({name: to_numpy(name, value) for name, value in inputs.items() if name not in borrowed})
             outputs = {
-                name: torch.empty(binding.shapes[name], dtype=getattr(torch, session.dtypes[name].name), device="cuda")
+                name: torch.empty(binding.shapes[name], dtype=getattr(torch, session.dtypes[name].name), device=place)
                 for name in session.outputs
             }
             pointers = {name: tensor.address for name, tensor in borrowed.items()}
             pointers.update((name, tensor.data_ptr()) for name, tensor in outputs.items())
-            binding.exchange(pointers, torch.cuda.current_stream().cuda_stream)
+            binding.exchange(pointers, torch.cuda.current_stream(place).cuda_stream)
         return {spec.name: outputs[spec.name].to(getattr(torch, spec.dtype)) for spec in self._signature.outputs}
 
 
@@ -257,12 +261,11 @@ def _host(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _fetched(name: str, value: Any) -> np.ndarray:
     stream = Stream(cuda_device(value) or 0)
-    with stream.current():
+    with contextlib.closing(stream), stream.current():
         tensor = borrow(name, value, _dtype(value), stream.handle)
         array = np.empty(tensor.shape, tensor.dtype)
         stream.copy(array.ctypes.data, tensor.address, tensor.size_bytes)
         stream.synchronize()
-    stream.close()
     return array
 
 

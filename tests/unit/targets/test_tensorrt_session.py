@@ -1,6 +1,7 @@
 # ruff: noqa: N802, N815 - the names are the driver's
 """Sessions over stand-ins for TensorRT and the CUDA driver that keep the device's memory on the host."""
 
+import contextlib
 import ctypes
 import sys
 import types
@@ -313,11 +314,11 @@ def test_device_memory_of_the_caller(open_session, cuda_graph):
 class GpuTensor:
     """A stand-in of torch's CUDA tensors, whose memory is that of an array."""
 
-    def __init__(self, array):
-        self.array, self.shape, self.dtype = array, array.shape, f"torch.{array.dtype}"
+    def __init__(self, array, device=0):
+        self.array, self.shape, self.dtype, self.device = array, array.shape, f"torch.{array.dtype}", device
 
     def __dlpack_device__(self):
-        return (2, 0)
+        return (2, self.device)
 
     def __dlpack__(self, *, stream):
         assert stream == 7
@@ -332,10 +333,12 @@ class GpuTensor:
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_tensors_on_the_gpu_give_tensors_on_the_gpu(open_session, monkeypatch, cuda_graph):
+    devices, stream = [], types.SimpleNamespace(cuda_stream=0)
     torch = types.SimpleNamespace(
-        int32=np.int32, int64=np.int64, empty=lambda shape, dtype, device: GpuTensor(np.zeros(shape, dtype)),
-        cuda=types.SimpleNamespace(current_stream=lambda: types.SimpleNamespace(cuda_stream=0)),
-        as_tensor=lambda array, device: ("copied", array),
+        int32=np.int32, int64=np.int64,
+        empty=lambda shape, dtype, device: devices.append(device) or GpuTensor(np.zeros(shape, dtype)),
+        cuda=types.SimpleNamespace(current_stream=lambda device: devices.append(device) or stream),
+        as_tensor=lambda array, device: devices.append(device) or ("copied", array),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch", torch)
     runner = SessionRunner(open_session(Engine(), cuda_graph=cuda_graph), SIGNATURE)
@@ -343,9 +346,25 @@ def test_tensors_on_the_gpu_give_tensors_on_the_gpu(open_session, monkeypatch, c
     monkeypatch.setattr(_tensorrt_runner, "_fetched", lambda name, value: value.array)
     kind, values = runner.run({"x": GpuTensor(array(2))})["y"]  # int64, which this engine does not take
     assert kind == "copied"
+    assert set(devices) == {"cuda:0"}
     np.testing.assert_array_equal(values, 2 * array(2))
     monkeypatch.delitem(sys.modules, "torch")
     np.testing.assert_array_equal(runner.run({"x": GpuTensor(array(3))})["y"], 2 * array(3))
+
+
+def test_a_tensor_on_another_gpu_is_refused(open_session):
+    runner = SessionRunner(open_session(Engine()), SIGNATURE)
+    with pytest.raises(DataError, match=r"(?s)input 'x' lies on another device.*expected: cuda:0.*found: cuda:1"):
+        runner.run({"x": GpuTensor(array(2, np.int32), device=1)})
+
+
+def test_a_tensor_that_cannot_be_fetched_leaves_no_stream(monkeypatch):
+    closed = []
+    stream = types.SimpleNamespace(handle=7, current=contextlib.nullcontext, close=lambda: closed.append(True))
+    monkeypatch.setattr(_tensorrt_runner, "Stream", lambda device: stream)
+    with pytest.raises(DataError, match="input 'x' is not contiguous"):
+        _tensorrt_runner._fetched("x", GpuTensor(np.ones((2, 3)).T))
+    assert closed
 
 
 def test_a_plan_that_tensorrt_refuses(open_session):
