@@ -98,7 +98,8 @@ def _ask(module: str, _interpreter: str) -> Found:
         with Worker(command(module), name=f"the {module} worker", failure=EngineError) as worker:
             return _found(worker.call("versions", timeout_s=_STARTING_S))
     except EnginesmithError as error:
-        return Found(problem=error.message)
+        named = f" ({variable(module)} is {os.environ[variable(module)]})" if variable(module) in os.environ else ""
+        return Found(problem=error.message + named)
 
 
 def _found(answer: Mapping[str, Any]) -> Found:

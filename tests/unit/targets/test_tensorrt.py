@@ -196,7 +196,8 @@ def test_the_environment_names_the_interpreter(monkeypatch):
 def test_an_interpreter_that_cannot_be_started(monkeypatch):
     monkeypatch.setenv("ENGINESMITH_TENSORRT_PYTHON", "/nowhere/python")
     availability = parse_target("tensorrt").availability()
-    assert "the tensorrt worker cannot be started: No such file or directory" in availability.reason
+    named = "No such file or directory (ENGINESMITH_TENSORRT_PYTHON is /nowhere/python)"
+    assert f"the tensorrt worker cannot be started: {named}" in availability.reason
 
 
 def test_what_is_found_is_asked_for_once(monkeypatch, tmp_path):
