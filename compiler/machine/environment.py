@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from ...targets import _cuda
 PACKAGES = (
     "enginesmith", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxsim", "polygraphy",
     "safetensors", "tensorrt", "tensorrt-rtx", "torch", "transformers",
-    "nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+    "nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12",
+    "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
 )  # fmt: skip
 
 ISA_FLAGS = (
@@ -27,7 +27,10 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def environment() -> dict[str, Any]:
-    """The machine for the manifest: `os`, `python`, `packages`, `cpu`, `memory_bytes`, `cuda` and `gpus`."""
+    """The machine for the manifest: `os`, `python`, `packages`, `cpu`, `memory_bytes`, `cuda` and `gpus`.
+
+    Keys of the cache hold it, so what this process has imported must not show in it.
+    """
     found = {
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -117,10 +120,6 @@ def _cuda_versions() -> dict[str, str]:
             pass
         finally:
             nvml.nvmlShutdown()
-    torch = sys.modules.get("torch")  # never imported for this alone
-    if torch is not None and torch.version.cuda:
-        found["torch_cuda"] = torch.version.cuda
-        found["torch_cudnn"] = str(torch.backends.cudnn.version())
     return found
 
 
