@@ -6,6 +6,7 @@ import contextlib
 import copy
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
     """
     import torch
 
+    from ..compiler.sources.guard import quiet
+
     if request.model.module is None:
         raise BuildError(
             f"a model of kind {request.model.kind!r} holds no torch module",
@@ -72,7 +75,8 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
     placed = all(tensor.device.type == device for tensor in module.parameters())
     if request.precision != "fp32" or request.model.stateful or not placed:
         try:
-            module = copy.deepcopy(module)
+            with quiet(request.log):
+                module = copy.deepcopy(module)
         except (TypeError, RuntimeError, AttributeError, ValueError) as error:
             raise BuildError(f"the model cannot be copied: {error}") from error
     if request.precision == "fp32":
@@ -193,7 +197,9 @@ class TorchRunner:
 
     def _open(self) -> Callable[..., Any]:
         try:
-            return self._load()
+            with warnings.catch_warnings():  # torch's about its own TorchScript are not for those who load an engine
+                warnings.simplefilter("ignore")
+                return self._load()
         except (RuntimeError, OSError) as error:
             raise EngineError(f"engine {self._info.name} cannot be opened: {last_line(error)}") from error
 
@@ -248,9 +254,10 @@ def check(runner: Reference, request: BuildRequest, how: str) -> None:
 
     Raises:
         BuildError: they differ, as they do where sizes or state were recorded as constants; or the process that runs
-            it failed.
+            it failed; or values overflow float16.
     """
     from ..compiler.data import resized
+    from ..compiler.sources.guard import quiet
     from ..compiler.validation.metrics import Judge, resolve_tolerance
 
     signature, reference = request.signature, request.model.reference
@@ -262,13 +269,22 @@ def check(runner: Reference, request: BuildRequest, how: str) -> None:
         reference.reset()
         runner.reset()
         try:
-            for _ in range(2 if request.model.stateful else 1):
-                judge.update(reference.run(inputs), runner.run(inputs))
+            with quiet(request.log):
+                for _ in range(2 if request.model.stateful else 1):
+                    judge.update(reference.run(inputs), runner.run(inputs))
         except BuildError:
             raise
         except EngineError as error:
             raise _wrong(how, point, error.message) from error
-        found = [f"{m['output']}: {reason}" for m in judge.metrics() for reason in m["failures"]]
+        metrics = judge.metrics()
+        found = [f"{m['output']}: {reason}" for m in metrics for reason in m["failures"]]
+        if request.precision == "fp16" and any(m["nan"] or m["inf"] for m in metrics):
+            raise BuildError(
+                f"values overflow float16 in the {how} module, where the model's own outputs are finite",
+                expected="values up to 65504 in weights and in between",
+                found="; ".join(found),
+                hint="build this model in fp32",
+            )
         if found:
             raise _wrong(how, point, "; ".join(found))
 

@@ -92,9 +92,9 @@ class TorchScript(Target):
             )
 
         trace: Callable[..., torch.jit.ScriptModule] = torch.jit.trace
-        # Tracing runs the model once, so the state of that run must not be what is saved.
-        first_state = copy.deepcopy(module) if request.model.stateful else module
         with torch.no_grad(), quiet(request.log), foreign(failed):
+            # Tracing runs the model once, so the state of that run must not be what is saved.
+            first_state = copy.deepcopy(module) if request.model.stateful else module
             inputs = tuple(tensors_of(request.sample, request, self.device))
             traced = trace(module, inputs, check_trace=False)
             _restore(traced, first_state)

@@ -264,6 +264,22 @@ def test_baked_branches_are_refused(tmp_path: Path) -> None:
         parse_target("torchscript").build(make_request(tmp_path, branch))
 
 
+def test_values_that_overflow_float16_are_told(tmp_path: Path) -> None:
+    module = Function(lambda x: x * 1e6 / 1e6)
+    with pytest.raises(BuildError, match=r"(?s)values overflow float16 in the traced module.*y: .*build .* in fp32"):
+        build(make_request(tmp_path, module, precision="fp16"))
+
+
+def test_warnings_of_torch_go_to_the_log(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    log: list[str] = []
+    request = make_request(tmp_path, Function(torch.jit.script(ScriptedCounter())), stateful=True)
+    recwarn.clear()  # of torch.jit.script
+    _, runner = build(dataclasses.replace(request, log=log.append))
+    runner.reset()
+    assert not recwarn.list
+    assert any("Warning: " in line for line in log)
+
+
 def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     def fail(x: torch.Tensor) -> torch.Tensor:
         raise KeyError("mode")
