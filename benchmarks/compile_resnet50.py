@@ -32,6 +32,8 @@ MEMORY_LIMIT = 2.5
 
 WEIGHT_FILES = (".safetensors", ".data")
 SAMPLE_EVERY_S = 0.02
+EAGER_RUNS = 3
+"""What the allocator keeps after the run differs by half the weights from process to process; the lowest counts."""
 
 
 def run_eager(weights: Path) -> dict[str, Any]:
@@ -138,7 +140,8 @@ def main() -> int:
         work = Path(folder)
         environment = {**os.environ, "ENGINESMITH_CACHE": str(work / "cache")}
         weights = ["--weights", str(work / "resnet50.safetensors")]
-        eager = measured([__file__, "--stage", "eager", *weights], environment)
+        eager_runs = [measured([__file__, "--stage", "eager", *weights], environment) for _ in range(EAGER_RUNS)]
+        eager = min(eager_runs, key=lambda run: int(json.loads(run["printed"].splitlines()[-1])["held_bytes"]))
         export = measured([__file__, "--stage", "export", *weights, "--output", str(work / "export")], environment)
         first = measured([__file__, "--stage", "compile", *weights, "--output", str(work / "first")], environment)
         command = ["-m", "enginesmith", "compile", MODEL, *weights, "--output", str(work / "again"), "--no-benchmark"]
