@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..errors import BuildError, EngineError, RecipeError, TargetUnavailableError
-from . import _cuda
 from ._onnxruntime import MINIMUM, OPSET, Optimization, Session, examine, require_onnxruntime
-from ._onnxruntime_device import DeviceRunner
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from .cuda import driver
+from .cuda.onnxruntime import DeviceRunner
+from .cuda.stream import Stream
 
 CUDA = "CUDAExecutionProvider"
 
@@ -104,7 +105,7 @@ class OnnxRuntimeCuda(Target):
         return self._open(directory, info, graph=info.details["cuda_graph"]["used"])
 
     def _open(self, directory: Path, info: EngineInfo, *, graph: bool) -> DeviceRunner:
-        stream = _cuda.Stream(self.device_id)
+        stream = Stream(self.device_id)
         options = {"user_compute_stream": str(stream.handle), "enable_cuda_graph": str(int(graph))}
         try:
             session = self._session(info.precision, options).open(directory / info.entry)
@@ -166,9 +167,9 @@ class OnnxRuntimeCuda(Target):
                 hint="onnxruntime and onnxruntime-gpu exclude each other: "
                 "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enginesmith[cuda]'",
             )
-        if reason := _cuda.problem():
+        if reason := driver.problem():
             raise TargetUnavailableError(reason, hint="install NVIDIA's driver; start a container with --gpus all")
-        if self.device_id >= (count := _cuda.count()):
+        if self.device_id >= (count := driver.count()):
             raise TargetUnavailableError(f"there is no GPU {self.device_id}", expected=f"less than {count}")
         if missing := _preload():
             raise TargetUnavailableError(
@@ -178,7 +179,7 @@ class OnnxRuntimeCuda(Target):
         return {
             "onnxruntime": onnxruntime.__version__,
             "cuda": onnxruntime.cuda_version,
-            "driver_supports": _cuda.driver_version(),
+            "driver_supports": driver.driver_version(),
         }
 
 

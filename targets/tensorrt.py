@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..errors import EngineMismatchError, RecipeError, TargetUnavailableError
-from . import _tensorrt
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from .trt import build as trt
 
 MODULE = "tensorrt"
 OLDEST, NEWEST = (8, 6), (11, 99)
 
 INSTALL = (
     "pip install 'enginesmith[tensorrt]' (its libraries come from NVIDIA's index), or set "
-    f"{_tensorrt.variable(MODULE)} to an interpreter that has tensorrt and polygraphy"
+    f"{trt.variable(MODULE)} to an interpreter that has tensorrt and polygraphy"
 )
 
 
@@ -64,19 +64,19 @@ class TensorRT(Target):
 
     def opset_range(self) -> tuple[int, int] | None:
         """The opsets that the parser of the version found takes."""
-        version = _tensorrt.look(MODULE).version
+        version = trt.look(MODULE).version
         return (9, 17) if version and _numbers(version) < (10,) else self.capabilities.opset
 
     def availability(self) -> Availability:
         """Asks the worker's interpreter for TensorRT, the driver and the GPU."""
-        found = _tensorrt.look(MODULE)
+        found = trt.look(MODULE)
         reason, install = _why_not(found, to_build=True)
         ready = not reason
         return Availability(build=ready, run=ready, reason=reason, install=install, versions=found.versions(MODULE))
 
     def build(self, request: BuildRequest) -> EngineInfo:
         """Builds for this machine's GPU, tuned over the ranges of the dynamic axes."""
-        found = _tensorrt.look(MODULE)
+        found = trt.look(MODULE)
         reason, install = _why_not(found, to_build=True)
         if reason:
             raise TargetUnavailableError(reason, hint=install)
@@ -88,8 +88,8 @@ class TensorRT(Target):
             "sparsity": self.sparsity,
             "aux_streams": self.aux_streams,
         }
-        plans = _tensorrt.profiles(request.signature, self.profiles)
-        details = _tensorrt.build_plan(MODULE, request, plans, options, cache)
+        plans = trt.profiles(request.signature, self.profiles)
+        details = trt.build_plan(MODULE, request, plans, options, cache)
         return EngineInfo(
             name=request.directory.name,
             target=self.name,
@@ -104,9 +104,9 @@ class TensorRT(Target):
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the engine in this process where it has TensorRT, else in a worker process."""
-        from ._tensorrt_runner import open_engine
+        from .trt.runner import open_engine
 
-        found = _tensorrt.look(MODULE, to_run=True)
+        found = trt.look(MODULE, to_run=True)
         reason, install = _why_not(found)
         if reason:
             raise TargetUnavailableError(reason, hint=install)
@@ -136,7 +136,7 @@ def check_requirements(info: EngineInfo, here: dict[str, str]) -> None:
             )
 
 
-def _why_not(found: _tensorrt.Found, *, to_build: bool = False) -> tuple[str, str]:
+def _why_not(found: trt.Found, *, to_build: bool = False) -> tuple[str, str]:
     """Why TensorRT cannot be used, and what to do; empty where it can."""
     if found.version is None:
         return f"TensorRT cannot be imported: {found.problem}", INSTALL

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..errors import RecipeError, TargetUnavailableError
-from . import _tensorrt
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .tensorrt import check_options, check_requirements
+from .trt import build as trt
 
 MODULE = "tensorrt_rtx"
 COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
-INSTALL = f"pip install 'enginesmith[tensorrt-rtx]', or set {_tensorrt.variable(MODULE)} to an interpreter that has it"
+INSTALL = f"pip install 'enginesmith[tensorrt-rtx]', or set {trt.variable(MODULE)} to an interpreter that has it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TensorRTRTX(Target):
 
     def availability(self) -> Availability:
         """Asks the worker's interpreter for TensorRT-RTX, the driver and the GPU."""
-        found = _tensorrt.look(MODULE)
+        found = trt.look(MODULE)
         builds = found.version is not None and found.polygraphy is not None
         reason, to_do = _why_no_run(found)
         if not builds:
@@ -77,7 +77,7 @@ class TensorRTRTX(Target):
 
     def build(self, request: BuildRequest) -> EngineInfo:
         """Builds for the GPUs chosen, whatever this machine has."""
-        found = _tensorrt.look(MODULE)
+        found = trt.look(MODULE)
         if found.version is None or found.polygraphy is None:
             raise TargetUnavailableError(f"TensorRT-RTX cannot be imported: {found.problem}", hint=INSTALL)
         options = {
@@ -87,8 +87,8 @@ class TensorRTRTX(Target):
             "sparsity": self.sparsity,
             "compute_capabilities": list(self.compute_capabilities),
         }
-        plans = _tensorrt.profiles(request.signature, "range")
-        details = _tensorrt.build_plan(MODULE, request, plans, options, None)  # a timing cache would need a GPU
+        plans = trt.profiles(request.signature, "range")
+        details = trt.build_plan(MODULE, request, plans, options, None)  # a timing cache would need a GPU
         return EngineInfo(
             name=request.directory.name,
             target=self.name,
@@ -103,9 +103,9 @@ class TensorRTRTX(Target):
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the engine in this process where it has TensorRT-RTX, else in a worker process."""
-        from ._tensorrt_runner import open_engine
+        from .trt.runner import open_engine
 
-        found = _tensorrt.look(MODULE, to_run=True)
+        found = trt.look(MODULE, to_run=True)
         reason, to_do = _why_no_run(found)
         if reason:
             raise TargetUnavailableError(reason, hint=to_do)
@@ -115,7 +115,7 @@ class TensorRTRTX(Target):
         return open_engine(MODULE, plan, info.signature, cuda_graph=self.cuda_graph, runtime_cache=cache)
 
 
-def _why_no_run(found: _tensorrt.Found) -> tuple[str, str]:
+def _why_no_run(found: trt.Found) -> tuple[str, str]:
     if found.version is None:
         return f"TensorRT-RTX cannot be imported: {found.problem}", INSTALL
     if found.compute_capability is None:
@@ -128,7 +128,7 @@ def _why_no_run(found: _tensorrt.Found) -> tuple[str, str]:
     return "", ""
 
 
-def _runtime_cache(plan: Path, found: _tensorrt.Found) -> Path | None:
+def _runtime_cache(plan: Path, found: trt.Found) -> Path | None:
     """Where kernels compiled for this engine, version and GPU are kept; None where nothing can be written."""
     home = os.environ.get("ENGINESMITH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "enginesmith")
     key = hashlib.sha256(plan.read_bytes() + f"{found.version} {found.gpu}".encode()).hexdigest()[:32]

@@ -20,7 +20,7 @@ from ..errors import BuildError, EngineError, RecipeError
 from ._torch import MINIMUM_TEXT, TorchRunner, check, prepare, require, tensors_of, torch_availability
 from ._worker import Worker
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
-from .torch_inductor_worker import command, load_arrays, save_arrays
+from .inductor.worker import command, load_arrays, save_arrays
 
 if TYPE_CHECKING:
     import torch

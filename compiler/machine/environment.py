@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from ...targets import _cuda
+from ...targets.cuda import driver
 
 PACKAGES = (
     "enginesmith", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxsim", "polygraphy",
@@ -58,7 +58,7 @@ def gpus() -> list[dict[str, Any]]:
 
 def compute_capability(device: int = 0) -> str | None:
     """Compute capability of the device as CUDA numbers it ("9.0"); None where there is none."""
-    return _cuda.compute_capability(device)
+    return driver.compute_capability(device)
 
 
 def cpu_flags() -> frozenset[str]:

@@ -19,9 +19,10 @@ from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec, parse_inputs
 from enginesmith.compiler.sources import Model
 from enginesmith.errors import BuildError, EngineError, EngineMismatchError, EnginesmithError
-from enginesmith.targets import _tensorrt, parse_target
-from enginesmith.targets._tensorrt_runner import WorkerRunner
+from enginesmith.targets import parse_target
 from enginesmith.targets.base import BuildRequest
+from enginesmith.targets.trt import build as trt
+from enginesmith.targets.trt.runner import WorkerRunner
 
 pytestmark = pytest.mark.gpu
 
@@ -86,9 +87,9 @@ import numpy as np
 sys.path.insert(0, {package!r})
 from pathlib import Path
 from enginesmith.compiler.signature import Signature
-from enginesmith.targets import _tensorrt
-from enginesmith.targets._tensorrt_runner import SessionRunner, open_engine
-assert _tensorrt.in_process("tensorrt")
+from enginesmith.targets.trt import build as trt
+from enginesmith.targets.trt.runner import SessionRunner, open_engine
+assert trt.in_process("tensorrt")
 signature = Signature.from_json(json.loads({signature!r}))
 runner = open_engine("tensorrt", Path({plan!r}), signature, cuda_graph=True)
 assert isinstance(runner, SessionRunner)
@@ -177,7 +178,7 @@ def test_an_engine_gives_what_torch_gives_at_every_batch_size(runner):
 
 def test_what_is_recorded_of_an_engine(engine):
     directory, info = engine
-    found = _tensorrt.look("tensorrt")
+    found = trt.look("tensorrt")
     assert info.requires == {"tensorrt": found.release, "compute_capability": found.compute_capability}
     assert info.details["layers"]["source"] == "engine"
     assert info.details["layers"]["count"] > 0
@@ -283,14 +284,14 @@ def test_an_engine_in_the_process_that_has_tensorrt(engine, tmp_path):
         image=str(tmp_path / "image.npy"),
         outputs=str(tmp_path / "outputs.npz"),
     )
-    environment = {key: value for key, value in os.environ.items() if key != _tensorrt.variable("tensorrt")}
-    command = [_tensorrt.interpreter("tensorrt"), "-c", code]
+    environment = {key: value for key, value in os.environ.items() if key != trt.variable("tensorrt")}
+    command = [trt.interpreter("tensorrt"), "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check(np.load(tmp_path / "outputs.npz"), images(3), 1e-5)
 
 
-@pytest.mark.skipif(not _tensorrt.in_process("tensorrt"), reason="TensorRT is in another interpreter")
+@pytest.mark.skipif(not trt.in_process("tensorrt"), reason="TensorRT is in another interpreter")
 def test_tensors_of_torch_stay_on_the_gpu(runner):
     for batch in (2, 2, 2, 5):
         outputs = runner.run({"image": torch.from_numpy(images(batch)).cuda()})
@@ -317,6 +318,6 @@ def attempt(text, precision, atol):
 
 
 if __name__ == "__main__":
-    print(_tensorrt.command("tensorrt"), _tensorrt.look("tensorrt"), parse_target("tensorrt").availability(), sep="\n")
+    print(trt.command("tensorrt"), trt.look("tensorrt"), parse_target("tensorrt").availability(), sep="\n")
     attempt(CNN, "fp32", 1e-5)
     attempt(CNN_FP16, "fp16", 2e-2)

@@ -10,8 +10,9 @@ from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import Model
 from enginesmith.errors import BuildError, StorageError, TargetUnavailableError
-from enginesmith.targets import _tensorrt, parse_target
+from enginesmith.targets import parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
+from enginesmith.targets.trt import build as trt
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -120,14 +121,14 @@ def test_a_build_that_takes_too_long(request_for):
         parse_target("tensorrt-rtx").build(request)
 
 
-@pytest.mark.skipif(_tensorrt.look("tensorrt_rtx").gpu is not None, reason="a GPU is here")
+@pytest.mark.skipif(trt.look("tensorrt_rtx").gpu is not None, reason="a GPU is here")
 def test_where_no_gpu_is(request_for):
     target = parse_target("tensorrt-rtx")
     availability = target.availability()
     assert (availability.build, availability.run) == (True, False)
-    assert "no NVIDIA driver" in availability.reason
+    assert "the NVIDIA driver cannot be loaded" in availability.reason
     assert availability.versions["tensorrt_rtx"]
     request, _, _ = request_for(CNN)
     info = target.build(request)
-    with pytest.raises(TargetUnavailableError, match="no NVIDIA driver"):
+    with pytest.raises(TargetUnavailableError, match="the NVIDIA driver cannot be loaded"):
         target.runner(request.directory, info)

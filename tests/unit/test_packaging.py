@@ -18,11 +18,13 @@ import enginesmith
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("compiler", "passes", "targets")
 
+TARGETS = [path for path in sorted((ROOT / "targets").rglob("*.py")) if path.stem[0] != "_"]
+
 RUNTIME = [
     "enginesmith",
     "enginesmith.errors",
     *(f"enginesmith.compiler.{name}" for name in ("engine", "machine.environment", "manifest", "options", "signature")),
-    *(f"enginesmith.targets.{path.stem}" for path in sorted((ROOT / "targets").glob("*.py")) if path.stem[0] != "_"),
+    *(".".join(("enginesmith", *path.relative_to(ROOT).with_suffix("").parts)) for path in TARGETS),
 ]
 """What loading an engine may import."""
 

@@ -13,9 +13,11 @@ import pytest
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import BuildError, DataError, EngineError, RecipeError, TargetUnavailableError
-from enginesmith.targets import _cuda, _dlpack, _onnxruntime_device, onnxruntime_cuda, parse_target
+from enginesmith.targets import onnxruntime_cuda, parse_target
 from enginesmith.targets._onnxruntime import Session
 from enginesmith.targets.base import BuildRequest
+from enginesmith.targets.cuda import dlpack, driver
+from enginesmith.targets.cuda import onnxruntime as device
 from enginesmith.targets.onnxruntime_cuda import OnnxRuntimeCuda
 
 torch = pytest.importorskip("torch")
@@ -74,8 +76,8 @@ class FakeStream:
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Makes the host's memory the device."""
-    monkeypatch.setattr(_onnxruntime_device, "DEVICE", "cpu")
-    monkeypatch.setattr(_dlpack, "CUDA_KINDS", (1,))
+    monkeypatch.setattr(device, "DEVICE", "cpu")
+    monkeypatch.setattr(dlpack, "CUDA_KINDS", (1,))
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def make(on_cpu, tmp_path):
     def runner(*, graphs, text=MODEL):
         onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
         session = Session().open(tmp_path / "model.onnx")
-        return _onnxruntime_device.DeviceRunner(session, FakeStream(), ["y", "total"], graphs=graphs)
+        return device.DeviceRunner(session, FakeStream(), ["y", "total"], graphs=graphs)
 
     return runner
 
@@ -203,18 +205,16 @@ class TestRunner:
 
 
 def test_a_tensor_of_another_device_is_refused(make, monkeypatch):
-    monkeypatch.setattr(_onnxruntime_device, "cuda_device", lambda value: 3)
+    monkeypatch.setattr(device, "cuda_device", lambda value: 3)
     with pytest.raises(DataError, match=r"input 'x' lies on another device\n.*cuda:0\n.*cuda:3"):
         make(graphs=False).run(SAMPLE)
 
 
 def test_every_binding_has_a_graph_of_its_own_and_shapes_beyond_the_limit_none(make, monkeypatch):
-    monkeypatch.setattr(_onnxruntime_device, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(device, "MAX_GRAPHS", 2)
     asked = []
-    real = _onnxruntime_device._run_options
-    monkeypatch.setattr(
-        _onnxruntime_device, "_run_options", lambda graph, **more: asked.append(graph) or real(graph, **more)
-    )
+    real = device._run_options
+    monkeypatch.setattr(device, "_run_options", lambda graph, **more: asked.append(graph) or real(graph, **more))
     runner = make(graphs=True)
     runner.bind(SAMPLE)
     for rows in (1, 2, 3, 1):
@@ -247,7 +247,7 @@ def built(on_cpu, monkeypatch, tmp_path):
 
         monkeypatch.setattr(OnnxRuntimeCuda, "_require", lambda target: {"onnxruntime": "1.31.1"})
         monkeypatch.setattr(OnnxRuntimeCuda, "_session", session)
-        monkeypatch.setattr(_cuda, "Stream", FakeStream)
+        monkeypatch.setattr(onnxruntime_cuda, "Stream", FakeStream)
         directory = tmp_path / f"onnxruntime-cuda-{precision}"
         directory.mkdir()
         request = BuildRequest(
@@ -294,7 +294,7 @@ def test_a_capture_that_fails_is_recorded(built, monkeypatch):
     def fail(runner, inputs):
         raise EngineError("capture failed")
 
-    monkeypatch.setattr(_onnxruntime_device.DeviceRunner, "run", fail)
+    monkeypatch.setattr(device.DeviceRunner, "run", fail)
     assert built()[2].details["cuda_graph"] == {"used": False, "reason": "capture failed"}
 
 
@@ -345,9 +345,9 @@ class TestAvailability:
     def everything(self, monkeypatch):
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
         monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
-        monkeypatch.setattr(_cuda, "problem", lambda: "")
-        monkeypatch.setattr(_cuda, "count", lambda: 1)
-        monkeypatch.setattr(_cuda, "driver_version", lambda: "13.2")
+        monkeypatch.setattr(driver, "problem", lambda: "")
+        monkeypatch.setattr(driver, "count", lambda: 1)
+        monkeypatch.setattr(driver, "driver_version", lambda: "13.2")
         monkeypatch.setattr(onnxruntime_cuda, "_preload", lambda: "")
 
     def test_all_there(self):
@@ -368,7 +368,7 @@ class TestAvailability:
         assert found.reason == "there is no GPU 1"
 
     def test_driver_missing(self, monkeypatch):
-        monkeypatch.setattr(_cuda, "problem", lambda: "the NVIDIA driver cannot be loaded: libcuda.so.1")
+        monkeypatch.setattr(driver, "problem", lambda: "the NVIDIA driver cannot be loaded: libcuda.so.1")
         found = OnnxRuntimeCuda().availability()
         assert found.reason == "the NVIDIA driver cannot be loaded: libcuda.so.1"
         assert "driver" in found.install

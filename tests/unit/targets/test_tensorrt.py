@@ -6,10 +6,11 @@ import pytest
 
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.errors import BuildError, EngineMismatchError, RecipeError, TargetUnavailableError
-from enginesmith.targets import _tensorrt, parse_target
-from enginesmith.targets._tensorrt import Found, profiles, reproduce
+from enginesmith.targets import parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
 from enginesmith.targets.tensorrt_rtx import _runtime_cache
+from enginesmith.targets.trt import build as trt
+from enginesmith.targets.trt.build import Found, profiles, reproduce
 
 SIGNATURE = parse_inputs(["image:1x3x8x8", "scale:1"], ["image:0=1..4..8"])
 
@@ -17,7 +18,7 @@ H100 = Found(
     version="8.6.0", polygraphy="0.53.6", gpu="NVIDIA H100", compute_capability="9.0", driver="CUDA 12.8"
 )  # fmt: skip
 ADA = dataclasses.replace(H100, version="1.7.1.116", gpu="NVIDIA RTX 4090", compute_capability="8.9")
-NO_GPU = Found(version="8.6.0", polygraphy="0.53.6", gpu_problem="no NVIDIA driver (libcuda.so.1 was not found)")
+NO_GPU = Found(version="8.6.0", polygraphy="0.53.6", gpu_problem="the NVIDIA driver cannot be loaded: libcuda.so.1")
 NOTHING = Found(problem="ModuleNotFoundError: No module named 'tensorrt'")
 
 
@@ -26,7 +27,7 @@ def machine(monkeypatch):
     """Makes this machine have what was found."""
 
     def machine(found):
-        monkeypatch.setattr(_tensorrt, "look", lambda module, *, to_run=False: found)
+        monkeypatch.setattr(trt, "look", lambda module, *, to_run=False: found)
 
     return machine
 
@@ -35,7 +36,7 @@ def machine(monkeypatch):
     ("found", "reason"),
     [
         (NOTHING, "TensorRT cannot be imported: ModuleNotFoundError: No module named 'tensorrt'"),
-        (NO_GPU, "no NVIDIA driver (libcuda.so.1 was not found)"),
+        (NO_GPU, "the NVIDIA driver cannot be loaded: libcuda.so.1"),
         (dataclasses.replace(H100, version="8.5.3"), "TensorRT 8.5.3 is not supported (8.6 to 11 are)"),
         (dataclasses.replace(H100, version="12.0.0"), "TensorRT 12.0.0 is not supported (8.6 to 11 are)"),
         (
@@ -67,7 +68,7 @@ def test_tensorrt_is_available(machine):
     [
         (ADA, True, ""),
         (H100, False, "TensorRT-RTX does not know compute capability 9.0 (NVIDIA H100)"),
-        (NO_GPU, False, "no NVIDIA driver (libcuda.so.1 was not found)"),
+        (NO_GPU, False, "the NVIDIA driver cannot be loaded: libcuda.so.1"),
     ],
 )
 def test_tensorrt_rtx_builds_wherever_it_can_be_imported(machine, found, run, reason):
@@ -188,9 +189,9 @@ def test_the_runtime_cache_is_that_of_engine_version_and_gpu(monkeypatch, tmp_pa
 
 def test_the_environment_names_the_interpreter(monkeypatch):
     monkeypatch.setenv("ENGINESMITH_TENSORRT_PYTHON", "/opt/python")
-    assert _tensorrt.command("tensorrt")[0] == "/opt/python"
-    assert not _tensorrt.in_process("tensorrt")
-    assert _tensorrt.command("tensorrt_rtx")[0] == sys.executable
+    assert trt.command("tensorrt")[0] == "/opt/python"
+    assert not trt.in_process("tensorrt")
+    assert trt.command("tensorrt_rtx")[0] == sys.executable
 
 
 def test_an_interpreter_that_cannot_be_started(monkeypatch):
@@ -207,6 +208,6 @@ def test_what_is_found_is_asked_for_once(monkeypatch, tmp_path):
     os.chmod(script, 0o755)
     monkeypatch.setenv("ENGINESMITH_NO_SUCH_MODULE_PYTHON", str(script))
     for _ in range(2):
-        found = _tensorrt.look("no_such_module")
+        found = trt.look("no_such_module")
         assert found.problem == "ModuleNotFoundError: No module named 'no_such_module'"
     assert count.read_text() == "\n"

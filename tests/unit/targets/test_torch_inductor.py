@@ -30,8 +30,8 @@ from enginesmith.errors import (
 from enginesmith.targets import parse_target
 from enginesmith.targets._worker import Worker
 from enginesmith.targets.base import BuildRequest, EngineInfo
+from enginesmith.targets.inductor.worker import Commands, command
 from enginesmith.targets.torch_inductor import TorchInductor
-from enginesmith.targets.torch_inductor_worker import Commands, command
 
 SIGNATURE = Signature(
     (TensorSpec("x", "float32", ("batch", "my axis")), TensorSpec("y", "float32", ("my axis", "fixed"))),

@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compiler.signature import Signature
-from ..errors import BuildError, EngineError, EnginesmithError
-from . import tensorrt_worker
-from ._worker import Worker
-from .base import BuildRequest
+from ...compiler.signature import Signature
+from ...errors import BuildError, EngineError, EnginesmithError
+from .._worker import Worker
+from ..base import BuildRequest
+from . import worker as worker_module
 
 if TYPE_CHECKING:
-    from ..compiler.graph import Graph
+    from ...compiler.graph import Graph
 
-SCRIPT = Path(tensorrt_worker.__file__)
+SCRIPT = Path(worker_module.__file__)
 
 _STARTING_S = 120.0  # importing TensorRT from a cold disk takes long
 
@@ -88,7 +88,7 @@ def look(module: str, *, to_run: bool = False) -> Found:
         to_run: saves starting a worker where engines run in this process.
     """
     if to_run and in_process(module):
-        return _found(tensorrt_worker.versions(module))
+        return _found(worker_module.versions(module))
     return _ask(module, interpreter(module))
 
 

@@ -1,6 +1,7 @@
 """The TorchInductor worker: compiles a program that torch.export saved, loads the package and runs it once or twice.
 
-It answers requests as `_worker` describes. A crash of a compiler, or of code that it made, leaves the parent alive.
+It answers requests as `targets._worker` describes. A crash of a compiler, or of code that it made, leaves the parent
+alive.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ..errors import EngineError
-from . import get_target
-from .base import EngineInfo, Runner
+from ...errors import EngineError
+from .. import get_target
+from ..base import EngineInfo, Runner
 
 _START = "import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"
 
@@ -112,7 +113,7 @@ def main() -> None:
     commands = Commands()
 
     def fail(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        from ..compiler.sources.guard import first_line
+        from ...compiler.sources.guard import first_line
 
         traceback.print_exception(kind, error, trace)
         message = error.message if isinstance(error, EngineError) else first_line(error)

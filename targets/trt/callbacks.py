@@ -1,6 +1,6 @@
 """What TensorRT calls back: a logger, memory for outputs, and the progress of a build.
 
-Needs the standard library only, and must keep working on Python 3.8. The classes are made in functions since their
+Needs the standard library only,. The classes are made in functions since their
 bases belong to ``tensorrt`` or ``tensorrt_rtx``.
 """
 
@@ -10,10 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-if __package__:
-    from .cuda_driver import Driver, allocate, u64
-else:  # imported by the worker, which runs as a script
-    from cuda_driver import Driver, allocate, u64  # type: ignore[import-not-found, no-redef]
+from .driver import Driver, allocate, u64
 
 
 def make_logger(trt: Any) -> Any:

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import EngineError
-from ._cuda import Stream
-from ._dlpack import Borrowed, DeviceTensor, borrow, cuda_device, ort_dtype, require_device
-from ._onnxruntime import failures, to_numpy
-from .base import Arrays, Bound
+from ...errors import EngineError
+from .._onnxruntime import failures, to_numpy
+from ..base import Arrays, Bound
+from .dlpack import Borrowed, DeviceTensor, borrow, cuda_device, ort_dtype, require_device
+from .stream import Stream
 
 DEVICE = "cuda"
 MAX_GRAPHS = 16

@@ -1,6 +1,6 @@
 """The TensorRT worker: builds and runs engines in a process of its own, under another interpreter perhaps.
 
-``python tensorrt_worker.py tensorrt|tensorrt_rtx`` takes requests as lines of JSON on stdin and answers in lines on
+``python worker.py tensorrt|tensorrt_rtx`` takes requests as lines of JSON on stdin and answers in lines on
 stdout; whatever libraries print goes to stderr:
 
     {"command": "build", "onnx": ...}    {"progress": [0.4, "Timing tactics"]}, then {"result": ...} or {"error": ...}
@@ -20,25 +20,23 @@ import shutil
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Mapping
 from typing import Any, TextIO
 
 import numpy as np
 
-if __package__:
-    from .cuda_driver import Failure, gpu
-    from .tensorrt_binding import Binding
-    from .tensorrt_builder import build
-    from .tensorrt_session import Session
-else:  # a script; its folder leaves the path again, as tensorrt.py there would hide the package of that name
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path.insert(0, _here)
-    from cuda_driver import Failure, gpu  # type: ignore[import-not-found, no-redef]
-    from tensorrt_binding import Binding  # type: ignore[import-not-found, no-redef]
-    from tensorrt_builder import build  # type: ignore[import-not-found, no-redef]
-    from tensorrt_session import Session  # type: ignore[import-not-found, no-redef]
+if not __package__:  # a script, whose interpreter may lack enginesmith: its folder is a package by itself
+    _folder = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != _folder]
+    __package__ = "enginesmith_trt"
+    sys.modules[__package__] = types.ModuleType(__package__)
+    sys.modules[__package__].__path__ = [_folder]
 
-    sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != _here]
+from .binding import Binding
+from .builder import build
+from .driver import Failure, gpu
+from .session import Session
 
 
 def versions(module: str) -> dict[str, Any]:
@@ -81,7 +79,7 @@ class Worker:
         return versions(self._module)
 
     def build(self, scratch: str, **request: Any) -> dict[str, Any]:
-        """See `tensorrt_builder.build`; `scratch` is a folder to remove when the parent dies, as in `load`."""
+        """See `builder.build`; `scratch` is a folder to remove when the parent dies, as in `load`."""
         self._scratch = scratch
         return build(module=self._module, report=lambda *progress: self.answer("progress", progress), **request)
 

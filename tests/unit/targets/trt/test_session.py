@@ -11,11 +11,12 @@ import pytest
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import DataError, EngineError, EngineMismatchError
-from enginesmith.targets import _tensorrt_runner, tensorrt_session
-from enginesmith.targets._tensorrt_runner import SessionRunner
-from enginesmith.targets.cuda_driver import Failure, allocate
-from enginesmith.targets.tensorrt_binding import convert
-from enginesmith.targets.tensorrt_session import BINDINGS, Session
+from enginesmith.targets.trt import runner as runner_module
+from enginesmith.targets.trt import session as session_module
+from enginesmith.targets.trt.binding import convert
+from enginesmith.targets.trt.driver import Failure, allocate
+from enginesmith.targets.trt.runner import SessionRunner
+from enginesmith.targets.trt.session import BINDINGS, Session
 
 SIGNATURE = Signature(
     inputs=(TensorSpec("x", "int64", ("batch", 2)),),
@@ -175,7 +176,7 @@ def open_session(tmp_path, monkeypatch):
             __name__="tensorrt", __version__="8.6.0", ILogger=logger, Runtime=Runtime, IOutputAllocator=object,
             TensorIOMode=types.SimpleNamespace(INPUT="in"), TensorLocation=types.SimpleNamespace(HOST="host"),
         )  # fmt: skip
-        monkeypatch.setattr(tensorrt_session, "Driver", HostDriver)
+        monkeypatch.setattr(session_module, "Driver", HostDriver)
         (tmp_path / "model.plan").write_bytes(b"plan")
         return Session(trt, str(tmp_path / "model.plan"), **options)
 
@@ -343,7 +344,7 @@ def test_tensors_on_the_gpu_give_tensors_on_the_gpu(open_session, monkeypatch, c
     monkeypatch.setitem(sys.modules, "torch", torch)
     runner = SessionRunner(open_session(Engine(), cuda_graph=cuda_graph), SIGNATURE)
     np.testing.assert_array_equal(runner.run({"x": GpuTensor(array(2, np.int32))})["y"], 2 * array(2))
-    monkeypatch.setattr(_tensorrt_runner, "_fetched", lambda name, value: value.array)
+    monkeypatch.setattr(runner_module, "_fetched", lambda name, value: value.array)
     kind, values = runner.run({"x": GpuTensor(array(2))})["y"]  # int64, which this engine does not take
     assert kind == "copied"
     assert set(devices) == {"cuda:0"}
@@ -361,15 +362,15 @@ def test_a_tensor_on_another_gpu_is_refused(open_session):
 def test_a_tensor_that_cannot_be_fetched_leaves_no_stream(monkeypatch):
     closed = []
     stream = types.SimpleNamespace(handle=7, current=contextlib.nullcontext, close=lambda: closed.append(True))
-    monkeypatch.setattr(_tensorrt_runner, "Stream", lambda device: stream)
+    monkeypatch.setattr(runner_module, "Stream", lambda device: stream)
     with pytest.raises(DataError, match="input 'x' is not contiguous"):
-        _tensorrt_runner._fetched("x", GpuTensor(np.ones((2, 3)).T))
+        runner_module._fetched("x", GpuTensor(np.ones((2, 3)).T))
     assert closed
 
 
 def test_a_plan_that_tensorrt_refuses(open_session):
     message = "tensorrt 8.6.0 cannot open the engine: expecting library version 8.6.0 got 8.6.1"
-    with pytest.raises(EngineMismatchError, match=message), _tensorrt_runner._translated():
+    with pytest.raises(EngineMismatchError, match=message), runner_module._translated():
         open_session(None)
 
 

@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from enginesmith.targets.tensorrt_builder import (
+from enginesmith.targets.trt.builder import (
     _load_timing_cache,
     _save_timing_cache,
     _weak_typing,
@@ -11,7 +11,7 @@ from enginesmith.targets.tensorrt_builder import (
     summarize,
     write_atomically,
 )
-from enginesmith.targets.tensorrt_callbacks import make_progress_monitor
+from enginesmith.targets.trt.callbacks import make_progress_monitor
 
 
 def member(name):

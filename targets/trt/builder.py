@@ -1,6 +1,6 @@
 """Builds TensorRT engines from ONNX files, through Polygraphy. Runs in the worker process.
 
-Needs Polygraphy and TensorRT or TensorRT-RTX, and must keep working on Python 3.8.
+Needs Polygraphy and TensorRT or TensorRT-RTX,.
 """
 
 from __future__ import annotations
@@ -16,14 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-if __package__:
-    from .cuda_driver import Failure, gpu
-    from .tensorrt_callbacks import make_progress_monitor
-    from .tensorrt_session import write_atomically
-else:  # imported by the worker, which runs as a script
-    from cuda_driver import Failure, gpu  # type: ignore[import-not-found, no-redef]
-    from tensorrt_callbacks import make_progress_monitor  # type: ignore[import-not-found, no-redef]
-    from tensorrt_session import write_atomically  # type: ignore[import-not-found, no-redef]
+from .callbacks import make_progress_monitor
+from .driver import Failure, gpu
+from .session import write_atomically
 
 
 class Rules(NamedTuple):

@@ -3,7 +3,9 @@ import ctypes
 import pytest
 
 from enginesmith.errors import EngineError
-from enginesmith.targets import _cuda
+from enginesmith.targets.cuda import driver
+from enginesmith.targets.cuda.stream import Stream
+from enginesmith.targets.trt import driver as library
 
 
 class FakeDriver:
@@ -49,9 +51,10 @@ class FakeDriver:
 
 @pytest.fixture
 def use(monkeypatch):
-    def install(driver):
-        monkeypatch.setattr(_cuda, "_library", lambda: driver)
-        return driver
+    def install(fake):
+        monkeypatch.setattr(library, "_library", fake if callable(fake) else lambda: fake)
+        monkeypatch.setattr(driver, "_driver", library.Driver)
+        return fake
 
     return install
 
@@ -60,38 +63,33 @@ def no_library():
     raise OSError("libcuda.so.1: cannot open shared object file")
 
 
-def test_a_machine_without_a_driver_says_so(monkeypatch):
-    monkeypatch.setattr(_cuda, "_library", no_library)
-    assert _cuda.problem() == "the NVIDIA driver cannot be loaded: libcuda.so.1: cannot open shared object file"
-    assert _cuda.compute_capability() is None
+def test_a_machine_without_a_driver_says_so(use):
+    use(no_library)
+    assert driver.problem() == "the NVIDIA driver cannot be loaded: libcuda.so.1: cannot open shared object file"
+    assert driver.compute_capability() is None
     with pytest.raises(EngineError, match="the NVIDIA driver cannot be loaded"):
-        _cuda.Stream()
+        Stream()
 
 
 def test_the_driver_explains_its_errors(use):
     use(FakeDriver(fails="cuInit"))
     expected = "cuInit of the NVIDIA driver failed: no CUDA-capable device is detected (999)"
-    assert _cuda.problem() == expected
-    assert _cuda.compute_capability() is None
-
-
-def test_no_device_is_a_problem(use):
-    use(FakeDriver(devices=0))
-    assert _cuda.problem() == "the NVIDIA driver shows no device"
+    assert driver.problem() == expected
+    assert driver.compute_capability() is None
 
 
 def test_facts_of_the_driver(use):
     use(FakeDriver())
-    assert _cuda.problem() == ""
-    assert _cuda.count() == 1
-    assert _cuda.compute_capability() == "9.0"
-    assert _cuda.compute_capability(1) is None
-    assert _cuda.driver_version() == "13.2"
+    assert driver.problem() == ""
+    assert driver.count() == 1
+    assert driver.compute_capability() == "9.0"
+    assert driver.compute_capability(1) is None
+    assert driver.driver_version() == "13.2"
 
 
 def test_a_stream_works_in_its_own_context(use):
-    driver = use(FakeDriver())
-    stream = _cuda.Stream()
+    fake = use(FakeDriver())
+    stream = Stream()
     assert stream.handle == 0xABC
     with stream.current():
         start, end = stream.event(), stream.event()
@@ -102,17 +100,17 @@ def test_a_stream_works_in_its_own_context(use):
         assert end.milliseconds_since(start) == 1.5
     stream.close()
     stream.close()
-    names = [name for name, _ in driver.calls]
+    names = [name for name, _ in fake.calls]
     assert names.count("cuCtxPushCurrent_v2") == names.count("cuCtxPopCurrent_v2") == 3
     assert names.count("cuStreamDestroy_v2") == names.count("cuDevicePrimaryCtxRelease_v2") == 1
-    copy = next(arguments for name, arguments in driver.calls if name == "cuMemcpyAsync")
+    copy = next(arguments for name, arguments in fake.calls if name == "cuMemcpyAsync")
     assert [argument.value for argument in copy] == [1 << 40, 2 << 40, 64, 0xABC]
     assert isinstance(copy[0], ctypes.c_uint64)
 
 
 def test_the_context_is_put_back_after_an_error(use):
-    driver = use(FakeDriver(fails="cuStreamSynchronize"))
-    stream = _cuda.Stream()
+    fake = use(FakeDriver(fails="cuStreamSynchronize"))
+    stream = Stream()
     with pytest.raises(EngineError, match="cuStreamSynchronize of the NVIDIA driver failed"), stream.current():
         stream.synchronize()
-    assert driver.calls[-1][0] == "cuCtxPopCurrent_v2"
+    assert fake.calls[-1][0] == "cuCtxPopCurrent_v2"

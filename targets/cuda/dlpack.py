@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ...errors import DataError
 
 CUDA_KINDS = (2, 13)
 """kDLCUDA and kDLCUDAManaged of dlpack.h."""

@@ -1,6 +1,6 @@
 """Executes a TensorRT engine at fixed shapes: context, buffers, stream, CUDA graph.
 
-Needs NumPy only beside the session, and must keep working on Python 3.8.
+Needs NumPy only beside the session,.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if __package__:
-    from .cuda_driver import Failure, allocate, u64
-    from .tensorrt_callbacks import make_allocator
-else:  # imported by the worker, which runs as a script
-    from cuda_driver import Failure, allocate, u64  # type: ignore[import-not-found, no-redef]
-    from tensorrt_callbacks import make_allocator  # type: ignore[import-not-found, no-redef]
+from .callbacks import make_allocator
+from .driver import Failure, allocate, u64
 
 if TYPE_CHECKING:
-    from .tensorrt_session import Session
+    from .session import Session
 
 
 class Binding:

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from ..compiler.signature import Signature
-from ..errors import EngineError, EnginesmithError
-from . import _tensorrt
-from ._cuda import Stream
-from ._dlpack import borrow, cuda_device, require_device
-from ._onnxruntime import to_numpy
-from ._worker import KINDS, Worker
-from .base import Arrays, Bound, Runner
-from .cuda_driver import Failure
-from .tensorrt_binding import Binding
-from .tensorrt_session import Session
-from .tensorrt_worker import load_arrays, save_arrays
+from ...compiler.signature import Signature
+from ...errors import EngineError, EnginesmithError
+from .._onnxruntime import to_numpy
+from .._worker import KINDS, Worker
+from ..base import Arrays, Bound, Runner
+from ..cuda.dlpack import borrow, cuda_device, require_device
+from ..cuda.stream import Stream
+from . import build
+from .binding import Binding
+from .driver import Failure
+from .session import Session
+from .worker import load_arrays, save_arrays
 
 _LOADING_S = 600.0
 _RUNNING_S = 600.0
@@ -41,7 +41,7 @@ def open_engine(
         TargetUnavailableError: no driver or GPU.
     """
     cache = None if runtime_cache is None else str(runtime_cache)
-    if _tensorrt.in_process(module):
+    if build.in_process(module):
         with _translated():
             session = Session(importlib.import_module(module), str(plan), cuda_graph, cache)
         return SessionRunner(session, signature)
@@ -175,7 +175,7 @@ class WorkerRunner:
         self._scratch = tempfile.TemporaryDirectory(prefix="enginesmith-", ignore_cleanup_errors=True)
         self._lock = threading.Lock()
         self._unused: list[int] = []
-        self._worker = Worker(_tensorrt.command(module), name=f"the {module} worker", failure=EngineError)
+        self._worker = Worker(build.command(module), name=f"the {module} worker", failure=EngineError)
         weakref.finalize(self, self._worker.kill)
         try:
             self._call(

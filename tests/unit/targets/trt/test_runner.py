@@ -9,8 +9,9 @@ import pytest
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import DataError, EngineError, EngineMismatchError
-from enginesmith.targets import _tensorrt, _tensorrt_runner
-from enginesmith.targets._tensorrt_runner import WorkerRunner, open_engine
+from enginesmith.targets.trt import build
+from enginesmith.targets.trt import runner as runner_module
+from enginesmith.targets.trt.runner import WorkerRunner, open_engine
 
 SIGNATURE = Signature(
     inputs=(TensorSpec("x", "int64", ("batch",)),),
@@ -61,8 +62,8 @@ for line in sys.stdin:
 @pytest.fixture
 def open_plan(monkeypatch, tmp_path):
     """Opens a plan of that name through the stand-in."""
-    monkeypatch.setattr(_tensorrt, "in_process", lambda module: False)
-    monkeypatch.setattr(_tensorrt, "command", lambda module: [sys.executable, "-c", STAND_IN])
+    monkeypatch.setattr(build, "in_process", lambda module: False)
+    monkeypatch.setattr(build, "command", lambda module: [sys.executable, "-c", STAND_IN])
     return lambda name="model.plan": open_engine("tensorrt", tmp_path / name, SIGNATURE, cuda_graph=True)
 
 
@@ -118,8 +119,8 @@ def test_errors_of_the_worker(open_plan):
 
 def test_a_plan_of_another_version_leaves_no_worker(open_plan, monkeypatch):
     killed = []
-    kill = _tensorrt_runner.Worker.kill
-    monkeypatch.setattr(_tensorrt_runner.Worker, "kill", lambda self: killed.append(self.pid) or kill(self))
+    kill = runner_module.Worker.kill
+    monkeypatch.setattr(runner_module.Worker, "kill", lambda self: killed.append(self.pid) or kill(self))
     with pytest.raises(EngineMismatchError, match="built by another version"):
         open_plan("other.plan")
     assert killed

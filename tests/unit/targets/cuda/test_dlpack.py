@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from enginesmith.errors import DataError
-from enginesmith.targets import _dlpack
-from enginesmith.targets._dlpack import borrow, cuda_device
+from enginesmith.targets.cuda import dlpack
+from enginesmith.targets.cuda.dlpack import borrow, cuda_device
 
 FLOAT32 = np.dtype("float32")
 
@@ -85,4 +85,4 @@ def test_torch_tensors_are_read_in_place():
 
 
 def test_kinds_are_those_of_dlpack_h():
-    assert _dlpack.CUDA_KINDS == (2, 13)
+    assert dlpack.CUDA_KINDS == (2, 13)

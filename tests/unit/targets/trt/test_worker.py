@@ -9,8 +9,8 @@ import time
 import pytest
 
 from enginesmith.errors import BuildError
-from enginesmith.targets import _tensorrt
 from enginesmith.targets._worker import Worker
+from enginesmith.targets.trt import build
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def start(tmp_path, monkeypatch):
     def start(code, log=lambda line: None):
         (tmp_path / "standin.py").write_text(code)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        return Worker([sys.executable, str(_tensorrt.SCRIPT), "standin"], name="the worker", log=log)
+        return Worker([sys.executable, str(build.SCRIPT), "standin"], name="the worker", log=log)
 
     return start
 
@@ -42,7 +42,7 @@ def test_a_module_that_cannot_be_imported_is_a_finding(start):
 def test_the_folder_of_the_script_hides_no_package(start):
     """tensorrt.py beside the script is a module of enginesmith and must not be taken for TensorRT."""
     with start("import sys\n__version__ = ';'.join(sys.path)") as worker:
-        assert str(_tensorrt.SCRIPT.parent) not in worker.call("versions", timeout_s=60)["version"].split(";")
+        assert str(build.SCRIPT.parent) not in worker.call("versions", timeout_s=60)["version"].split(";")
 
 
 def test_an_error_that_nobody_foresaw_is_told_with_its_trace(start):
@@ -76,7 +76,7 @@ def test_the_worker_dies_with_a_parent_that_is_killed(tmp_path, monkeypatch, cal
     code = f"""
 import sys, time
 from enginesmith.targets._worker import Worker
-worker = Worker([sys.executable, {str(_tensorrt.SCRIPT)!r}, "standin"], name="worker")
+worker = Worker([sys.executable, {str(build.SCRIPT)!r}, "standin"], name="worker")
 print(worker.pid, flush=True)
 {call}
 time.sleep(600)

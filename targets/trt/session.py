@@ -1,7 +1,7 @@
 """Runs TensorRT engines on the GPU through the CUDA driver's library.
 
 Imported by deployed programs and, under another interpreter perhaps, by the worker: it needs NumPy and TensorRT or
-TensorRT-RTX only, and must keep working on Python 3.8.
+TensorRT-RTX only,.
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ from typing import Any
 
 import numpy as np
 
-if __package__:
-    from .cuda_driver import Driver, Failure
-    from .tensorrt_binding import Binding
-    from .tensorrt_callbacks import make_logger
-else:  # imported by the worker, which runs as a script
-    from cuda_driver import Driver, Failure  # type: ignore[import-not-found, no-redef]
-    from tensorrt_binding import Binding  # type: ignore[import-not-found, no-redef]
-    from tensorrt_callbacks import make_logger  # type: ignore[import-not-found, no-redef]
+from .binding import Binding
+from .callbacks import make_logger
+from .driver import Driver, Failure
 
 DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "BOOL": "bool",

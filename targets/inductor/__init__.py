@@ -1,0 +1,1 @@
+"""The part of the target torch-inductor that runs in a process of its own."""
