@@ -17,6 +17,7 @@ import numpy as np
 
 from ..compiler.options import render
 from ..compiler.signature import Signature
+from ..errors import RecipeError
 
 if TYPE_CHECKING:
     from ..compiler.graph import Graph
@@ -222,6 +223,30 @@ class Target(abc.ABC):
     def opset_range(self) -> tuple[int, int] | None:
         """Lowest and highest opset that the version found here parses; None where the target takes no graph."""
         return self.capabilities.opset
+
+    def versions(self) -> Mapping[str, str]:
+        """Versions of what would run an engine here, for comparison with what the engine requires."""
+        return self.availability().versions
+
+    def info(self, request: BuildRequest, entry: str, versions: Mapping[str, str], **facts: Any) -> EngineInfo:
+        """Describes the engine built for `request`; `facts` are further fields."""
+        return EngineInfo(
+            name=request.directory.name,
+            target=self.name,
+            precision=request.precision,
+            entry=entry,
+            signature=request.signature,
+            options=self.options(),
+            versions=versions,
+            **facts,
+        )
+
+    def require_at_least(self, least: int, *options: str) -> None:
+        """Raises RecipeError where one of these options has a value below `least`."""
+        for option in options:
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise RecipeError(f"{option} of {self.name} is too small", expected=f"{least} or more", found=value)
 
     def __str__(self) -> str:
         return render(self.name, self)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import RecipeError, TargetUnavailableError
+from ..errors import TargetUnavailableError
 from ._onnxruntime import MINIMUM, OPSET, HostRunner, Optimization, Session, examine, require_onnxruntime
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 
@@ -42,9 +42,7 @@ class OnnxRuntimeCpu(Target):
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("threads", self.threads), ("inter_threads", self.inter_threads)):
-            if value is not None and value < 1:
-                raise RecipeError(f"{name} of {self.name} is too small", expected="1 or more", found=value)
+        self.require_at_least(1, "threads", "inter_threads")
 
     def availability(self) -> Availability:
         """Imports onnxruntime."""
@@ -64,16 +62,7 @@ class OnnxRuntimeCpu(Target):
         request.graph.save(entry)
         details = examine(entry, self._session(), request.sample, request.cache)
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
-        return EngineInfo(
-            name=request.directory.name,
-            target=self.name,
-            precision=request.precision,
-            entry=entry.name,
-            signature=request.signature,
-            options=self.options(),
-            versions=self.availability().versions,
-            details=details,
-        )
+        return self.info(request, entry.name, self.versions(), details=details)
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the session."""

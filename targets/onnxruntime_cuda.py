@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..errors import BuildError, EngineError, RecipeError, TargetUnavailableError
+from ..errors import BuildError, EngineError, TargetUnavailableError
 from ._onnxruntime import MINIMUM, OPSET, Optimization, Session, examine, require_onnxruntime
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .cuda import driver
@@ -62,9 +62,8 @@ class OnnxRuntimeCuda(Target):
     )
 
     def __post_init__(self) -> None:
-        for name, value, least in (("device_id", self.device_id, 0), ("memory_limit_mib", self.memory_limit_mib, 1)):
-            if value is not None and value < least:
-                raise RecipeError(f"{name} of {self.name} is too small", expected=f"{least} or more", found=value)
+        self.require_at_least(0, "device_id")
+        self.require_at_least(1, "memory_limit_mib")
 
     def availability(self) -> Availability:
         """Looks for onnxruntime-gpu, the driver, the device, and the libraries of CUDA and cuDNN."""
@@ -84,16 +83,8 @@ class OnnxRuntimeCuda(Target):
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
         if CUDA not in details["placement"]:
             raise BuildError(f"no node of {entry.name} runs on {CUDA}", expected=CUDA, found=details["placement"])
-        info = EngineInfo(
-            name=request.directory.name,
-            target=self.name,
-            precision=request.precision,
-            entry=entry.name,
-            signature=request.signature,
-            options=self.options(),
-            versions=versions,
-            details={**details, "provider_options": self._provider_options(request.precision)},
-        )
+        details["provider_options"] = self._provider_options(request.precision)
+        info = self.info(request, entry.name, versions, details=details)
         refusal = self._graph_refusal(request, info)
         request.log(f"CUDA graph: {refusal or 'captured'}")
         graph = {"used": not refusal, "reason": refusal}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..errors import EngineMismatchError, RecipeError, TargetUnavailableError
+from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .trt import build as trt
 
@@ -74,6 +75,10 @@ class TensorRT(Target):
         ready = not reason
         return Availability(build=ready, run=ready, reason=reason, install=install, versions=found.versions(MODULE))
 
+    def versions(self) -> Mapping[str, str]:
+        """Asked for in this process where engines run in it."""
+        return trt.look(MODULE, to_run=True).versions(MODULE)
+
     def build(self, request: BuildRequest) -> EngineInfo:
         """Builds for this machine's GPU, tuned over the ranges of the dynamic axes."""
         found = trt.look(MODULE)
@@ -81,36 +86,21 @@ class TensorRT(Target):
         if reason:
             raise TargetUnavailableError(reason, hint=install)
         cache = request.cache / f"tensorrt-{found.version}-{_slug(found.gpu)}.timing" if self.timing_cache else None
-        options = {
-            "workspace_gib": self.workspace_gib,
-            "builder_level": self.builder_level,
-            "tf32": self.tf32,
-            "sparsity": self.sparsity,
-            "aux_streams": self.aux_streams,
-        }
         plans = trt.profiles(request.signature, self.profiles)
-        details = trt.build_plan(MODULE, request, plans, options, cache)
-        return EngineInfo(
-            name=request.directory.name,
-            target=self.name,
-            precision=request.precision,
-            entry="model.plan",
-            signature=request.signature,
-            options=self.options(),
-            versions=found.versions(MODULE),
-            requires={"tensorrt": found.release, "compute_capability": found.compute_capability or ""},
-            details=details,
-        )
+        details = trt.build_plan(MODULE, request, plans, self.options(), cache)
+        requires = {"tensorrt": found.release, "compute_capability": found.compute_capability or ""}
+        return self.info(request, "model.plan", found.versions(MODULE), requires=requires, details=details)
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the engine in this process where it has TensorRT, else in a worker process."""
+        from ..compiler.machine.requirements import check_machine
         from .trt.runner import open_engine
 
         found = trt.look(MODULE, to_run=True)
         reason, install = _why_not(found)
         if reason:
             raise TargetUnavailableError(reason, hint=install)
-        check_requirements(info, {"tensorrt": found.release, "compute_capability": found.compute_capability or ""})
+        check_machine(info, self)
         return open_engine(MODULE, directory / info.entry, info.signature, cuda_graph=self.cuda_graph)
 
 
@@ -122,18 +112,6 @@ def check_options(name: str, workspace_gib: float | None, builder_level: int, au
         raise RecipeError(f"builder_level of {name} is out of range", expected="0 to 5", found=builder_level)
     if aux_streams is not None and aux_streams < 0:
         raise RecipeError(f"aux_streams of {name} is negative", expected="0 or more", found=aux_streams)
-
-
-def check_requirements(info: EngineInfo, here: dict[str, str]) -> None:
-    """Raises EngineMismatchError where this machine is none of those that the engine was built for."""
-    for key, value in info.requires.items():
-        if here.get(key) not in value.split(","):
-            raise EngineMismatchError(
-                f"engine {info.name!r} was built for another {key.replace('_', ' ')}",
-                expected=value.replace(",", " or "),
-                found=here.get(key) or "none",
-                hint="compile the bundle's recipe again on this machine: enginesmith compile --recipe recipe.yaml",
-            )
 
 
 def _why_not(found: trt.Found, *, to_build: bool = False) -> tuple[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
-from .tensorrt import check_options, check_requirements
+from .tensorrt import check_options
 from .trt import build as trt
 
 MODULE = "tensorrt_rtx"
@@ -75,41 +75,30 @@ class TensorRTRTX(Target):
         versions = found.versions(MODULE)
         return Availability(build=builds, run=not reason, reason=reason, install=to_do, versions=versions)
 
+    def versions(self) -> Mapping[str, str]:
+        """Asked for in this process where engines run in it."""
+        return trt.look(MODULE, to_run=True).versions(MODULE)
+
     def build(self, request: BuildRequest) -> EngineInfo:
         """Builds for the GPUs chosen, whatever this machine has."""
         found = trt.look(MODULE)
         if found.version is None or found.polygraphy is None:
             raise TargetUnavailableError(f"TensorRT-RTX cannot be imported: {found.problem}", hint=INSTALL)
-        options = {
-            "workspace_gib": self.workspace_gib,
-            "builder_level": self.builder_level,
-            "tf32": self.tf32,
-            "sparsity": self.sparsity,
-            "compute_capabilities": list(self.compute_capabilities),
-        }
         plans = trt.profiles(request.signature, "range")
-        details = trt.build_plan(MODULE, request, plans, options, None)  # a timing cache would need a GPU
-        return EngineInfo(
-            name=request.directory.name,
-            target=self.name,
-            precision=request.precision,
-            entry="model.plan",
-            signature=request.signature,
-            options=self.options(),
-            versions=found.versions(MODULE),
-            requires={"tensorrt_rtx": found.release, "compute_capability": ",".join(self.compute_capabilities)},
-            details=details,
-        )
+        details = trt.build_plan(MODULE, request, plans, self.options(), None)  # a timing cache needs a GPU
+        requires = {"tensorrt_rtx": found.release, "compute_capability": ",".join(self.compute_capabilities)}
+        return self.info(request, "model.plan", found.versions(MODULE), requires=requires, details=details)
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the engine in this process where it has TensorRT-RTX, else in a worker process."""
+        from ..compiler.machine.requirements import check_machine
         from .trt.runner import open_engine
 
         found = trt.look(MODULE, to_run=True)
         reason, to_do = _why_no_run(found)
         if reason:
             raise TargetUnavailableError(reason, hint=to_do)
-        check_requirements(info, {"tensorrt_rtx": found.release, "compute_capability": found.compute_capability or ""})
+        check_machine(info, self)
         plan = directory / info.entry
         cache = _runtime_cache(plan, found) if self.runtime_cache else None
         return open_engine(MODULE, plan, info.signature, cuda_graph=self.cuda_graph, runtime_cache=cache)
@@ -130,9 +119,10 @@ def _why_no_run(found: trt.Found) -> tuple[str, str]:
 
 def _runtime_cache(plan: Path, found: trt.Found) -> Path | None:
     """Where kernels compiled for this engine, version and GPU are kept; None where nothing can be written."""
-    home = os.environ.get("ENGINESMITH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "enginesmith")
+    from ..compiler.storage.cache import Cache
+
     key = hashlib.sha256(plan.read_bytes() + f"{found.version} {found.gpu}".encode()).hexdigest()[:32]
-    folder = Path(home).expanduser() / "tensorrt-rtx"
+    folder = Cache().root / "tensorrt-rtx"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

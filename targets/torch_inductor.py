@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from ..errors import BuildError, EngineError, RecipeError
+from ..errors import BuildError, EngineError
 from ._torch import MINIMUM_TEXT, TorchRunner, check, prepare, require, tensors_of, torch_availability
 from ._worker import Worker
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
@@ -54,8 +54,7 @@ class TorchInductor(Target):
     )
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"threads of {self.name} is too small", expected="1 or more", found=self.threads)
+        self.require_at_least(1, "threads")
 
     def availability(self) -> Availability:
         """Imports torch and looks for the device, and for what building alone needs: a C++ compiler, Triton, CUDA."""
@@ -73,17 +72,8 @@ class TorchInductor(Target):
         """
         require(state := self.availability(), to_build=True)
         entry = request.directory / "model.pt2"
-        info = EngineInfo(
-            name=request.directory.name,
-            target=self.name,
-            precision=request.precision,
-            entry=entry.name,
-            signature=request.signature,
-            options=self.options(),
-            versions=state.versions,
-            requires=self._requires(state.versions["torch"]),
-            stateful=request.model.stateful,
-        )
+        requires = self._requires(state.versions["torch"])
+        info = self.info(request, entry.name, state.versions, requires=requires, stateful=request.model.stateful)
         request.cache.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(dir=request.cache, prefix="inductor-") as scratch:

@@ -53,17 +53,8 @@ class TorchScript(Target):
         module = prepare(request, self.device)
         entry = request.directory / "model.pt"
         self._save(module, request, entry)
-        info = EngineInfo(
-            name=request.directory.name,
-            target=self.name,
-            precision=request.precision,
-            entry=entry.name,
-            signature=request.signature,
-            options=self.options(),
-            versions=state.versions,
-            requires={"torch": ".".join(state.versions["torch"].split(".")[:2])},
-            stateful=request.model.stateful,
-        )
+        requires = {"torch": ".".join(state.versions["torch"].split(".")[:2])}
+        info = self.info(request, entry.name, state.versions, requires=requires, stateful=request.model.stateful)
         check(self.runner(request.directory, info), request, "traced")
         return info
 

@@ -11,12 +11,15 @@ from . import environment
 _MACHINE = ("compute_capability", "machine", "cpu_flags")
 
 
-def check_machine(info: EngineInfo, target: Target, hint: str | None = None) -> None:
+_HINT = "compile the bundle's recipe again on this machine: enginesmith compile --recipe recipe.yaml"
+
+
+def check_machine(info: EngineInfo, target: Target, hint: str = _HINT) -> None:
     """Compares what the engine requires with this machine.
 
     `EngineInfo.requires` may hold ``compute_capability`` (one, or several with commas between), ``machine`` (x86_64),
-    ``cpu_flags`` (all of them needed, with spaces between) and the names in the target's `Availability.versions`, each
-    with as much of the version as matters ("8.6" accepts 8.6.1).
+    ``cpu_flags`` (all of them needed, with spaces between) and the names in the target's `versions`, each with as much
+    of the version as matters ("8.6" accepts 8.6.1).
 
     Raises:
         EngineMismatchError: the first thing that does not hold.
@@ -26,7 +29,7 @@ def check_machine(info: EngineInfo, target: Target, hint: str | None = None) -> 
         if not _holds(key, needed, found):
             raise EngineMismatchError(
                 f"engine {info.name} was built for another {'machine' if key in _MACHINE else 'version'}",
-                expected=f"{key.replace('_', ' ')} {needed}",
+                expected=f"{key.replace('_', ' ')} {needed.replace(',', ' or ')}",
                 found=found or "none",
                 hint=hint,
             )
@@ -46,7 +49,7 @@ def _found(key: str, needed: str, target: Target) -> str:
     if key == "cpu_flags":
         flags = environment.cpu_flags()
         return " ".join(flag for flag in needed.split() if flag in flags)
-    return target.availability().versions.get(key, "")
+    return target.versions().get(key, "")
 
 
 def _holds(key: str, needed: str, found: str) -> bool:

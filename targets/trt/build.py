@@ -147,6 +147,9 @@ def build_plan(
 ) -> dict[str, Any]:
     """Builds model.plan and layers.json in the request's folder, and returns the details.
 
+    Args:
+        options: those of the target.
+
     Raises:
         BuildError: TensorRT refused the graph, crashed, hung or ran out of memory.
         StorageError: the disk is full.

@@ -67,7 +67,8 @@ def build(
         profiles: ranges to tune for, each from the name of an input to its least, usual and largest shape.
         types: data type ("FLOAT", "HALF") of the model's tensors by name. A weakly typed network does not know them
             before it is built.
-        options: "workspace_gib", "builder_level", "tf32", "sparsity", "aux_streams", "compute_capabilities".
+        options: those of the target; read are "workspace_gib", "builder_level", "tf32", "sparsity", "aux_streams" and
+            "compute_capabilities".
         timing_cache: file of measured tactics, read and added to; None for none.
         report: takes the fraction done and the phase.
     """

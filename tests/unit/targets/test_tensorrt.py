@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from enginesmith.compiler.machine import environment
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.errors import BuildError, EngineMismatchError, RecipeError, TargetUnavailableError
 from enginesmith.targets import parse_target
@@ -27,6 +28,7 @@ def machine(monkeypatch):
     """Makes this machine have what was found."""
 
     def machine(found):
+        monkeypatch.setattr(environment, "compute_capability", lambda device=0: found.compute_capability)
         monkeypatch.setattr(trt, "look", lambda module, *, to_run=False: found)
 
     return machine
@@ -104,9 +106,14 @@ def info(target, **requires):
 @pytest.mark.parametrize(
     ("target", "found", "requires", "message"),
     [
-        ("tensorrt", H100, {"tensorrt": "10.9"}, r"(?s)another tensorrt\n.*expected: 10.9\n.*found: 8.6"),
-        ("tensorrt", H100, {"compute_capability": "8.9"}, r"(?s)another compute capability\n.*found: 9.0.*compile"),
-        ("tensorrt-rtx", ADA, {"compute_capability": "8.0,12.0"}, r"expected: 8.0 or 12.0\n.*found: 8.9"),
+        ("tensorrt", H100, {"tensorrt": "10.9"}, r"(?s)another version\n.*expected: tensorrt 10.9\n.*found: 8.6"),
+        ("tensorrt", H100, {"compute_capability": "8.9"}, r"(?s)another machine\n.*found: 9.0.*compile"),
+        (
+            "tensorrt-rtx",
+            ADA,
+            {"compute_capability": "8.0,12.0"},
+            r"expected: compute capability 8.0 or 12.0\n.*found: 8.9",
+        ),
     ],
 )
 def test_an_engine_for_another_machine(machine, tmp_path, target, found, requires, message):
