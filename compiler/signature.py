@@ -1,4 +1,7 @@
-"""What a model takes and gives: names, dtypes, shapes with dynamic axes, and how outputs nest. Needs NumPy only."""
+"""What a model takes and gives: names, dtypes, shapes with dynamic axes, and how outputs nest.
+
+Needs the standard library only.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from ..errors import DataError, RecipeError
 
@@ -59,7 +60,8 @@ class Signature:
     Attributes:
         axes: range of each dynamic axis by its name; one name in two inputs means the same size in both.
         structure: how the flat outputs nest: None for a single tensor, a name for a tensor, a list or tuple
-            (``{"tuple": [...]}``, ``{"list": [...]}``) or ``{"dict": {key: ...}}`` of structures.
+            (``{"tuple": [...]}``, ``{"list": [...]}``) or ``{"dict": {key: ...}}`` of structures, in which None
+            stands for None.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -153,10 +155,25 @@ def parse_inputs(inputs: Iterable[str], dynamic: Iterable[str] = ()) -> Signatur
     and the same range are one dynamic axis unless a label tells them apart.
 
     Raises:
-        RecipeError: text that cannot be read, an input or axis that does not exist.
+        RecipeError: text that cannot be read, an input or axis that does not exist or is given twice.
     """
-    specs = {spec.name: spec for spec in map(_parse_input, inputs)}
+    specs: dict[str, TensorSpec] = {}
+    for spec in map(_parse_input, inputs):
+        if spec.name in specs:
+            raise RecipeError(f"input {spec.name!r} is given twice", expected="each input once", found=spec)
+        specs[spec.name] = spec
+    return with_axes(specs.values(), dynamic)
+
+
+def with_axes(inputs: Iterable[TensorSpec], dynamic: Iterable[str]) -> Signature:
+    """A signature of these inputs, with the axes made dynamic that ``name:axis=[label@]min..opt..max`` say.
+
+    Raises:
+        RecipeError: text that cannot be read, an input or axis that does not exist, an axis that is given twice.
+    """
+    specs = {spec.name: spec for spec in inputs}
     axes: dict[str, AxisRange] = {}
+    seen: set[tuple[str, int]] = set()
     for text in dynamic:
         match = re.fullmatch(r"(.+?):(\d+)=(?:([A-Za-z_]\w*)@)?(\d+)\.\.(\d+)(?:\.\.(\d+))?", text.replace(" ", ""))
         if not match:
@@ -167,6 +184,9 @@ def parse_inputs(inputs: Iterable[str], dynamic: Iterable[str] = ()) -> Signatur
                 f"dynamic axis {text!r} names no axis of an input",
                 expected=", ".join(map(str, specs.values())),
             )
+        if (name, int(axis)) in seen:
+            raise RecipeError(f"axis {axis} of input {name!r} has two ranges", expected="one --dynamic", found=text)
+        seen.add((name, int(axis)))
         bounds = AxisRange(int(low), int(middle), int(high or middle))
         symbol = label or ("batch" if axis == "0" else f"dim{axis}")
         if not label and axes.get(symbol, bounds) != bounds:
@@ -187,13 +207,39 @@ def _parse_input(text: str) -> TensorSpec:
         head, _, tail = head.rpartition(":")
     shape = tail.strip("[]").replace(",", "x").replace(" ", "").lower()
     if head and shape in ("", "scalar"):
-        return TensorSpec(head, dtype, ())
+        return _input(head, dtype, ())
     if not head or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise RecipeError(f"input {text!r} cannot be read", expected="name:1x3x224x224[:dtype]", found=text)
-    return TensorSpec(head, dtype, tuple(int(d) for d in shape.split("x")))
+    sizes = tuple(int(d) for d in shape.split("x"))
+    if 0 in sizes:
+        raise RecipeError(f"input {text!r} is empty", expected="sizes of at least 1", found=shape)
+    return _input(head, dtype, sizes)
+
+
+def _input(name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    spec = TensorSpec(name, dtype, shape)
+    check_input_dtype(spec)
+    return spec
+
+
+def check_input_dtype(spec: TensorSpec) -> None:
+    """Refuses bfloat16, which NumPy does not have, as the dtype of an input.
+
+    Raises:
+        RecipeError: the input is of bfloat16.
+    """
+    if spec.dtype == "bfloat16":
+        raise RecipeError(
+            f"input {spec.name!r} is of bfloat16, which arrays cannot hold",
+            expected="float32, or any other dtype that NumPy has",
+            found="bfloat16",
+            hint="wrap the model so that it takes float32 and casts to bfloat16 itself",
+        )
 
 
 def _nest(structure: Any, outputs: Mapping[str, Any]) -> Any:
+    if structure is None:
+        return None
     if isinstance(structure, str):
         return outputs[structure]
     ((kind, items),) = structure.items()
@@ -205,8 +251,3 @@ def _nest(structure: Any, outputs: Mapping[str, Any]) -> Any:
 
 def _join(inputs: Mapping[str, Any]) -> str:
     return ", ".join(map(str, inputs)) or "nothing"
-
-
-def as_arrays(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inputs as C-contiguous NumPy arrays, copied only where they are not so already."""
-    return {name: np.asarray(value, order="C") for name, value in inputs.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -75,6 +75,7 @@ def load_model(
     *,
     weights: Path | None = None,
     inputs: Signature | None = None,
+    dynamic: Sequence[str] = (),
     arguments: Mapping[str, Any] | None = None,
     device: str = "cpu",
     sample: Mapping[str, np.ndarray] | None = None,
@@ -87,6 +88,7 @@ def load_model(
         weights: state_dict for a factory or module (.pt, .pth, .safetensors).
         inputs: names, dtypes, shapes and ranges of the inputs. The kinds that tell them themselves (.pt2, ONNX) need
             only the ranges of their dynamic axes.
+        dynamic: those ranges, ``name:axis=min..opt..max``, where `inputs` is None.
         arguments: keyword arguments of the factory; of forward, where a module or TorchScript takes some that are no
             tensors.
         device: where the reference runs; ONNX runs on the CPU always.
@@ -100,10 +102,12 @@ def load_model(
     """
     constants = dict(arguments or {})
     if not isinstance(source, (str, Path)):
+        _no_dynamic(dynamic)
         return _load_object(source, weights, inputs, constants, sample, device)
     if ".py:" in str(source):
         from . import module
 
+        _no_dynamic(dynamic)
         _check_device(device)
         made = module.load_factory(str(source), constants, log)
         file, _, factory = str(source).rpartition(":")
@@ -112,7 +116,7 @@ def load_model(
         return module.load(
             made, weights=weights, inputs=inputs, constants={}, sample=sample, device=device, identity=identity
         )
-    return _load_file(Path(source), weights, inputs, constants, sample, device, log)
+    return _load_file(Path(source), weights, inputs, dynamic, constants, sample, device, log)
 
 
 def describe_source(source: str) -> dict[str, Any]:
@@ -165,6 +169,7 @@ def _load_file(
     path: Path,
     weights: Path | None,
     inputs: Signature | None,
+    dynamic: Sequence[str],
     constants: Mapping[str, Any],
     sample: Mapping[str, np.ndarray] | None,
     device: str,
@@ -195,16 +200,27 @@ def _load_file(
     if kind == "torchscript":
         from . import torchscript
 
+        _no_dynamic(dynamic)
         return torchscript.load(path, inputs=inputs, constants=constants, sample=sample, device=device)
     if constants:
         raise RecipeError(f"{path.name} takes no arguments", found=", ".join(constants), hint="leave them out")
     if kind == "exported-program":
         from . import exported_program
 
-        return exported_program.load(path, inputs=inputs, sample=sample, device=device, log=log)
+        return exported_program.load(path, inputs=inputs, dynamic=dynamic, sample=sample, device=device, log=log)
     from . import onnx_file
 
-    return onnx_file.load(path, inputs=inputs)
+    return onnx_file.load(path, inputs=inputs, dynamic=dynamic)
+
+
+def _no_dynamic(dynamic: Sequence[str]) -> None:
+    if dynamic:
+        raise RecipeError(
+            "--dynamic needs --input here: the model does not tell its inputs",
+            expected="an input of that name",
+            found=", ".join(dynamic),
+            hint="pass --input name:1x3x224x224[:dtype] for each input",
+        )
 
 
 def _no_weights(weights: Path | None, what: str) -> None:

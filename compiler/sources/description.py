@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import onnx_file
 from .detect import detect
 from .exported_program import open_program, program_inputs
 from .flat import Parameter, python_parameters
@@ -28,7 +29,9 @@ def describe(source: str) -> dict[str, Any]:
         return _module(source)
     path = Path(source)
     kind = detect(path)
-    readers = {"torchscript": _torchscript, "exported-program": _exported_program, "onnx": _onnx, "weights": _weights}
+    if kind == "onnx":
+        return onnx_file.describe(path)
+    readers = {"torchscript": _torchscript, "exported-program": _exported_program, "weights": _weights}
     return {**readers[kind](path), "size_bytes": path.stat().st_size}
 
 
@@ -67,17 +70,6 @@ def _exported_program(path: Path) -> dict[str, Any]:
         "axes": ranges,
         "operators": _counts(str(node.target) for node in program.graph.nodes if node.op == "call_function"),
         **_tensors(dict(program.state_dict)),
-    }
-
-
-def _onnx(path: Path) -> dict[str, Any]:
-    from ..graph import Graph
-
-    graph = Graph.load(path)
-    return {
-        "kind": "ONNX graph",
-        "operators": dict(graph.operators().most_common()),
-        "weight_bytes": graph.weight_bytes,
     }
 
 

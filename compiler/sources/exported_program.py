@@ -44,7 +44,13 @@ _TENSOR = object()
 
 
 def load(
-    path: Path, *, inputs: Signature | None, sample: Mapping[str, np.ndarray] | None, device: str, log: Log
+    path: Path,
+    *,
+    inputs: Signature | None,
+    dynamic: Sequence[str] = (),
+    sample: Mapping[str, np.ndarray] | None,
+    device: str,
+    log: Log,
 ) -> Model:
     """Loads a program.
 
@@ -58,7 +64,7 @@ def load(
     for part in module.modules():
         part.training = False  # it was exported in the mode that it has; eval() is not supported on it
     leaves, declared = program_inputs(program)
-    signature = with_ranges(declared, inputs, path.name, keep_names=False)
+    signature = with_ranges(declared, inputs, path.name, dynamic=dynamic, keep_names=False)
     _check_ranges(program, declared, signature, path.name)
     tensors = module_tensors(module)
     check_values(tensors, parameters=frozenset(program.graph_signature.parameters))

@@ -100,10 +100,16 @@ def first_line(error: BaseException) -> str:
 
 
 def where(error: BaseException, file: Path | None = None) -> str:
-    """The place that raised: the last line in the user's `file`, or the last line of all; empty where there is none."""
+    """The place that raised: the last line in the user's `file`, or the last line that is not ours."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if file is not None and Path(frame.filename) == file]
-    frame = (own or list(frames))[-1:]
-    return f"{frame[0].filename}:{frame[0].lineno} in {frame[0].name}" if frame else ""
+    package = __name__.partition(".")[0] + "."
+    frames = [
+        (frame.f_code.co_filename, line, frame.f_code.co_name)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith((package, "importlib."))
+    ]
+    own = [frame for frame in frames if file is not None and Path(frame[0]) == file]
+    for name, line, function in (own or frames)[-1:]:
+        return f"{name}:{line} in {function}"
+    return str(file) if file is not None else "a line that Python does not name"

@@ -18,8 +18,7 @@ from .flat import arrange, describe, flat_module, python_parameters
 from .guard import Log
 from .probe import describe as probe
 from .reference import TorchReference, snapshot
-from .user_code import load_symbol as load_symbol
-from .user_code import running
+from .user_code import check_call, load_symbol, running
 from .weights import check_values, load_weights, module_tensors, read_weights, tensor_digest
 
 
@@ -28,13 +27,18 @@ def load_factory(source: str, arguments: Mapping[str, Any], log: Log) -> torch.n
 
     Raises:
         SourceError: the file or the factory fails, or gives no module.
-        UnknownNameError: the file has no such factory.
+        RecipeError: no function or class, or one that does not take these arguments.
+        UnknownNameError: the file has no such factory, or the factory no such parameter.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         factory = load_symbol(source, log=log)
         if isinstance(factory, torch.nn.Module):
+            if arguments:
+                found = ", ".join(arguments)
+                raise RecipeError(f"{source} is a module already and takes no arguments", found=found)
             return factory
+        check_call(factory, source, kind="factory", keywords=arguments, error=RecipeError)
         with running(Path(source.rpartition(":")[0]).absolute(), log):
             made = factory(**arguments)
     if not isinstance(made, torch.nn.Module):

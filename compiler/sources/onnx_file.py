@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import SourceError
+from ...errors import GraphError, SourceError
 from ..graph import Graph
 from ..signature import DTYPES, Signature, TensorSpec
 from . import Model
@@ -85,7 +86,7 @@ def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.n
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
-def load(path: Path, *, inputs: Signature | None) -> Model:
+def load(path: Path, *, inputs: Signature | None, dynamic: Sequence[str] = ()) -> Model:
     """Loads an ONNX file.
 
     Raises:
@@ -97,7 +98,8 @@ def load(path: Path, *, inputs: Signature | None) -> Model:
     graph.verify()
     _check_nodes(graph)
     declared = [v for v in graph.model.graph.inputs if not v.is_initializer()]
-    signature = with_ranges([FileInput(_spec(value), _dims(value)) for value in declared], inputs, path.name)
+    values = [FileInput(_spec(value), _dims(value)) for value in declared]
+    signature = with_ranges(values, inputs, path.name, dynamic=dynamic)
     outputs = tuple(_output(value, signature) for value in graph.model.graph.outputs)
     structure = {"dict": {spec.name: spec.name for spec in outputs}} if len(outputs) > 1 else None
     return Model(
@@ -111,14 +113,49 @@ def load(path: Path, *, inputs: Signature | None) -> Model:
     )
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """What an ONNX file holds, as plain JSON; the size is that of its external data too.
+
+    Raises:
+        GraphError: the file or its external data is damaged, missing or outside its folder.
+    """
+    import onnx_ir as ir
+
+    graph = Graph.load(path)
+    tensors = (value.const_value for part in graph.graphs() for value in part.initializers.values())
+    files = {path, *(Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))}
+    return {"kind": "ONNX graph", **graph_facts(graph), "size_bytes": sum(file.stat().st_size for file in files)}
+
+
+def graph_facts(graph: Graph) -> dict[str, Any]:
+    """Inputs, outputs, operators and precisions of a graph, as plain JSON."""
+    with contextlib.suppress(GraphError):  # types that the graph itself does not give are unknown then
+        graph.infer()
+    return {
+        "opset": graph.opset,
+        "graph inputs": [_facts(value) for value in graph.model.graph.inputs],
+        "graph outputs": [_facts(value) for value in graph.model.graph.outputs],
+        "operators": dict(graph.operators().most_common()),
+        "precisions": graph.precisions(),
+        "weight_bytes": graph.weight_bytes,
+    }
+
+
+def _facts(value: ir.Value) -> dict[str, str]:
+    shape = "?" if value.shape is None else "x".join("?" if dim is None else str(dim) for dim in _dims(value))
+    return {"name": value.name or "", "shape": shape or "scalar", "dtype": _dtype(value)}
+
+
+def _dtype(value: ir.Value) -> str:
+    if value.dtype is None:
+        return "unknown"
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(value.dtype.name, value.dtype.name.lower())
+
+
 def _spec(value: ir.Value) -> TensorSpec:
     import onnx_ir as ir
 
-    dtype = (
-        {"FLOAT": "float32", "DOUBLE": "float64"}.get(value.dtype.name, value.dtype.name.lower())
-        if value.dtype
-        else "unknown"
-    )
+    dtype = _dtype(value)
     if not isinstance(value.type, ir.TensorType) or dtype not in DTYPES.values() or value.shape is None:
         raise SourceError(
             f"{value.name!r} of the ONNX model is no tensor that engines take",

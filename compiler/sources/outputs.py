@@ -1,7 +1,8 @@
 """From what a model returns, which nests, to flat tensors with names.
 
 Names are the keys that lead to a tensor, joined by dots (``logits``, ``past.0.key``), with ``output`` standing for a
-root that has no name: a single tensor is ``output``, a tuple is ``output.0``, ``output.1``. None is dropped.
+root that has no name: a single tensor is ``output``, a tuple is ``output.0``, ``output.1``. None keeps its place in a
+tuple or list, and is left out of dicts and dataclasses.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def flatten_outputs(value: Any, taken: Iterable[str] = ()) -> tuple[dict[str, to
 
 
 def _flatten(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor], taken: frozenset[str]) -> Any:
+    if value is None and path:
+        return None
     if isinstance(value, torch.Tensor):
         name = _output_name(path)
         _check_tensor(name, value)
@@ -44,8 +47,7 @@ def _flatten(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]
         return {"dict": {key: _flatten(item, (*path, key), tensors, taken) for key, item in items.items()}}
     if isinstance(value, (tuple, list)):
         keys = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
-        pairs = [(key, item) for key, item in zip(keys, value, strict=True) if item is not None]
-        nested = [_flatten(item, (*path, key), tensors, taken) for key, item in pairs]
+        nested = [_flatten(item, (*path, key), tensors, taken) for key, item in zip(keys, value, strict=True)]
         return {"list" if isinstance(value, list) else "tuple": nested}
     raise SourceError(
         f"output {_output_name(path)!r} of the model is no tensor",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes  # noqa: F401  teaches NumPy the name bfloat16
 import numpy as np
 
 from ...errors import SourceError

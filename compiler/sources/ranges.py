@@ -7,7 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ...errors import RecipeError, UnknownNameError
-from ..signature import AxisRange, Signature, TensorSpec
+from ..signature import AxisRange, Signature, TensorSpec, check_input_dtype, with_axes
+
+UNSAID = "?"
+"""A size that the user said nothing about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +22,29 @@ class FileInput:
 
 
 def with_ranges(
-    declared: Sequence[FileInput], user: Signature | None, file: str, *, keep_names: bool = True
+    declared: Sequence[FileInput],
+    user: Signature | None,
+    file: str,
+    *,
+    dynamic: Sequence[str] = (),
+    keep_names: bool = True,
 ) -> Signature:
     """The file's inputs, with every dynamic axis either ranged or fixed as the user says.
 
-    One axis in two inputs needs its range once. `keep_names`: axes keep the file's names, else they take the user's.
+    One axis in two inputs needs its range once.
+
+    Args:
+        dynamic: ranges of axes, ``name:axis=min..opt..max``, where the user declares no inputs.
+        keep_names: axes keep the file's names, else they take the user's.
 
     Raises:
         UnknownNameError: the user names an input that the file does not have.
-        RecipeError: an axis without range or with two, or a shape or dtype other than the file's.
+        RecipeError: an axis without range or with two, a shape or dtype other than the file's, or bfloat16.
     """
+    for item in declared:
+        check_input_dtype(item.spec)
+    if user is None and dynamic:
+        user = with_axes((_unsaid(item) for item in declared), dynamic)
     given = {spec.name: spec for spec in user.inputs} if user else {}
     names = [item.spec.name for item in declared]
     for name in given:
@@ -44,7 +60,7 @@ def with_ranges(
         _check(item, spec, file)
         for index, (dim, wanted) in enumerate(zip(item.dims, spec.shape, strict=True)):
             key = _key(item, index)
-            if isinstance(dim, int):
+            if isinstance(dim, int) or wanted == UNSAID:
                 continue
             if isinstance(wanted, str):
                 label = labels.setdefault(key, dim if keep_names and dim is not None else wanted)
@@ -61,6 +77,10 @@ def with_ranges(
     return Signature(inputs=tuple(specs), axes=axes)
 
 
+def _unsaid(item: FileInput) -> TensorSpec:
+    return dataclasses.replace(item.spec, shape=tuple(d if isinstance(d, int) else UNSAID for d in item.dims))
+
+
 def _key(item: FileInput, index: int) -> str:
     dim = item.dims[index]
     return dim if isinstance(dim, str) else f"{item.spec.name}:{index}"
@@ -75,12 +95,13 @@ def _settled(item: FileInput, index: int, settled: Mapping[str, int | str], file
     key = _key(item, index)
     if key not in settled:
         shape = "x".join(str(d) if isinstance(d, int) else "1" for d in item.dims)
-        label = f" ({item.dims[index]})" if isinstance(item.dims[index], str) else ""
+        label = f" ({item.dims[index] or 'without a name'})"
         name = item.spec.name
         raise RecipeError(
             f"axis {index}{label} of input {name!r} is dynamic in {file}, and has no range",
             expected="a range for each dynamic axis, or a fixed size",
-            hint=f"pass --input {name}:{shape}:{item.spec.dtype} and --dynamic {name}:{index}=1..8..64",
+            hint=f"pass --dynamic {name}:{index}=1..8..64 for a range, or --input {name}:{shape}:{item.spec.dtype} "
+            "for fixed sizes",
         )
     return settled[key]
 

@@ -70,8 +70,6 @@ def snapshot(model: torch.nn.Module) -> Callable[[], torch.nn.Module] | None:
 def to_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
     """A tensor of that dtype; shares the array's memory where it can."""
     array = np.asarray(array, order="C")
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     array = array if array.flags.writeable else array.copy()
     return torch.from_numpy(array).to(getattr(torch, dtype))
 

@@ -6,43 +6,82 @@ import ast
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import RecipeError, SourceError, UnknownNameError
+from ...errors import EnginesmithError, RecipeError, SourceError, UnknownNameError
 from .guard import Log, discard, first_line, foreign, quiet, where
 
 
-def load_symbol(source: str, *, kind: str = "factory", log: Log = discard) -> Any:
+def load_symbol(
+    source: str, *, kind: str = "factory", log: Log = discard, error: type[EnginesmithError] = SourceError
+) -> Any:
     """Runs the user's file and gives what ``file.py:name`` names; `kind` says in messages what it is for.
 
     Raises:
         RecipeError: `source` is not of that form.
-        SourceError: there is no such file, or it fails.
         UnknownNameError: the file does not define that name.
+        EnginesmithError: there is no such file, or it fails; of the class `error`.
     """
     path, colon, name = source.rpartition(":")
     if not colon or not path.endswith(".py"):
         raise RecipeError(f"{kind} {source!r} cannot be read", expected="file.py:name")
     file = Path(path).absolute()
     if not file.is_file():
-        raise SourceError(f"the file of {kind} {source!r} does not exist", hint="check the path before the colon")
-    with running(file, log):
+        raise error(f"the file of {kind} {source!r} does not exist", hint="check the path before the colon")
+    with running(file, log, error):
         names = _execute(file)
     if name not in names:
         raise UnknownNameError(f"{kind} in {file.name}", name, definitions(file))
     return names[name]
 
 
-@contextlib.contextmanager
-def running(file: Path, log: Log = discard) -> Iterator[None]:
-    """Where code of the user's file runs: it may import its neighbours, and what it raises becomes a SourceError."""
+def check_call(
+    function: Any,
+    source: str,
+    *,
+    kind: str,
+    arguments: Sequence[str] = (),
+    keywords: Mapping[str, Any] | None = None,
+    error: type[EnginesmithError],
+) -> None:
+    """Checks that what `source` names can be called with arguments for these parameters, before it is.
 
-    def failed(error: BaseException) -> SourceError:
-        return SourceError(
-            f"the user's code failed at {where(error, file)}", found=first_line(error), hint=f"fix {file.name}"
+    Raises:
+        UnknownNameError: a keyword that is no parameter.
+        EnginesmithError: it is no function, or takes other arguments; of the class `error`.
+    """
+    if not callable(function):
+        found = f"{function!r:.80}, of type {type(function).__name__}"
+        raise error(f"{kind} {source!r} is no function", expected="a function or class", found=found)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C: only calling it tells
+        return
+    name, given = source.rpartition(":")[2], dict(keywords or {})
+    try:
+        signature.bind(*arguments, **given)
+    except TypeError as problem:
+        parameters = signature.parameters
+        if unknown := [key for key in given if key not in parameters]:
+            raise UnknownNameError(f"parameter of {kind} {name}{signature}", unknown[0], parameters) from problem
+        raise error(
+            f"{kind} {name}{signature} does not take the arguments that it gets: {problem}",
+            expected=f"{name}({', '.join([*arguments, *given])})",
+            found=f"{name}{signature}",
+        ) from problem
+
+
+@contextlib.contextmanager
+def running(file: Path, log: Log = discard, error: type[EnginesmithError] = SourceError) -> Iterator[None]:
+    """Where code of the user's file runs: it may import its neighbours, and what it raises becomes an `error`."""
+
+    def failed(problem: BaseException) -> EnginesmithError:
+        return error(
+            f"the user's code failed at {where(problem, file)}", found=first_line(problem), hint=f"fix {file.name}"
         )
 
     folder = str(file.parent)

@@ -51,6 +51,7 @@ def test_the_signature_is_the_programs(programs):
     assert [spec.name for spec in model.signature.outputs] == ["y", "state.0"]
     assert model.signature.axes == {"batch": AxisRange(1, 4, 8)}
     assert model.signature.nest(model.reference.run(ARRAYS))["state"][0].tolist() == [[2.0] * 3] * 5
+    assert model.signature.nest(model.reference.run(ARRAYS))["state"][1] is None
     assert model.parameter_bytes == 4 * (12 + 3 + 1)
     assert not model.stateful
 
@@ -142,3 +143,7 @@ def test_inputs_that_are_no_tensors_are_refused(tmp_path):
     torch.export.save(torch.export.export(Times(), (torch.ones(2), 3), dynamic_shapes=shapes), tmp_path / "n.pt2")
     with pytest.raises(SourceError, match=r"input 'n' of the exported program is no tensor(?s:.*)as a constant"):
         load_model(tmp_path / "n.pt2")
+
+
+def test_ranges_without_inputs(programs):
+    assert load_model(programs[True], dynamic=["x:0=1..4..8"]).signature.axes == {"batch": AxisRange(1, 4, 8)}

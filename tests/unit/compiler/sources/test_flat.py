@@ -31,7 +31,8 @@ Pair = collections.namedtuple("Pair", "values indices")
         (Result(A, (B,)), ["logits", "hidden.0"], {"dict": {"logits": "logits", "hidden": {"tuple": ["hidden.0"]}}}),
         (Result(A), ["logits"], {"dict": {"logits": "logits"}}),
         (Pair(A, B), ["values", "indices"], {"tuple": ["values", "indices"]}),
-        ((A, None, B), ["output.0", "output.2"], {"tuple": ["output.0", "output.2"]}),
+        ((A, None, B), ["output.0", "output.2"], {"tuple": ["output.0", None, "output.2"]}),
+        ({"state": [None, A], "none": None}, ["state.1"], {"dict": {"state": {"list": [None, "state.1"]}}}),
         ({"image": A}, ["image_out"], {"dict": {"image": "image_out"}}),
     ],
 )  # fmt: skip

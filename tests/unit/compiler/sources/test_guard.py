@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources.guard import first_line, foreign, quiet, where
 from enginesmith.errors import RecipeError, SourceError
 
@@ -68,4 +69,11 @@ def test_where_names_the_line_that_raised():
         fail()
     assert re.fullmatch(r".*test_guard.py:\d+ in fail", where(caught.value))
     assert where(caught.value, Path(__file__)) == where(caught.value)
-    assert where(ValueError()) == ""
+
+
+def test_where_never_names_a_line_of_ours():
+    with pytest.raises(RecipeError, match="cannot be read") as caught:
+        parse_inputs(["x"])
+    assert re.fullmatch(r".*test_guard.py:\d+ in test_where_never_names_a_line_of_ours", where(caught.value))
+    assert where(ValueError()) == "a line that Python does not name"
+    assert where(ValueError(), Path("/data/m.py")) == "/data/m.py"

@@ -25,6 +25,10 @@ def number():
 def leave():
     raise SystemExit(1)
 
+def needy(depth):
+    return nn.Linear(4, depth)
+
+nothing = None
 instance = nn.Linear(4, 2)
 """
 BLOCKS = """
@@ -83,7 +87,10 @@ def test_the_fingerprint_tells_weights_code_and_arguments_apart(file):
     [
         ("broken", {}, SourceError, r"failed at .*net.py:11 in broken(?s:.*)KeyError: 'no such layer'"),
         ("leave", {}, SourceError, "net.py:17 in leave(?s:.*)SystemExit"),
-        ("build", {"depth": 3}, SourceError, "TypeError: .*unexpected keyword argument 'depth'"),
+        ("build", {"widht": 3}, UnknownNameError, r"parameter of factory build\(width=3\) 'widht'(?s:.*)mean 'width'"),
+        ("needy", {}, RecipeError, r"factory needy\(depth\) does not take the arguments(?s:.*)missing.*'depth'"),
+        ("nothing", {}, RecipeError, "net.py:nothing' is no function(?s:.*)of type NoneType"),
+        ("instance", {"width": 3}, RecipeError, "net.py:instance is a module already(?s:.*)found: width"),
         ("number", {}, SourceError, "net.py:number gives no module(?s:.*)found: builtins.int"),
         ("", {}, UnknownNameError, "unknown factory in net.py ''"),
         ("biuld", {}, UnknownNameError, "unknown factory in net.py 'biuld'(?s:.*)did you mean 'build'"),
@@ -116,7 +123,7 @@ def test_a_file_that_fails(file, content, match):
 
 
 def test_a_python_file_without_factory(file, tmp_path):
-    with pytest.raises(SourceError, match=r"(?s)names no factory.*build, broken, number, leave.*for instance"):
+    with pytest.raises(SourceError, match=r"(?s)names no factory.*build, broken, number, leave, needy.*for instance"):
         load_model(file)
     with pytest.raises(SourceError, match=r"does not exist(?s:.*)before the colon"):
         load_model(f"{tmp_path}/none.py:build")
@@ -156,7 +163,8 @@ def test_nested_inputs_and_outputs_and_constants():
     nested = model.signature.nest(model.reference.run(arrays))
     assert nested["y"].tolist() == [[2.0] * 3] * 4
     assert nested["state"][0].tolist() == [[1.0] * 2] * 4
-    assert nested["state"][1].tolist() == [0, 1, 2, 3, 4]
+    assert nested["state"][1] is None
+    assert nested["state"][2].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_nan_weights_are_refused():
@@ -173,12 +181,26 @@ def test_a_model_that_fails_on_its_inputs():
         load_model(torch.nn.Linear(4, 2), inputs=parse_inputs(["input:1x5"]))
 
 
-def test_bfloat16_runs_as_it_is():
-    model = load_model(torch.nn.Linear(4, 2).bfloat16(), inputs=parse_inputs(["input:1x4:bfloat16"]))
+class Half(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2).bfloat16()
+
+    def forward(self, input):
+        return self.linear(input.bfloat16())
+
+
+def test_bfloat16_is_given_back_as_float32():
+    model = load_model(Half(), inputs=parse_inputs(["input:1x4"]))
     assert model.signature.outputs[0].dtype == "bfloat16"
-    first = model.reference.run({"input": np.ones((1, 4), np.float32)})["output"]
-    assert first.dtype == np.float32
-    assert np.array_equal(model.reference.run({"input": np.ones((1, 4), "bfloat16")})["output"], first)
+    assert model.reference.run({"input": np.ones((1, 4), np.float32)})["output"].dtype == np.float32
+
+
+@pytest.mark.parametrize("source", ["factory", "object"])
+def test_a_range_needs_an_input(file, source):
+    model = f"{file}:build" if source == "factory" else torch.nn.Linear(4, 2)
+    with pytest.raises(RecipeError, match=r"--dynamic needs --input here(?s:.*)found: input:0=1..2(?s:.*)pass --input"):
+        load_model(model, dynamic=["input:0=1..2"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

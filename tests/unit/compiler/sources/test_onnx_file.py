@@ -5,7 +5,7 @@ import pytest
 
 from enginesmith.compiler.signature import AxisRange, parse_inputs
 from enginesmith.compiler.sources import load_model
-from enginesmith.compiler.sources.onnx_file import open_session
+from enginesmith.compiler.sources.onnx_file import describe, open_session
 from enginesmith.errors import GraphError, RecipeError, SourceError
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
@@ -149,3 +149,21 @@ def test_a_graph_that_onnx_runtime_does_not_know_is_refused(tmp_path):
     )
     with pytest.raises(SourceError, match=r"ONNX Runtime refuses m.onnx(?s:.*)Op"):
         open_session(save(tmp_path / "m.onnx", text))
+
+
+def test_ranges_without_inputs(two):
+    model = load_model(two, dynamic=["x:0=1..2..4"])
+    assert [str(s) for s in model.signature.inputs] == ["x:Nx4:float32", "state:2xN:float32"]
+    assert model.signature.axes == {"N": AxisRange(1, 2, 4)}
+
+
+def test_a_description_infers_types_and_counts_external_data(tmp_path):
+    text = HEAD + """main (float[N,4] x) => (float16[N,4] y) <float[4] w = {1,2,3,4}>
+    { a = Add(x, w)  b = Shape(a)  y = Cast<to = 10>(a) }"""
+    path = save(tmp_path / "m.onnx", text, save_as_external_data=True, location="m.data", size_threshold=0)
+    found = describe(path)
+    assert found["graph inputs"] == [{"name": "x", "shape": "Nx4", "dtype": "float32"}]
+    assert found["graph outputs"] == [{"name": "y", "shape": "Nx4", "dtype": "float16"}]
+    assert found["precisions"] == {"float32": 1, "int64": 1, "float16": 1}
+    assert found["operators"] == {"Add": 1, "Shape": 1, "Cast": 1}
+    assert found["size_bytes"] == path.stat().st_size + (tmp_path / "m.data").stat().st_size

@@ -56,3 +56,28 @@ def test_what_does_not_fit_is_refused(inputs, dynamic, match):
 def test_an_unknown_input_is_answered_with_the_nearest():
     with pytest.raises(UnknownNameError, match=r"unknown input of m.onnx 'imge'(?s:.*)did you mean 'image'"):
         with_ranges([IMAGE], parse_inputs(["imge:1"]), "m.onnx")
+
+
+def test_ranges_alone_are_enough_for_a_file_that_knows_its_inputs():
+    signature = with_ranges([IMAGE, STATE], None, "m.onnx", dynamic=["image:0=1..4..8", "image:2=width@8..16"])
+    assert [spec.shape for spec in signature.inputs] == [("N", 3, "width"), (2, "N")]
+    assert signature.axes == {"N": AxisRange(1, 4, 8), "width": AxisRange(8, 16, 16)}
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "match"),
+    [
+        (["image:0=1..4..8"], r"axis 2 \(without a name\) of input 'image'(?s:.*)--dynamic image:2=1..8..64 for a range"),
+        (["image:1=1..4..8"], "cannot be made dynamic"),
+        (["imge:0=1..4..8"], "names no axis of an input"),
+        (["image:0=1..4..8", "state:1=1..2..4"], "axis 'N' has two ranges"),
+    ],
+)
+def test_ranges_alone_that_do_not_fit_are_refused(dynamic, match):
+    with pytest.raises(RecipeError, match=match):
+        with_ranges([IMAGE, STATE], None, "m.onnx", dynamic=dynamic)
+
+
+def test_a_file_with_inputs_of_bfloat16_is_refused():
+    with pytest.raises(RecipeError, match="input 'x' is of bfloat16"):
+        with_ranges([FileInput(TensorSpec("x", "bfloat16", ()), (1, 3))], None, "m.onnx")

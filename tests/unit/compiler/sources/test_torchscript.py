@@ -120,3 +120,8 @@ def test_bare_weights_are_no_model(tmp_path):
     torch.save(Scale().state_dict(), tmp_path / "w.pt")
     with pytest.raises(SourceError, match=r"holds weights only(?s:.*)give file.py:factory with --weights"):
         load_model(tmp_path / "w.pt", inputs=INPUTS)
+
+
+def test_a_range_needs_an_input(archive):
+    with pytest.raises(RecipeError, match="--dynamic needs --input here"):
+        load_model(archive, dynamic=["x:0=1..2..4"])
