@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
-from .errors import EnginesmithError
+from .errors import EnginesmithError, UnknownNameError, UsageError
 
 COMMANDS = {
     "compile": "Compile a model to a bundle of validated, measured engines.",
@@ -29,8 +29,34 @@ COMMANDS = {
 }
 
 
+AS_JSON = "enginesmith.json"
+"""Whether --json was given, in the `meta` that all contexts share: a command whose options are wrong has no values."""
+
+
 class Commands(click.Group):
     """Commands that are made when they are called: making `compile` imports the recipe and with it pydantic."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Notes whether errors are to be JSON."""
+        ctx.meta[AS_JSON] = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the command, or names the nearest: click would look for it among commands that are made already."""
+        name = ctx.token_normalize_func(args[0]) if ctx.token_normalize_func else args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            raise UnknownNameError("command", name, COMMANDS)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; an error of ours is shown and becomes its exit code."""
+        try:
+            return super().invoke(ctx)
+        except EnginesmithError as error:
+            _report(error, as_json=ctx.meta[AS_JSON])
+            return error.exit_code
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands, in the order of the help."""
@@ -106,7 +132,7 @@ def _validate() -> click.Command:
 
     def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
         from .compiler.console.console import progress, show_validations
-        from .compiler.trial import validate_bundle
+        from .compiler.again import validate_bundle
 
         with progress(quiet) as bars:
             result = validate_bundle(bundle, engines, progress=bars, **overrides(values))
@@ -122,7 +148,7 @@ def _bench() -> click.Command:
 
     def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
         from .compiler.console.console import progress, show_benchmark
-        from .compiler.trial import benchmark_bundle
+        from .compiler.again import benchmark_bundle
 
         with progress(quiet) as bars:
             result = benchmark_bundle(bundle, engines, progress=bars, **overrides(values))
@@ -191,12 +217,12 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was begun is cleaned up
     try:
         code = cli.main(standalone_mode=False)
-    except EnginesmithError as error:
-        _report(error)
-        code = error.exit_code
     except click.ClickException as error:
-        error.show()
-        code = 2
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = f"see {context.command_path} --help" if context else None
+        as_json = context is not None and context.meta.get(AS_JSON, False)
+        _report(UsageError(error.format_message(), hint=hint), as_json=as_json)
+        code = UsageError.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("enginesmith: interrupted; nothing was written", err=True)
         code = 130
@@ -206,8 +232,8 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _report(error: EnginesmithError) -> None:
-    if "--json" in sys.argv:
+def _report(error: EnginesmithError, *, as_json: bool) -> None:
+    if as_json:
         fields = ("message", "expected", "found", "hint", "exit_code")
         values = {name: getattr(error, name) for name in fields}
         click.echo(json.dumps({"error": {"type": type(error).__name__, **values}}, indent=1, default=str))

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import OutputError, VerdictError
 from .manifest import EngineRecord, Manifest
 from .storage.files import hashes
 
@@ -45,6 +46,17 @@ class Bundle:
         """Whether every engine that could be judged is right."""
         return bool(self.manifest["verdict"]["passed"])
 
+    def check(self) -> Bundle:
+        """Gives the bundle back where its verdict is good.
+
+        Raises:
+            VerdictError: an engine is wrong.
+        """
+        if not self.passed:
+            reasons = "; ".join(self.manifest["verdict"]["reasons"])
+            raise VerdictError(f"bundle {str(self.path)!r} failed", found=reasons, hint=f"read {self.report}")
+        return self
+
     @property
     def report(self) -> Path:
         """The report for people."""
@@ -59,6 +71,30 @@ class Bundle:
         from .engine import load
 
         return load(self.path, engine)
+
+
+def check_output(path: Path) -> None:
+    """Refuses to let a bundle take the place of anything but an empty folder or an older bundle.
+
+    Raises:
+        OutputError: the folder holds something else, or is the current one.
+    """
+    here = Path.cwd()
+    if path.resolve() in (here, *here.parents):
+        raise OutputError(f"output {str(path)!r} is the current folder, or holds it", hint="name a folder of its own")
+    if path.is_dir() and any(path.iterdir()) and not _is_bundle(path):
+        raise OutputError(
+            f"output {str(path)!r} holds something else than a bundle, which would be lost",
+            expected="no folder, an empty one, or an older bundle",
+            hint="choose another folder with -o",
+        )
+
+
+def _is_bundle(path: Path) -> bool:
+    try:
+        return "enginesmith" in json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def write_bundle(folder: Path, manifest: Manifest, recipe: Recipe) -> None:

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import (
-    BuildError,
-    CaptureError,
-    EnginesmithError,
-    RecipeError,
-    TargetUnavailableError,
-    UnknownNameError,
-)
+from ..errors import CaptureError, RecipeError, TargetUnavailableError, UnknownNameError
 from ..passes import parse_pass
 from ..passes.base import Context, Pass
 from ..targets import parse_target
-from ..targets.base import Availability, BuildRequest, EngineInfo, Target
-from .bundle import Bundle, write_bundle, write_reproduction
+from ..targets.base import Availability, Target
+from .build import Job, build_all, check_left, engine_names
+from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
 from .machine.environment import environment
-from .manifest import FORMAT, Benchmark, CaptureRecord, EngineRecord, Manifest, PassRecord
+from .manifest import FORMAT, Benchmark, EngineRecord, Manifest, PassRecord
 from .progress import Progress, Stages
 from .recipe import Recipe, make_recipe, read_recipe
-from .storage.cache import Cache, key
-from .storage.files import appearing_folder, copy_tree, size_bytes
-from .storage.fingerprint import compile_key, is_self_contained, local_modules, still_hold
+from .storage.cache import Cache
+from .storage.files import appearing_folder
+from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, local_modules, still_hold
 from .storage.memory import release
-from .trial import TORCH_BASELINES, benchmark_engines, load, validate_engines, verdict
+from .trial import TORCH_BASELINES, benchmark_engines, load, load_metric, validate_engines, verdict
 from .validation.reference import ReferenceOutputs
 
 if TYPE_CHECKING:
@@ -46,26 +39,6 @@ if TYPE_CHECKING:
     from .sources import Model
 
 STAGES = 9
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What all stages of one compile share. `folder` becomes the bundle, `scratch` is gone afterwards."""
-
-    recipe: Recipe
-    targets: tuple[Target, ...]
-    passes: tuple[Pass, ...]
-    casts: Mapping[str, Pass]
-    machine: Mapping[str, Any]
-    cache: Cache
-    folder: Path
-    scratch: Path
-    stages: Stages
-
-    def needs_model(self, captured: Captured) -> bool:
-        """Whether the model runs again after the reference was recorded."""
-        in_torch = self.recipe.benchmark and any(name in TORCH_BASELINES for name in self.recipe.baselines)
-        return in_torch or captured.graph is None or any(t.capabilities.consumes == "module" for t in self.targets)
 
 
 def compile(
@@ -108,16 +81,18 @@ def compile(
 
 def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progress: Progress) -> Bundle:
     """The stages. Every name and option is checked before any work starts."""
+    check_output(output)
     targets = tuple(parse_target(text) for text in recipe.targets)
     _check_names(recipe, targets)
     machine, cache = environment(), Cache()
     bundle_key = compile_key(recipe, machine)
-    from_files = module is None and is_self_contained(recipe)
+    from_files = module is None and is_self_contained(recipe) and is_repeatable(recipe)
     if from_files and (kept := _unchanged(cache, bundle_key)):
         with appearing_folder(output) as folder:
             return _copied(kept, folder, output)
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
     casts = {precision: parse_pass(f"cast:to={precision}") for precision in recipe.precisions if precision != "fp32"}
+    _check_judging(recipe)
     stages = Stages(progress, STAGES)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
         job = Job(recipe, targets, passes, casts, machine, cache, folder, Path(scratch), stages)
@@ -127,7 +102,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"
         if not from_files:
             bundle_key = compile_key(recipe, machine, model.fingerprint)
-            if kept := _unchanged(cache, bundle_key):
+            if is_repeatable(recipe) and (kept := _unchanged(cache, bundle_key)):
                 return _copied(kept, folder, output)
 
         with stages("read data") as stage:
@@ -147,11 +122,12 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("run passes"):
             graphs, pass_records = _run_passes(job, captured, model, data)
         with stages("build engines") as stage:
-            engines = _build_all(job, graphs, captured.record, model, data)
+            engines = build_all(job, graphs, captured.record, model, data)
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
             stage["detail"] = f"{len(built)} of {len(engines)}"
         with stages("validate") as stage:
             stage["detail"] = _validate(job, model, captured, reference, engines)
+            check_left(engines, recipe.require)
         with stages("benchmark") as stage:
             benchmark = _benchmark(job, model, data, engines)
             stage["detail"] = f"against {benchmark['baseline']}" if benchmark else "nothing to measure"
@@ -174,7 +150,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 files={},
             )
             write_bundle(folder, manifest, recipe)
-        if all(engine["status"] != "failed" for engine in engines):
+        if is_repeatable(recipe) and all(engine["status"] != "failed" for engine in engines):
             job.cache.put("bundles", bundle_key, folder, notes=local_modules(known_modules))
     return Bundle(output, manifest)
 
@@ -198,7 +174,7 @@ def _check_names(recipe: Recipe, targets: tuple[Target, ...]) -> None:
 
     A baseline that does not exist fails here too.
     """
-    names = [f"{target.name}-{precision}" for target in targets for precision in recipe.precisions]
+    names = engine_names([(target, precision) for target in targets for precision in recipe.precisions])
     for baseline in recipe.baselines:
         if baseline not in (*TORCH_BASELINES, *names):
             raise UnknownNameError("baseline", baseline, [*TORCH_BASELINES, *names])
@@ -209,6 +185,15 @@ def _check_names(recipe: Recipe, targets: tuple[Target, ...]) -> None:
         state = target.availability()
         if not state.build:
             raise _unavailable(target, state)
+
+
+def _check_judging(recipe: Recipe) -> None:
+    """Looks the metric and the tolerances up before anything long runs."""
+    from .validation.metrics import resolve_tolerance
+
+    load_metric(recipe)
+    for precision in recipe.precisions:
+        resolve_tolerance(precision, recipe.tolerances.get(precision))
 
 
 def _unavailable(target: Target, state: Availability) -> TargetUnavailableError:
@@ -226,7 +211,7 @@ def _unchanged(cache: Cache, bundle_key: str) -> Path | None:
 def _copied(kept: Path, folder: Path, output: Path) -> Bundle:
     """Fills the folder that will appear at `output` from the cache."""
     folder.rmdir()
-    copy_tree(kept, folder)
+    shutil.copytree(kept, folder)
     return Bundle(output, Bundle.open(folder).manifest, cached=True)
 
 
@@ -286,155 +271,6 @@ def _run_pass(rewrite: Pass, graph: Graph, context: Context, variant: str) -> Pa
         nodes_before=before,
         nodes_after=sum(1 for _ in graph.nodes()),
     )
-
-
-def _build_all(
-    job: Job, graphs: Mapping[str, Graph], capture: CaptureRecord, model: Model, data: Data
-) -> list[EngineRecord]:
-    """Builds every target in every precision; one that fails leaves its reason and lets the others go on.
-
-    Raises:
-        BuildError: a required engine failed, or none was built.
-    """
-    variants = [(target, precision) for target in job.targets for precision in job.recipe.precisions]
-    engines: list[EngineRecord] = []
-    for number, (target, precision) in enumerate(variants):
-        job.stages.update(number / len(variants), f"{target.name} {precision}")
-        name = f"{target.name}-{precision}"
-        same = sum(engine["name"].startswith(name) for engine in engines)  # one target twice, with other options
-        name += f"-{same + 1}" if same else ""
-        engines.append(_build(job, name, target, precision, graphs.get(precision), capture, model, data))
-    failed = [engine for engine in engines if engine["status"] in ("failed", "unavailable")]
-    required = [engine for engine in failed if engine["target"] in job.recipe.require]
-    if required or len(failed) == len(engines):
-        worst = (required or failed)[0]
-        raise BuildError(
-            f"required engine {worst['name']!r} could not be built" if required else "no engine could be built",
-            found="; ".join(f"{engine['name']}: {engine['reason']}" for engine in required or failed),
-            hint=worst["to_do"] or None,
-        )
-    return engines
-
-
-def _build(
-    job: Job,
-    name: str,
-    target: Target,
-    precision: str,
-    graph: Graph | None,
-    capture: CaptureRecord,
-    model: Model,
-    data: Data,
-) -> EngineRecord:
-    record = EngineRecord(
-        name=name,
-        target=target.name,
-        precision=precision,
-        status="unavailable",
-        reason="",
-        to_do="",
-        build_s=None,
-        size_bytes=0,
-        cached=False,
-        details={},
-        validation=None,
-    )
-    state = target.availability()
-    if not state.build:
-        record.update({"reason": state.reason, "to_do": state.install})
-        return record
-    if problem := _mismatch(target, precision, graph, capture):
-        record.update({"status": "failed", "reason": problem})
-        return record
-    directory = job.folder / "engines" / name
-    directory.mkdir(parents=True)
-    log: list[str] = []
-    start = time.perf_counter()
-    try:
-        info, record["cached"] = _build_or_reuse(job, target, precision, graph, model, data, directory, log, state)
-    except Exception as error:  # noqa: BLE001  the step boundary: one engine's failure must not take the others along
-        known = isinstance(error, EnginesmithError)
-        log.extend(traceback.format_exc().splitlines())
-        record.update(
-            {"status": "failed", "reason": str(error) if known else f"internal error, {type(error).__name__}: {error}"}
-        )
-        record["to_do"] = f"see engines/{name}/build.log"
-        write_reproduction(directory, str(target), precision, log)
-        return record
-    (directory / "engine.json").unlink()  # it may be a link to the cache's
-    dataclasses.replace(info, name=name).write(directory)
-    write_reproduction(directory, str(target), precision, log)
-    record.update(
-        {
-            "status": "ready" if state.run else "built",
-            "reason": state.reason,
-            "to_do": state.install,
-            "build_s": time.perf_counter() - start,
-            "size_bytes": size_bytes(directory),
-            "details": dict(info.details),
-        }
-    )
-    return record
-
-
-def _mismatch(target: Target, precision: str, graph: Graph | None, capture: CaptureRecord) -> str:
-    """Why the target cannot take this variant; empty where it can."""
-    if precision not in target.capabilities.precisions:
-        return f"no engines of precision {precision}; it builds {', '.join(target.capabilities.precisions)}"
-    if target.capabilities.consumes == "module":
-        return ""
-    if graph is None:
-        return "no graph: " + "; ".join(f"{a['exporter']}: {a['reason']}" for a in capture["attempts"])
-    low, high = target.opset_range() or (1, sys.maxsize)
-    if not low <= graph.opset <= high:
-        return f"the graph has opset {graph.opset}; the target takes {low} to {high}"
-    return ""
-
-
-def _build_or_reuse(
-    job: Job,
-    target: Target,
-    precision: str,
-    graph: Graph | None,
-    model: Model,
-    data: Data,
-    directory: Path,
-    log: list[str],
-    state: Availability,
-) -> tuple[EngineInfo, bool]:
-    """Builds an engine, or takes the one that was built before from the same graph by the same versions."""
-    by_module = target.capabilities.consumes == "module"
-    engine_key = key(
-        {
-            "source": model.fingerprint if by_module or graph is None else graph.fingerprint(),
-            "signature": model.signature.to_json(),
-            "target": [target.name, target.options(), precision],
-            "versions": state.versions,
-            "machine": job.machine,
-        }
-    )
-    if kept := job.cache.get("engines", engine_key):
-        log.append("taken from the cache: same graph, options, versions and machine")
-        directory.rmdir()
-        copy_tree(kept, directory)
-        return EngineInfo.read(directory), True
-    request = BuildRequest(
-        graph=None if by_module else graph,
-        model=model,
-        signature=model.signature,
-        precision=precision,
-        sample=data.first(),
-        directory=directory,
-        cache=job.cache.folder("builders"),
-        log=log.append,
-        progress=job.stages.update,
-        timeout_s=job.recipe.timeout_s,
-    )
-    info = target.build(request)
-    release()
-    info.write(directory)
-    job.cache.put("engines", engine_key, directory)
-    return info, False
 
 
 def _validate(

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import EnginesmithError, TargetUnavailableError, UnknownNameError
+from ..errors import EnginesmithError, RecipeError, UnknownNameError
 from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
-from .bundle import Bundle
 from .data import open_data, resized
-from .engine import check_files
-from .manifest import Benchmark, EngineRecord, OutputMetrics, Validation
-from .progress import Progress
-from .recipe import Recipe, make_recipe, read_recipe
+from .manifest import Benchmark, EngineRecord, OutputMetrics
+from .recipe import Recipe
 from .signature import Signature, parse_inputs
 from .storage.memory import release
 from .validation.reference import ReferenceOutputs
@@ -48,6 +44,7 @@ def load(recipe: Recipe, module: torch.nn.Module | None = None) -> Model:
         module if module is not None else recipe.model,
         weights=Path(recipe.weights) if recipe.weights else None,
         inputs=inputs,
+        dynamic=() if inputs else recipe.dynamic,
         arguments=recipe.arguments,
         device=recipe.reference_device,
         sample=open_data(recipe.data, inputs, seed=recipe.seed).first() if inputs and recipe.data else None,
@@ -153,27 +150,39 @@ def sized_inputs(signature: Signature, sample: Mapping[str, np.ndarray]) -> list
 
 
 def load_metric(recipe: Recipe) -> MetricFunction | None:
-    """The user's metric."""
+    """The user's metric.
+
+    Raises:
+        RecipeError: there is no such file, or what it names does not take outputs and inputs.
+        UnknownNameError: the file does not define that name.
+    """
     if recipe.metric is None:
         return None
-    from .sources.user_code import load_symbol, running
+    from .sources.user_code import check_call, load_symbol, running
 
-    metric: MetricFunction = load_symbol(recipe.metric, kind="metric")
+    metric: MetricFunction = load_symbol(recipe.metric, kind="metric", error=RecipeError)
+    check_call(metric, recipe.metric, kind="metric", arguments=("outputs", "inputs"), error=RecipeError)
     file = Path(recipe.metric.rpartition(":")[0]).absolute()
 
     @functools.wraps(metric)
     def guarded(outputs: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]) -> Any:
-        with running(file):
+        with running(file, error=RecipeError):
             return metric(outputs, inputs)
 
     return guarded
 
 
 def verdict(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> dict[str, Any]:
-    """Good where every engine that was judged is right; the best is the fastest of them at the optimum sizes."""
+    """Good where every engine that runs here loads and is right; the best is the fastest of them at the optimum sizes.
+
+    Where engines were built but none of them runs on this machine the state is "unproven": nothing was compared.
+    """
     judged = [engine for engine in engines if engine["validation"]]
     right = [engine["name"] for engine in judged if engine["validation"] and engine["validation"]["passed"]]
-    reasons = [f"{engine['name']} failed its validation" for engine in judged if engine["name"] not in right]
+    wrong = [engine["name"] for engine in judged if engine["name"] not in right]
+    broken = [engine["name"] for engine in engines if engine["status"] == "failed" and engine["build_s"] is not None]
+    passed = not wrong and not broken and any(engine["status"] in ("ready", "built") for engine in engines)
+    reasons = [f"{name} failed its validation" for name in wrong]
     reasons += [f"{engine['name']}: {engine['reason']}" for engine in engines if engine["status"] != "ready"]
     timings = [
         timing
@@ -182,7 +191,8 @@ def verdict(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signat
     ]
     fastest = min(timings, key=lambda timing: timing["p50_ms"], default=None)
     return {
-        "passed": len(right) == len(judged) and any(engine["status"] in ("ready", "built") for engine in engines),
+        "passed": passed,
+        "state": "failed" if not passed else "passed" if right else "unproven",
         "judged": len(judged),
         "best": fastest["candidate"] if fastest else next(iter(right), None),
         "speed_up": fastest["speed_up"] if fastest else None,
@@ -203,7 +213,7 @@ def _baselines(
     if not asked:
         return [], {}
     if model is None or model.module is None:
-        return [], dict.fromkeys(asked, "the model is no torch module")
+        return [], dict.fromkeys(asked, "there is no torch module: the model is ONNX, or was given in Python")
     device = "cuda" if _any_on_gpu(engines) else "cpu"
     candidates = torch_baselines(model, device=device, compiled="torch.compile" in asked)
     return [candidate for candidate in candidates if candidate.name in asked], {}
@@ -217,99 +227,3 @@ def _any_on_gpu(engines: Sequence[EngineRecord]) -> bool:
 def _baseline_name(recipe: Recipe, candidates: Sequence[Candidate]) -> str:
     names = [candidate.name for candidate in candidates]
     return next((name for name in recipe.baselines if name in names), names[0])
-
-
-def validate_bundle(
-    path: Path, engines: Sequence[str] = (), *, progress: Progress | None = None, **fields: Any
-) -> list[Validation]:
-    """Judges the engines of a bundle again: on its own record of the reference, or on new data with the model.
-
-    Args:
-        engines: names of the engines to judge; all that run here where empty.
-        fields: `data`, `metric`, `tolerances`, `max_samples` of the recipe.
-
-    Raises:
-        TargetUnavailableError: no engine that was asked for runs here.
-    """
-    from .validation.validator import noise_floor
-
-    bundle, recipe = _reopen(path, fields)
-    chosen = _choose(bundle, engines)
-    signature = Signature.from_json(bundle.manifest["signature"])
-    with tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
-        floor: tuple[str, list[OutputMetrics]] = ("", [])
-        if "data" in fields:
-            model = load(recipe)
-            data = open_data(recipe.data, model.signature, seed=recipe.seed)
-            reference = ReferenceOutputs.record(model, data.labelled(), Path(scratch), max_samples=recipe.max_samples)
-            floor = noise_floor(reference, model, None)
-        else:
-            reference = ReferenceOutputs(path / "reference", signature)
-        validate_engines(path, chosen, reference, floor, recipe, (progress or Progress()).update, save=False)
-    return [_judged(engine) for engine in chosen]
-
-
-def benchmark_bundle(
-    path: Path, engines: Sequence[str] = (), *, progress: Progress | None = None, **fields: Any
-) -> Benchmark:
-    """Measures the engines of a bundle again.
-
-    Args:
-        engines: names of the engines to measure; all that run here where empty.
-        fields: `baselines`, `data`, `rounds`, `slice_s`, `with_transfers`, `seed` of the recipe.
-
-    Raises:
-        TargetUnavailableError: no engine that was asked for runs here.
-    """
-    bundle, recipe = _reopen(path, fields)
-    chosen = _choose(bundle, engines)
-    signature = Signature.from_json(bundle.manifest["signature"])
-    if "data" in fields:
-        sample: Mapping[str, np.ndarray] = open_data(recipe.data, signature, seed=recipe.seed).first()
-    else:
-        sample = next(iter(ReferenceOutputs(path / "reference", signature))).inputs
-    in_torch = any(name in TORCH_BASELINES for name in recipe.baselines)
-    model = load(recipe) if in_torch and bundle.manifest["source"]["kind"] != "onnx" else None
-    update = (progress or Progress()).update
-    result = benchmark_engines(path, chosen, sample, signature, recipe, model, update)
-    assert result is not None, "_choose gives at least one engine that runs"
-    return result
-
-
-def _reopen(path: Path, fields: Mapping[str, Any]) -> tuple[Bundle, Recipe]:
-    bundle = Bundle.open(path)
-    recipe = read_recipe(path / "recipe.yaml")
-    return bundle, make_recipe({**recipe.model_dump(), **fields}, "call")
-
-
-def _choose(bundle: Bundle, names: Sequence[str]) -> list[EngineRecord]:
-    """Copies of the records of the engines that were asked for, ready where they run on this machine."""
-    records = bundle.manifest["engines"]
-    for name in names:
-        if name not in {record["name"] for record in records}:
-            raise UnknownNameError("engine", name, [record["name"] for record in records])
-    chosen, reasons = [], []
-    for record in records:
-        if (names and record["name"] not in names) or record["status"] not in ("ready", "built"):
-            continue
-        check_files(bundle.path, record["name"], bundle.manifest)
-        state = get_target(record["target"]).availability()
-        if state.run:
-            chosen.append(EngineRecord(**{**record, "status": "ready", "validation": None}))
-        else:
-            reasons.append(f"{record['name']}: {state.reason}")
-    if not chosen or (names and reasons):
-        raise TargetUnavailableError(
-            f"no engine of {str(bundle.path)!r} that was asked for runs here"
-            if names
-            else f"no engine of {str(bundle.path)!r} runs here",
-            found="; ".join(reasons) or "none was built",
-        )
-    return chosen
-
-
-def _judged(engine: EngineRecord) -> Validation:
-    """The validation of an engine; one that does not load any more is an error, not a verdict."""
-    if engine["validation"] is None:
-        raise TargetUnavailableError(f"engine {engine['name']!r} cannot be judged", found=engine["reason"])
-    return engine["validation"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..compiler.options import render
 
@@ -56,12 +56,10 @@ class Context:
     Attributes:
         signature: names, dtypes and dynamic axes of the model.
         samples: data to measure ranges or results on; None where the caller has none.
-        target: name of the target that the graph is for; None where it is for all.
     """
 
     signature: Signature
     samples: Samples | None = None
-    target: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,3 @@ class Pass(abc.ABC):
 
     def __str__(self) -> str:
         return render(self.name, self)
-
-    def options(self) -> dict[str, Any]:
-        """The options by name."""
-        return dataclasses.asdict(self)

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..compiler.data import other_sizes, random_batch
+from ..compiler.data import other_sizes, random_batch, resized
 from ..compiler.difference import relative_l2
 from ..compiler.graph import Graph
 from ..compiler.graph.probe import Arrays, run
@@ -179,9 +179,9 @@ def _check_results(before: Graph, after: Graph, context: Context) -> None:
 
 
 def _inputs(context: Context) -> Iterator[Arrays]:
-    if context.samples is not None:
-        yield next(iter(context.samples))
-        return
+    """Real values where there are any, at two sizes of each dynamic axis, so that no size is folded in."""
+    sample = next(iter(context.samples), None) if context.samples is not None else None
     generator = np.random.default_rng(0)
-    for sizes in (context.signature.sizes(), *other_sizes(context.signature)):  # so that no size is folded in
-        yield random_batch(context.signature, generator, sizes)
+    signature = context.signature
+    for sizes in (signature.sizes(), *other_sizes(signature)):
+        yield random_batch(signature, generator, sizes) if sample is None else resized(signature, sample, sizes)

@@ -30,8 +30,11 @@ FAILURES = (EnginesmithError, RuntimeError, ValueError, OSError, MemoryError)
 FOREIGN_CPU_LIMIT = 0.12
 """A round during which other processes took a larger share of all processors than this is measured again."""
 
+MIN_ROUNDS = 6
+"""A 95 % interval of a median needs six: all of five rounds lie on one side of it in 2 / 2^5 = 6 % of runs."""
+
 SLOW_FACTOR = 3
-SLOW_ROUNDS = 5
+SLOW_ROUNDS = MIN_ROUNDS
 """Where single calls outlast a slice, rounds stop after this many once they took this multiple of the planned time."""
 
 
@@ -54,15 +57,12 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rounds < 2:
-            raise RecipeError("too few rounds for an interval", expected="2 or more", found=self.rounds)
+        if self.rounds < MIN_ROUNDS:
+            raise RecipeError(
+                "too few rounds for an interval", expected=f"{MIN_ROUNDS} or more", found=self.rounds
+            )
         if self.slice_s <= 0 or self.warmup_s <= 0:
             raise RecipeError("a slice and the warm-up must last", expected="seconds above 0", found=self)
-
-    @classmethod
-    def quick(cls) -> Settings:
-        """About 0.4 s for each candidate and size, for a first impression."""
-        return cls(rounds=6, slice_s=0.05, warmup_s=0.15)
 
 
 @dataclasses.dataclass(frozen=True)

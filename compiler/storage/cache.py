@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import OutputError, StorageError
-from .files import appearing_folder, copy_tree, hashes, size_bytes
+from ...errors import OutputError, RecipeError, StorageError
+from .files import appearing_folder, hashes, size_bytes
 
 Kind = Literal["bundles", "engines"]
 
@@ -37,11 +37,25 @@ def code_digest() -> str:
     return result.hexdigest()
 
 
+def room_bytes() -> float:
+    """What the cache may hold.
+
+    Raises:
+        RecipeError: the variable holds no number.
+    """
+    text = os.environ.get("ENGINESMITH_CACHE_GB", "20")
+    try:
+        return float(text) * 1e9
+    except ValueError as error:
+        raise RecipeError("ENGINESMITH_CACHE_GB holds no number", expected="gigabytes", found=text) from error
+
+
 class Cache:
     """Folders by kind and key."""
 
     def __init__(self, root: Path | None = None) -> None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        room_bytes()  # a wrong value shows before the work, not after it
         self.root = root or Path(os.environ.get("ENGINESMITH_CACHE") or Path(home) / "enginesmith")
 
     def get(self, kind: Kind, key: str) -> Path | None:
@@ -66,7 +80,7 @@ class Cache:
         """Keeps a copy of a folder. A cache that cannot be written is no reason to fail: then nothing is kept."""
         try:
             with appearing_folder(self.root / kind / key) as entry:
-                copy_tree(folder, entry / "content")
+                shutil.copytree(folder, entry / "content")
                 (entry / "hashes.json").write_text(json.dumps(hashes(entry / "content")))
                 (entry / "notes.json").write_text(json.dumps(notes or {}))
             self._prune()
@@ -83,7 +97,7 @@ class Cache:
         return path
 
     def _prune(self) -> None:
-        room = float(os.environ.get("ENGINESMITH_CACHE_GB", "20")) * 1e9
+        room = room_bytes()
         entries = [entry for kind in ("bundles", "engines") for entry in (self.root / kind).glob("[0-9a-f]*")]
         for entry in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True):
             room -= size_bytes(entry)

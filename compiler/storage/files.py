@@ -14,7 +14,7 @@ from pathlib import Path
 from ...errors import OutputError, StorageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
 
 def sha256(path: Path) -> str:
@@ -35,18 +35,6 @@ def hashes(folder: Path) -> dict[str, str]:
 def size_bytes(folder: Path) -> int:
     """Size of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def copy_tree(source: Path, destination: Path) -> None:
-    """Copies a folder; its files are hard links where the file system allows it."""
-
-    def link(origin: str, copy: str) -> None:
-        try:
-            os.link(origin, copy)
-        except OSError:
-            shutil.copy2(origin, copy)
-
-    shutil.copytree(source, destination, copy_function=link)
 
 
 @contextmanager

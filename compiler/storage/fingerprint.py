@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...errors import SourceError
 from ..data import digest
 from ..recipe import PATHS, Recipe
+from ..sources.detect import detect
 from .cache import code_digest, key
 from .files import sha256
 
@@ -19,7 +21,17 @@ def is_self_contained(recipe: Recipe) -> bool:
 
     A factory that brings its own weights must run to tell, and an ONNX file may keep its weights in others.
     """
-    return recipe.weights is not None if ".py:" in recipe.model else not recipe.model.endswith(".onnx")
+    if ".py:" in recipe.model:
+        return recipe.weights is not None
+    try:
+        return detect(Path(recipe.model)) != "onnx"
+    except SourceError:
+        return False
+
+
+def is_repeatable(recipe: Recipe) -> bool:
+    """Whether equal files mean an equal bundle. What a data function yields may change without its code."""
+    return recipe.data is None or ".py:" not in recipe.data
 
 
 def compile_key(recipe: Recipe, machine: Mapping[str, Any], model_fingerprint: str = "") -> str:

@@ -233,3 +233,26 @@ def test_error_as_json(enginesmith, tmp_path):
     error = json.loads(outcome.out)["error"]
     assert error["type"] == "SourceError"
     assert error["exit_code"] == 3
+
+
+def test_output_that_holds_other_files_is_left_alone(enginesmith, model, arguments):
+    (model / "precious").mkdir()
+    (model / "precious" / "thesis.txt").write_text("kept")
+    refused(enginesmith(*arguments, "-o", model / "precious"), 2, "holds something else than a bundle")
+    assert (model / "precious" / "thesis.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_output_that_holds_the_current_folder(enginesmith, model, arguments, monkeypatch, output):
+    monkeypatch.chdir(model)
+    refused(enginesmith(*arguments, "-o", output), 2, "is the current folder, or holds it")
+
+
+def test_metric_and_tolerance_are_looked_up_before_any_work(enginesmith, model, arguments):
+    refused(enginesmith(*arguments, "--metric", model / "absent.py:f"), 2, "absent.py")
+    refused(enginesmith(*arguments, "--tolerance", "fp32.relative_l2=nan"), 2, "relative_l2")
+
+
+def test_cache_size_that_is_no_number(enginesmith, arguments, monkeypatch):
+    monkeypatch.setenv("ENGINESMITH_CACHE_GB", "much")
+    refused(enginesmith(*arguments), 2, "ENGINESMITH_CACHE_GB holds no number")

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
 
 import enginesmith as es
-from enginesmith.errors import EngineError
+from enginesmith.errors import EngineError, VerdictError
 
 ENGINE = "onnxruntime-cpu-fp32"
 
@@ -55,7 +56,7 @@ def test_validate_and_bench_again(enginesmith, bundle, model):
     assert {validation["engine"] for validation in json.loads(outcome.out)} == {ENGINE, "torchscript-fp32"}
     np.savez(model / "new.npz", x=np.full((5, 4), 0.5, np.float32))
     assert enginesmith("validate", bundle, "--engine", ENGINE, "--data", model / "new.npz", "--quiet") == (0, "", "")
-    quick = ["--rounds", "3", "--slice-s", "0.01", "--json"]
+    quick = ["--rounds", "6", "--slice-s", "0.01", "--json"]
     outcome = enginesmith("bench", bundle, "--baseline", ENGINE, *quick)
     assert outcome.code == 0
     result = json.loads(outcome.out)
@@ -169,3 +170,55 @@ def test_doctor(enginesmith):
 
 def test_schema(enginesmith):
     assert "targets" in json.loads(enginesmith("schema").out)["properties"]
+
+
+def test_weights_beside_an_onnx_file_of_any_name_are_seen_by_the_cache(enginesmith, bundle, model):
+    proto = onnx.load(bundle / "engines" / ENGINE / "model.onnx")
+    onnx.save(proto, model / "net.model", save_as_external_data=True, location="w.bin", size_threshold=0)
+    arguments = ["compile", model / "net.model", "--input", "x:1x4", "--dynamic", "x:0=1..4..8", "--no-benchmark"]
+    arguments += ["--target", "onnxruntime-cpu", "-o", model / "first", "--json"]
+    first = json.loads(enginesmith(*arguments).out)["source"]["fingerprint"]
+    weights = np.fromfile(model / "w.bin", np.float32)
+    (weights * 3).tofile(model / "w.bin")
+    assert json.loads(enginesmith(*arguments).out)["source"]["fingerprint"] != first
+
+
+def test_what_a_data_function_yields_is_never_taken_from_the_cache(enginesmith, model, arguments):
+    np.save(model / "x.npy", np.zeros((4, 4), np.float32))
+    (model / "data.py").write_text(f"import numpy\ndef batches():\n    yield {{'x': numpy.load('{model}/x.npy')}}\n")
+    arguments = [*arguments, "--data", f"{model}/data.py:batches"]
+    assert enginesmith(*arguments).code == 0
+    np.save(model / "x.npy", np.zeros((4, 5), np.float32))
+    assert enginesmith(*arguments).code == 2
+
+
+def test_bundle_that_cannot_be_judged_here_is_unproven(enginesmith, model, arguments):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    outcome = enginesmith(*arguments[:-5], "--target", "tensorrt-rtx", "--no-benchmark", "-o", model / "out")
+    verdict = json.loads((model / "out" / "manifest.json").read_text())["verdict"]
+    assert outcome.code == 0
+    assert (verdict["state"], verdict["judged"], verdict["best"]) == ("unproven", 0, None)
+
+
+def test_check_raises_on_a_negative_verdict(enginesmith, bundle, model, arguments):
+    assert es.Bundle.open(bundle).check().passed
+    enginesmith(*arguments, "--tolerance", "fp32.relative_l2=1e-12", "-o", model / "bad")
+    with pytest.raises(VerdictError, match=r"bundle .* failed\n.*failed its validation"):
+        es.Bundle.open(model / "bad").check()
+
+
+def test_bench_takes_an_engine_as_baseline_beside_those_asked_for(enginesmith, bundle):
+    quick = ["--rounds", "6", "--slice-s", "0.01", "--json"]
+    outcome = enginesmith("bench", bundle, "--engine", "torchscript-fp32", "--baseline", ENGINE, *quick)
+    assert json.loads(outcome.out)["baseline"] == ENGINE
+
+
+def test_bundle_of_a_module_is_measured_without_torch(enginesmith, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    es.compile(torch.nn.Linear(4, 2), tmp_path / "out", inputs=["input:2x4"], benchmark=False)
+    outcome = enginesmith("bench", tmp_path / "out", "--rounds", "6", "--slice-s", "0.01", "--json")
+    assert "was given in Python" in json.loads(outcome.out)["skipped"]["torch"]
+    refused = enginesmith("compile", "--recipe", tmp_path / "out" / "recipe.yaml", "-o", tmp_path / "again")
+    assert refused.code == 2
+    assert "must be given again" in refused.err

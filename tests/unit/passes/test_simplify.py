@@ -170,7 +170,7 @@ def test_refuses_weights_that_grow(rewrite, monkeypatch):
 
 
 def test_refuses_what_cannot_be_checked(rewrite):
-    _, result = rewrite(SIMPLIFY, CONSTANTS, [{"image": np.zeros((1, 3), np.float32)}])
+    _, result = rewrite(SIMPLIFY, CONSTANTS, [{"image": np.zeros((1, 3, 8, 8), np.float64)}])
     assert result.refusals[0].reason.startswith("the result cannot be checked: ONNX Runtime cannot run the graph")
 
 

@@ -157,7 +157,7 @@ def test_what_the_benchmark_opened_it_closes_and_nothing_else():
 
 def test_with_transfers_whole_calls_are_timed():
     log = []
-    result = run({"torch": FakeRunner(log=log)}, settings=Settings(3, 0.002, 0.002, transfers=True))
+    result = run({"torch": FakeRunner(log=log)}, settings=Settings(6, 0.002, 0.002, transfers=True))
     assert log == []
     assert result["protocol"]["transfers"]
     assert result["timings"][0]["mean_ms"] != 1.0
@@ -212,10 +212,9 @@ def test_two_candidates_of_one_name_are_refused():
 
 def test_settings_are_checked():
     with pytest.raises(RecipeError, match="too few rounds for an interval"):
-        Settings(rounds=1)
+        Settings(rounds=5)
     with pytest.raises(RecipeError, match="a slice and the warm-up must last"):
         Settings(slice_s=0)
-    assert Settings.quick().slice_s < Settings().slice_s
 
 
 @pytest.mark.parametrize(

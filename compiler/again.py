@@ -1,0 +1,130 @@
+"""Judges and measures the engines of a finished bundle again, on this machine or on new data."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import EngineError, TargetUnavailableError, UnknownNameError
+from ..targets import get_target
+from .bundle import Bundle
+from .data import open_data
+from .engine import check_files
+from .manifest import Benchmark, EngineRecord, OutputMetrics, Validation
+from .progress import Progress
+from .recipe import Recipe, make_recipe, read_recipe
+from .signature import Signature
+from .trial import TORCH_BASELINES, benchmark_engines, load, validate_engines
+from .validation.reference import ReferenceOutputs
+
+
+def validate_bundle(
+    path: Path, engines: Sequence[str] = (), *, progress: Progress | None = None, **fields: Any
+) -> list[Validation]:
+    """Judges the engines of a bundle again: on its own record of the reference, or on new data with the model.
+
+    Args:
+        engines: names of the engines to judge; all that run here where empty.
+        fields: `data`, `metric`, `tolerances`, `max_samples` of the recipe.
+
+    Raises:
+        TargetUnavailableError: no engine that was asked for runs here.
+    """
+    from .validation.validator import noise_floor
+
+    bundle, recipe = _reopen(path, fields)
+    chosen = _choose(bundle, engines)
+    signature = Signature.from_json(bundle.manifest["signature"])
+    with tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
+        floor: tuple[str, list[OutputMetrics]] = ("", [])
+        if "data" in fields:
+            model = load(recipe)
+            data = open_data(recipe.data, model.signature, seed=recipe.seed)
+            reference = ReferenceOutputs.record(model, data.labelled(), Path(scratch), max_samples=recipe.max_samples)
+            floor = noise_floor(reference, model, None)
+        else:
+            floor = _stored_floor(bundle)
+            reference = ReferenceOutputs(path / "reference", signature, max_samples=recipe.max_samples)
+        validate_engines(path, chosen, reference, floor, recipe, (progress or Progress()).update, save=False)
+    return [_judged(engine) for engine in chosen]
+
+
+def _stored_floor(bundle: Bundle) -> tuple[str, list[OutputMetrics]]:
+    """The noise floor that was found when the bundle was made, one for all its engines."""
+    validations = [v for engine in bundle.manifest["engines"] if (v := engine["validation"])]
+    return (validations[0]["noise_floor_of"], validations[0]["noise_floor"]) if validations else ("", [])
+
+
+def benchmark_bundle(
+    path: Path, engines: Sequence[str] = (), *, progress: Progress | None = None, **fields: Any
+) -> Benchmark:
+    """Measures the engines of a bundle again.
+
+    Args:
+        engines: names of the engines to measure; all that run here where empty.
+        fields: `baselines`, `data`, `rounds`, `slice_s`, `with_transfers`, `seed` of the recipe.
+
+    Raises:
+        TargetUnavailableError: no engine that was asked for runs here.
+        EngineError: every candidate failed.
+    """
+    bundle, recipe = _reopen(path, fields)
+    if engines:
+        names = {record["name"] for record in bundle.manifest["engines"]}
+        engines = list(dict.fromkeys([*engines, *(name for name in recipe.baselines if name in names)]))
+    chosen = _choose(bundle, engines)
+    signature = Signature.from_json(bundle.manifest["signature"])
+    if "data" in fields:
+        sample: Mapping[str, np.ndarray] = open_data(recipe.data, signature, seed=recipe.seed).first()
+    else:
+        sample = next(iter(ReferenceOutputs(path / "reference", signature))).inputs
+    in_torch = any(name in TORCH_BASELINES for name in recipe.baselines)
+    from_file = bundle.manifest["source"]["kind"] != "onnx" and not recipe.model.startswith("<")
+    model = load(recipe) if in_torch and from_file else None
+    update = (progress or Progress()).update
+    result = benchmark_engines(path, chosen, sample, signature, recipe, model, update)
+    if result is None or not result["timings"]:
+        reasons = result["skipped"] if result else {}
+        raise EngineError("nothing could be measured", found="; ".join(f"{k}: {v}" for k, v in reasons.items()))
+    return result
+
+
+def _reopen(path: Path, fields: Mapping[str, Any]) -> tuple[Bundle, Recipe]:
+    bundle = Bundle.open(path)
+    recipe = read_recipe(path / "recipe.yaml")
+    return bundle, make_recipe({**recipe.model_dump(), **fields}, "call")
+
+
+def _choose(bundle: Bundle, names: Sequence[str]) -> list[EngineRecord]:
+    """Copies of the records of the engines that were asked for, ready where they run on this machine."""
+    records = bundle.manifest["engines"]
+    for name in names:
+        if name not in {record["name"] for record in records}:
+            raise UnknownNameError("engine", name, [record["name"] for record in records])
+    chosen, reasons = [], []
+    for record in records:
+        if (names and record["name"] not in names) or record["status"] not in ("ready", "built"):
+            continue
+        check_files(bundle.path, record["name"], bundle.manifest)
+        state = get_target(record["target"]).availability()
+        if state.run:
+            chosen.append(EngineRecord(**{**record, "status": "ready", "validation": None}))
+        else:
+            reasons.append(f"{record['name']}: {state.reason}")
+    if not chosen or (names and reasons):
+        raise TargetUnavailableError(
+            f"no engine of {str(bundle.path)!r} {'that was asked for ' if names else ''}runs here",
+            found="; ".join(reasons) or "none was built",
+        )
+    return chosen
+
+
+def _judged(engine: EngineRecord) -> Validation:
+    """The validation of an engine; one that does not load any more is an error, not a verdict."""
+    if engine["validation"] is None:
+        raise TargetUnavailableError(f"engine {engine['name']!r} cannot be judged", found=engine["reason"])
+    return engine["validation"]

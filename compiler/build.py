@@ -1,0 +1,218 @@
+"""Builds the engines of a compile, or takes from the cache what was built before; each failure stays its own."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BuildError, EnginesmithError
+from ..passes.base import Pass
+from ..targets.base import Availability, BuildRequest, EngineInfo, Target
+from .bundle import write_reproduction
+from .data import Data
+from .manifest import CaptureRecord, EngineRecord
+from .progress import Stages
+from .recipe import Recipe
+from .storage.cache import Cache, key
+from .storage.files import size_bytes
+from .storage.memory import release
+from .trial import TORCH_BASELINES
+
+if TYPE_CHECKING:
+    from .capture import Captured
+    from .graph import Graph
+    from .sources import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all stages of one compile share. `folder` becomes the bundle, `scratch` is gone afterwards."""
+
+    recipe: Recipe
+    targets: tuple[Target, ...]
+    passes: tuple[Pass, ...]
+    casts: Mapping[str, Pass]
+    machine: Mapping[str, Any]
+    cache: Cache
+    folder: Path
+    scratch: Path
+    stages: Stages
+
+    def needs_model(self, captured: Captured) -> bool:
+        """Whether the model runs again after the reference was recorded."""
+        in_torch = self.recipe.benchmark and any(name in TORCH_BASELINES for name in self.recipe.baselines)
+        return in_torch or captured.graph is None or any(t.capabilities.consumes == "module" for t in self.targets)
+
+
+def build_all(
+    job: Job, graphs: Mapping[str, Graph], capture: CaptureRecord, model: Model, data: Data
+) -> list[EngineRecord]:
+    """Builds every target in every precision; one that fails leaves its reason and lets the others go on.
+
+    Raises:
+        BuildError: a required engine failed, or none was built.
+    """
+    variants = [(target, precision) for target in job.targets for precision in job.recipe.precisions]
+    engines: list[EngineRecord] = []
+    for number, (name, (target, precision)) in enumerate(zip(engine_names(variants), variants, strict=True)):
+        job.stages.update(number / len(variants), name)
+        engines.append(_build(job, name, target, precision, graphs.get(precision), capture, model, data))
+    check_left(engines, job.recipe.require)
+    return engines
+
+
+def engine_names(variants: Sequence[tuple[Target, str]]) -> list[str]:
+    """``<target>-<precision>``, numbered from the second on where one target is asked for with other options."""
+    seen: collections.Counter[str] = collections.Counter()
+    names = []
+    for target, precision in variants:
+        name = f"{target.name}-{precision}"
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names
+
+
+def check_left(engines: Sequence[EngineRecord], required: Sequence[str]) -> None:
+    """Fails where a required engine is missing, or all are.
+
+    Raises:
+        BuildError: with the reason of each.
+    """
+    failed = [engine for engine in engines if engine["status"] in ("failed", "unavailable")]
+    missing = [engine for engine in failed if engine["target"] in required]
+    if not missing and len(failed) < len(engines):
+        return
+    worst = (missing or failed)[0]
+    reasons = (f"{engine['name']}: {engine['reason'].partition(chr(10))[0]}" for engine in missing or failed)
+    raise BuildError(
+        f"required engine {worst['name']!r} cannot be had" if missing else "no engine could be built",
+        found="; ".join(reasons) if len(missing or failed) > 1 else worst["reason"],
+        hint=worst["to_do"] or None,
+    )
+
+
+def _build(
+    job: Job,
+    name: str,
+    target: Target,
+    precision: str,
+    graph: Graph | None,
+    capture: CaptureRecord,
+    model: Model,
+    data: Data,
+) -> EngineRecord:
+    record = EngineRecord(
+        name=name,
+        target=target.name,
+        precision=precision,
+        status="unavailable",
+        reason="",
+        to_do="",
+        build_s=None,
+        size_bytes=0,
+        cached=False,
+        details={},
+        validation=None,
+    )
+    state = target.availability()
+    if not state.build:
+        record.update({"reason": state.reason, "to_do": state.install})
+        return record
+    if problem := _mismatch(target, precision, graph, capture):
+        record.update({"status": "failed", "reason": problem})
+        return record
+    directory = job.folder / "engines" / name
+    directory.mkdir(parents=True)
+    log: list[str] = []
+    start = time.perf_counter()
+    try:
+        info, record["cached"] = _build_or_reuse(job, target, precision, graph, model, data, directory, log, state)
+    except Exception as error:  # noqa: BLE001  the step boundary: one engine's failure must not take the others along
+        known = isinstance(error, EnginesmithError)
+        log.extend(traceback.format_exc().splitlines())
+        record.update(
+            {"status": "failed", "reason": str(error) if known else f"internal error, {type(error).__name__}: {error}"}
+        )
+        record["to_do"] = f"see engines/{name}/build.log"
+        write_reproduction(directory, str(target), precision, log)
+        return record
+    dataclasses.replace(info, name=name).write(directory)
+    write_reproduction(directory, str(target), precision, log)
+    record.update(
+        {
+            "status": "ready" if state.run else "built",
+            "reason": state.reason,
+            "to_do": state.install,
+            "build_s": time.perf_counter() - start,
+            "size_bytes": size_bytes(directory),
+            "details": dict(info.details),
+        }
+    )
+    return record
+
+
+def _mismatch(target: Target, precision: str, graph: Graph | None, capture: CaptureRecord) -> str:
+    """Why the target cannot take this variant; empty where it can."""
+    if precision not in target.capabilities.precisions:
+        return f"no engines of precision {precision}; it builds {', '.join(target.capabilities.precisions)}"
+    if target.capabilities.consumes == "module":
+        return ""
+    if graph is None:
+        return "no graph: " + "; ".join(f"{a['exporter']}: {a['reason']}" for a in capture["attempts"])
+    low, high = target.opset_range() or (1, sys.maxsize)
+    if not low <= graph.opset <= high:
+        return f"the graph has opset {graph.opset}; the target takes {low} to {high}"
+    return ""
+
+
+def _build_or_reuse(
+    job: Job,
+    target: Target,
+    precision: str,
+    graph: Graph | None,
+    model: Model,
+    data: Data,
+    directory: Path,
+    log: list[str],
+    state: Availability,
+) -> tuple[EngineInfo, bool]:
+    """Builds an engine, or takes the one that was built before from the same graph by the same versions."""
+    by_module = target.capabilities.consumes == "module"
+    engine_key = key(
+        {
+            "source": model.fingerprint if by_module or graph is None else graph.fingerprint(),
+            "signature": model.signature.to_json(),
+            "target": [target.name, target.options(), precision],
+            "versions": state.versions,
+            "machine": job.machine,
+        }
+    )
+    if kept := job.cache.get("engines", engine_key):
+        log.append("taken from the cache: same graph, options, versions and machine")
+        directory.rmdir()
+        shutil.copytree(kept, directory)
+        return EngineInfo.read(directory), True
+    request = BuildRequest(
+        graph=None if by_module else graph,
+        model=model,
+        signature=model.signature,
+        precision=precision,
+        sample=data.first(),
+        directory=directory,
+        cache=job.cache.folder("builders"),
+        log=log.append,
+        progress=job.stages.update,
+        timeout_s=job.recipe.timeout_s,
+    )
+    info = target.build(request)
+    release()
+    info.write(directory)
+    job.cache.put("engines", engine_key, directory)
+    return info, False
