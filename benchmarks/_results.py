@@ -15,8 +15,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def command() -> str:
-    """The command line, as it is given from the root of the repository."""
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """The command line, as it is given from the root of the repository; where its results went is left out."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        index = arguments.index("--out")
+        arguments = arguments[:index] + arguments[index + 2 :]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
 def write(name: str, results: Any, path: Path | None = None) -> Path:

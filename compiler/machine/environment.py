@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
     Keys of the cache hold it, so what this process has imported must not show in it.
     """
     found = {
-        "os": platform.platform(),
+        "os": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "python": platform.python_version(),
         "packages": _packages(),
         "cpu": _cpu(),
