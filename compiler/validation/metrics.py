@@ -40,6 +40,9 @@ TOLERANCES: dict[str, Tolerance] = {
 }
 """What each precision may differ by. Weights scaled by 1.2 (relative_l2 0.2 in one layer) are outside all of them."""
 
+PRECISION_OF = {"float16": "fp16", "bfloat16": "bf16"}
+"""The precision in which a model computes whose outputs are of that dtype; fp32 for all others."""
+
 MASK_MAGNITUDE, MASK_RATIO = 1e4, 1e3
 
 
@@ -60,6 +63,17 @@ def resolve_tolerance(precision: str, override: Mapping[str, float] | None = Non
             raise RecipeError(f"tolerance {key!r} is not a bound", expected="a number of at least 0", found=value)
         bounds[key] = float(value)
     return cast(Tolerance, bounds)
+
+
+def coarser(precision: str, dtypes: Iterable[str]) -> str:
+    """The coarsest of the engine's precision and those of the reference's outputs: what is right cannot be finer.
+
+    Raises:
+        UnknownNameError: no precision of that name.
+    """
+    if precision not in TOLERANCES:
+        raise UnknownNameError("precision", precision, TOLERANCES)
+    return max((precision, *(PRECISION_OF.get(dtype, "fp32") for dtype in dtypes)), key=list(TOLERANCES).index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +105,14 @@ def compare(reference: np.ndarray, output: np.ndarray, dtype: str | None = None)
         return Difference(problem=f"dtype is {found}, expected {expected}")
     if output.shape != reference.shape:
         return Difference(problem=f"shape is {output.shape}, expected {reference.shape}")
+    if not reference.size:
+        return Difference(problem=f"the reference is empty, of shape {reference.shape}, so nothing can be judged")
     if not _is_float(reference.dtype):
         differing = int(np.count_nonzero(reference != output))
         return Difference(problem=f"{differing} of {reference.size} values differ" if differing else "")
     r, y = _float64(reference), _float64(output)
     finite = np.isfinite(r)
-    if r.size and not finite.any():
+    if not finite.any():
         return Difference(problem="the reference holds no finite value, so nothing can be judged")
     unlike = np.count_nonzero(~finite & (r != y) & ~(np.isnan(r) & np.isnan(y)))
     with np.errstate(all="ignore"):
@@ -238,8 +254,6 @@ def _measure(r: np.ndarray, y: np.ndarray) -> Difference:
 
 def _groups(r: np.ndarray, finite: np.ndarray) -> list[np.ndarray]:
     """The finite places, apart where some stand far out; see the top of this file."""
-    if not r.size:
-        return []
     size = np.where(finite, np.abs(r), 0)
     peak = size.max()
     ordinary = finite & (size < peak)

@@ -50,7 +50,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
         start = time.perf_counter()
         outputs = self._reference.run(feed_dict)
         self.inference_time = time.perf_counter() - start
-        return OrderedDict(outputs)
+        return OrderedDict((name, _on_host(array)) for name, array in outputs.items())
 
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]
@@ -75,7 +75,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         start = time.perf_counter()
         outputs = self._runner.run(inputs)
         self.inference_time = time.perf_counter() - start
-        return OrderedDict(outputs)
+        return OrderedDict((name, _on_host(array)) for name, array in outputs.items())
 
 
 class Trail:
@@ -125,6 +125,15 @@ class Trail:
             table[self._pair] = rows
             tables.append(table)
         return AccuracyResults(tables)
+
+
+def host_dtype(spec: TensorSpec) -> str:
+    """The dtype in which an output is compared and kept: float32 for bfloat16, which NumPy does not have."""
+    return "float32" if spec.dtype == "bfloat16" else spec.dtype
+
+
+def _on_host(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if str(array.dtype) == "bfloat16" else array
 
 
 def _is_equal(found: Difference) -> bool:

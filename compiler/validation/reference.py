@@ -1,4 +1,4 @@
-"""What the reference makes of the samples: computed once, kept on disk, read back as a stream. Needs NumPy only.
+"""What the reference makes of the samples: computed once, kept on disk, read back as a stream by NumPy alone.
 
 Every engine of a compile is judged against the same record, and so is every engine of a bundle on a machine without
 the model. It is two archives that `numpy.load` reads:
@@ -58,14 +58,15 @@ class Recorded:
 
 
 class ReferenceOutputs:
-    """The record in a folder; iterating reads one sample at a time.
+    """The record in a folder; iterating reads one sample at a time, `max_samples` of them, and the probes.
 
     Raises:
         DataError: the folder holds no record.
     """
 
-    def __init__(self, directory: Path, signature: Signature) -> None:
+    def __init__(self, directory: Path, signature: Signature, *, max_samples: int | None = None) -> None:
         self.directory = directory
+        self._max_samples = max_samples
         self.signature = signature
         self._names = {spec.name for spec in signature.inputs}
         for file in (INPUTS, OUTPUTS):
@@ -96,14 +97,13 @@ class ReferenceOutputs:
 
     def __iter__(self) -> Iterator[Recorded]:
         with np.load(self.directory / INPUTS) as inputs, np.load(self.directory / OUTPUTS) as outputs:
-            members = {key: _members(outputs.files, key) for key in _keys(outputs.files)}
-            for key, names in members.items():
+            for key in self._chosen(outputs.files):
                 taken = {name: inputs[f"{key}/{name}"] for name in _members(inputs.files, key)}
                 yield Recorded(
                     key,
                     inputs={name: array for name, array in taken.items() if name in self._names},
                     labels={name: array for name, array in taken.items() if name not in self._names},
-                    outputs={name: outputs[f"{key}/{name}"] for name in names},
+                    outputs={name: outputs[f"{key}/{name}"] for name in _members(outputs.files, key)},
                 )
 
     def __len__(self) -> int:
@@ -135,7 +135,12 @@ class ReferenceOutputs:
 
     def _all_keys(self) -> list[str]:
         with np.load(self.directory / OUTPUTS) as outputs:
-            return _keys(outputs.files)
+            return self._chosen(outputs.files)
+
+    def _chosen(self, files: Iterable[str]) -> list[str]:
+        keys = _keys(files)
+        samples = [key for key in keys if key not in PROBES]
+        return samples[: self._max_samples] + [key for key in keys if key in PROBES]
 
 
 class _Archive:
@@ -160,27 +165,31 @@ class _Recorder:
     """Runs the reference and writes both archives."""
 
     def __init__(self, model: Model, directory: Path) -> None:
-        self._model = model
+        from .polygraphy_io import ReferenceRunner  # a machine that only reads records may lack it
+
+        self._signature = model.signature
+        self._runner = ReferenceRunner(model.reference, model.signature)
         self._names = [spec.name for spec in model.signature.inputs]
         self._inputs, self._outputs = _Archive(directory / INPUTS), _Archive(directory / OUTPUTS)
         self.first: Arrays | None = None
         self.sizes: list[dict[str, int]] = []
 
     def __enter__(self) -> _Recorder:
+        self._runner.activate()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._runner.deactivate()
         self._inputs.__exit__()
         self._outputs.__exit__()
 
     def add(self, key: str, sample: Arrays) -> None:
         inputs = {name: sample[name] for name in self._names}
-        self._model.reference.reset()
-        outputs = self._model.reference.run(inputs)
+        outputs = self._runner.infer(inputs, check_inputs=False)
         self._inputs.add(key, sample)
         self._outputs.add(key, outputs)
         self.first = self.first or inputs
-        if (sizes := self._model.signature.check(inputs)) not in self.sizes:
+        if (sizes := self._signature.check(inputs)) not in self.sizes:
             self.sizes.append(sizes)
 
 

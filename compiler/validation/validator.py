@@ -16,8 +16,8 @@ import numpy as np
 from ...errors import DataError, EngineError, EnginesmithError, RecipeError
 from ..manifest import OutputMetrics, TaskMetric, Validation
 from ..signature import Signature
-from .metrics import Judge, resolve_tolerance
-from .polygraphy_io import EngineRunner, Trail
+from .metrics import Judge, coarser, resolve_tolerance
+from .polygraphy_io import EngineRunner, Trail, host_dtype
 from .reference import Recorded, ReferenceOutputs
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def validate(
 
     Args:
         signature: the engine's own, where it takes or gives other dtypes than the model.
-        tolerance: bounds in place of those of `precision`.
+        tolerance: bounds in place of those of `precision`, or of the reference's outputs where theirs is coarser.
         floor: what `noise_floor` found.
         directory: existing folder for results.json and accuracy.json.
 
@@ -58,8 +58,8 @@ def validate(
         RecipeError: a bound that is no number, a metric that gives no number on the reference.
     """
     signature = signature or reference.signature
-    bounds = resolve_tolerance(precision, tolerance)
-    judge = Judge(bounds, {spec.name: spec.dtype for spec in signature.outputs})
+    bounds = resolve_tolerance(coarser(precision, (s.dtype for s in reference.signature.outputs)), tolerance)
+    judge = Judge(bounds, {spec.name: host_dtype(spec) for spec in signature.outputs})
     trail = Trail(engine, bounds)
     scores = _Scores(metric)
     samples = 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
-from enginesmith.compiler.validation.metrics import TOLERANCES, Judge, compare, resolve_tolerance
+from enginesmith.compiler.validation.metrics import TOLERANCES, Judge, coarser, compare, resolve_tolerance
 from enginesmith.errors import RecipeError, UnknownNameError
 
 Outputs = dict[str, np.ndarray]
@@ -298,3 +298,24 @@ def test_unknown_precisions_and_bounds_are_refused() -> None:
 def test_bounds_that_nothing_can_miss_are_refused(value: float) -> None:
     with pytest.raises(RecipeError, match="tolerance 'relative_l2' is not a bound"):
         resolve_tolerance("fp32", {"relative_l2": value})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_an_empty_reference_judges_nothing(dtype: type) -> None:
+    reference = {"y": np.zeros((0, 3), dtype)}
+    assert judge(reference, reference) == {"y": ["the reference is empty, of shape (0, 3), so nothing can be judged"]}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtypes", "expected"),
+    [
+        ("fp32", ["float32", "int64"], "fp32"),
+        ("fp32", ["float32", "float16"], "fp16"),
+        ("fp16", ["bfloat16"], "bf16"),
+        ("fp16", ["float32"], "fp16"),
+        ("int8", ["float16"], "int8"),
+        ("fp32", [], "fp32"),
+    ],
+)
+def test_the_coarser_of_engine_and_reference_sets_the_bounds(precision: str, dtypes: list[str], expected: str) -> None:
+    assert coarser(precision, dtypes) == expected

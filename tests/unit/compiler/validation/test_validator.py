@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from polygraphy.comparator import Comparator, RunResults
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.compiler.sources import Model
+from enginesmith.compiler.validation.metrics import TOLERANCES
 from enginesmith.compiler.validation.polygraphy_io import EngineRunner, ReferenceRunner
 from enginesmith.compiler.validation.reference import MAX_PROBE_ELEMENTS, ReferenceOutputs
 from enginesmith.compiler.validation.validator import noise_floor, validate
@@ -336,3 +338,42 @@ def test_a_graph_that_does_not_run_leaves_the_reference_as_noise_floor(
     what, metrics = noise_floor(record, make_model(Linear()), path)
     assert what == "reference, run a second time"
     assert all(m["passed"] for m in metrics)
+
+
+class Rounded(Linear):
+    """Computes in another precision."""
+
+    def __init__(self, dtype: str, error: float = 0.0) -> None:
+        super().__init__(error)
+        self.dtype = dtype
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        outputs = super().run(inputs)
+        return {**outputs, "logits": outputs["logits"].astype(self.dtype)}
+
+
+def test_a_model_in_half_precision_is_judged_by_its_own_bounds(tmp_path: Path) -> None:
+    logits, best = SIGNATURE.outputs
+    half = dataclasses.replace(SIGNATURE, outputs=(dataclasses.replace(logits, dtype="float16"), best))
+    record = ReferenceOutputs.record(make_model(Rounded("float16"), half), samples(), tmp_path)
+    found = validate("twin", Rounded("float16", error=2e-3), record, precision="fp32")
+    assert found["passed"]
+    assert found["tolerance"] == TOLERANCES["fp16"]
+    assert not validate("off", Rounded("float16", error=0.1), record, precision="fp32")["passed"]
+
+
+def test_bfloat16_is_compared_as_float32(tmp_path: Path) -> None:
+    logits, best = SIGNATURE.outputs
+    brain = dataclasses.replace(SIGNATURE, outputs=(dataclasses.replace(logits, dtype="bfloat16"), best))
+    record = ReferenceOutputs.record(make_model(Rounded("bfloat16"), brain), samples(), tmp_path)
+    assert {str(sample.outputs["logits"].dtype) for sample in record} == {"float32"}
+    found = validate("twin", Rounded("bfloat16"), record, precision="fp32")
+    assert found["passed"]
+    assert found["tolerance"] == TOLERANCES["bf16"]
+
+
+def test_fewer_samples_may_be_judged(record: ReferenceOutputs) -> None:
+    fewer = ReferenceOutputs(record.directory, record.signature, max_samples=1)
+    assert [sample.key for sample in fewer] == ["0", "min", "max"]
+    assert (len(fewer), fewer.description) == (1, "1 sample, and the min and max sizes of the dynamic axes")
+    assert validate("twin", Linear(), fewer, precision="fp32")["samples"] == 1
