@@ -6,6 +6,7 @@ The command line makes its options from these fields, so that an option without 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,10 +16,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import RecipeError, UnknownNameError
-from .manifest import Tolerance
+from .validation.metrics import resolve_tolerance
 
-PATHS = ("weights", "data", "metric", "model")
+PATHS = ("model", "weights", "data", "metric")
 """Fields that name files, relative to the recipe that holds them."""
+
+LISTS = ("inputs", "dynamic", "targets", "precisions", "require", "passes", "baselines")
+
+PRECISIONS = {
+    "fp32": "fp32", "float32": "fp32", "float": "fp32", "single": "fp32",
+    "fp16": "fp16", "float16": "fp16", "half": "fp16",
+}  # fmt: skip
+"""The precisions of engines, by all their spellings."""
 
 
 class Flag:
@@ -72,7 +81,7 @@ class Recipe(BaseModel):
     """Measure the engines' speed."""
     baselines: Annotated[tuple[str, ...], Flag("baseline")] = ("torch",)
     """What the engines are measured against: torch, torch.compile, or "none"."""
-    rounds: int = Field(default=10, ge=3)
+    rounds: int = Field(default=10, ge=6)
     """Interleaved rounds of the benchmark."""
     slice_s: float = Field(default=0.08, gt=0, le=10)
     """Seconds that a candidate runs in one round."""
@@ -85,13 +94,31 @@ class Recipe(BaseModel):
     timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds that a native builder may take for one engine."""
 
-    @pydantic.model_validator(mode="after")
-    def _tolerances_are_known(self) -> Recipe:
-        for bounds in self.tolerances.values():
-            for name in bounds:
-                if name not in Tolerance.__annotations__:
-                    raise UnknownNameError("tolerance", name, Tolerance.__annotations__)
-        return self
+    @pydantic.field_validator(*PATHS, mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @pydantic.field_validator(*LISTS, mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @pydantic.field_validator("precisions")
+    @classmethod
+    def _precisions_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name.lower() not in PRECISIONS:
+                raise UnknownNameError("precision", name, set(PRECISIONS.values()))
+        return tuple(dict.fromkeys(PRECISIONS[name.lower()] for name in names))
+
+    @pydantic.field_validator("tolerances")
+    @classmethod
+    def _tolerances_are_known(cls, tolerances: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        named = {PRECISIONS.get(precision.lower(), precision): bounds for precision, bounds in tolerances.items()}
+        for precision, bounds in named.items():
+            resolve_tolerance(precision, bounds)
+        return named
 
     def dump(self) -> str:
         """YAML text of the fields that differ from their defaults."""
@@ -105,6 +132,9 @@ def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         UnknownNameError: a field that does not exist, with the nearest that does.
         RecipeError: a field with a wrong value.
     """
+    for name in PATHS[1:]:
+        if values.get(name) == "":
+            raise RecipeError(f"field {name!r} of the {where} is empty", expected="a path", hint="leave it out")
     try:
         return Recipe(**values)
     except pydantic.ValidationError as error:
@@ -135,7 +165,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         raise RecipeError(f"recipe {str(path)!r} holds no fields", expected="field: value", found=type(values).__name__)
     values.pop("$schema", None)
     for name in PATHS:
-        if isinstance(values.get(name), str):
+        if isinstance(values.get(name), str) and values[name] and not values[name].startswith("<"):
             values[name] = str(path.parent / values[name])
     return make_recipe({**values, **(overrides or {})}, f"recipe {path.name}")
 
@@ -144,6 +174,6 @@ def schema() -> dict[str, Any]:
     """JSON schema of recipes, for editors and pipelines."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "enginesmith recipe",
         **Recipe.model_json_schema(),
+        "title": "enginesmith recipe",
     }

@@ -16,7 +16,7 @@ from ..signature import parse_inputs
 
 SHAPES = {
     "min_shapes": ("--min-shapes", "--minShapes", "--trt-min-shapes"),
-    "opt_shapes": ("--opt-shapes", "--optShapes", "--trt-opt-shapes"),
+    "opt_shapes": ("--opt-shapes", "--optShapes", "--trt-opt-shapes", "--shapes"),
     "max_shapes": ("--max-shapes", "--maxShapes", "--trt-max-shapes"),
 }
 """trtexec's and Polygraphy's way to give dynamic axes."""
@@ -96,18 +96,19 @@ def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name == "model_option":
             fields["model"] = value
-        elif name == "fp16":
-            fields["precisions"] = ("fp16",)
         elif name == "provider":
             fields["targets"] = tuple(PROVIDERS[provider] for provider in value)
         elif name in ("arguments", "tolerances"):
             fields[name] = _assignments(name, value)
         elif name in ("targets", "precisions", "baselines", "require", "passes"):
             fields[name] = tuple(part for text in value for part in ([text] if ":" in text else text.split(",")))
-        elif name not in SHAPES:
+        elif name not in SHAPES and name != "fp16":
             fields[name] = value
+    if "fp16" in given:
+        fields["precisions"] = (*fields.get("precisions", ()), "fp16")
     if shapes := {name: given[name] for name in SHAPES if name in given}:
-        fields.update(_from_shapes(shapes))
+        for name, items in _from_shapes(shapes).items():
+            fields[name] = (*fields.get(name, ()), *items)
     if fields.get("baselines") == ("none",):
         fields["baselines"] = ()
     return fields
@@ -122,10 +123,18 @@ def _assignments(name: str, texts: Sequence[str]) -> dict[str, Any]:
             expected = "KEY=VALUE" if name == "arguments" else "PRECISION.METRIC=VALUE"
             raise RecipeError(f"{text!r} cannot be read", expected=expected)
         if name == "arguments":
-            result[left] = yaml.safe_load(right)
+            result[left] = _value(left, right)
         else:
             result.setdefault(first, {})[second] = right
     return result
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"argument {key!r} is not valid YAML", expected="KEY=VALUE", found=problem) from error
 
 
 def _from_shapes(shapes: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -68,3 +69,51 @@ def test_schema_describes_every_field():
     assert set(properties) == set(Recipe.model_fields)
     assert all(field["description"] for field in properties.values())
     assert schema()["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precisions": ["fp33"]}, r"unknown precision 'fp33'\n.*one of fp16, fp32\n.*did you mean 'fp32'"),
+        ({"precisions": "int8"}, r"unknown precision 'int8'\n.*one of fp16, fp32"),
+        ({"tolerances": {"fp33": {"cosine": 1}}}, "unknown precision 'fp33'"),
+    ],
+)
+def test_precisions_that_do_not_exist(values, message):
+    with pytest.raises(UnknownNameError, match=message):
+        make_recipe(values)
+
+
+@pytest.mark.parametrize("bound", [float("nan"), float("inf"), -1, ".nan"])
+def test_tolerances_that_are_no_bounds(bound):
+    with pytest.raises(RecipeError, match=r"tolerance 'cosine' is not a bound|field 'tolerances\.fp16\.cosine'"):
+        make_recipe({"tolerances": {"fp16": {"cosine": bound}}})
+
+
+def test_precisions_have_several_spellings():
+    recipe = make_recipe(
+        {"precisions": ["float16", "FP32", "half", "fp16"], "tolerances": {"float16": {"cosine": 0.5}}}
+    )
+    assert recipe.precisions == ("fp16", "fp32")
+    assert recipe.tolerances == {"fp16": {"cosine": 0.5}}
+
+
+@pytest.mark.parametrize("name", ["weights", "data", "metric"])
+def test_an_empty_path_is_refused(tmp_path, name):
+    with pytest.raises(RecipeError, match=rf"field '{name}' of the recipe is empty\n.*a path\n.*leave it out"):
+        make_recipe({name: ""})
+    (tmp_path / "recipe.yaml").write_text(f"model: m.onnx\n{name}: ''\n")
+    with pytest.raises(RecipeError, match=rf"field '{name}' of the recipe recipe.yaml is empty"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_paths_and_single_items_of_the_python_api():
+    recipe = make_recipe(
+        {"data": Path("d.npz"), "weights": Path("w.pt"), "metric": Path("m.py:f"), "inputs": "x:1x8", "targets": "a"}
+    )
+    assert (recipe.data, recipe.weights, recipe.metric) == ("d.npz", "w.pt", "m.py:f")
+    assert (recipe.inputs, recipe.targets) == (("x:1x8",), ("a",))
+
+
+def test_schema_has_a_title():
+    assert schema()["title"] == "enginesmith recipe"

@@ -52,6 +52,29 @@ def test_spellings_of_trtexec_polygraphy_and_olive():
     }
 
 
+def test_a_static_shape_of_trtexec():
+    assert parse("--shapes=a:1x3,b:1x4") == {"inputs": ("a:1x3:float32", "b:1x4:float32"), "dynamic": ()}
+
+
+def test_shapes_add_to_inputs_and_ranges():
+    fields = parse("--input", "a:1x3", "--dynamic", "a:0=1..2", "--shapes", "b:1x4")
+    assert fields == {"inputs": ("a:1x3", "b:1x4:float32"), "dynamic": ("a:0=1..2",)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "precisions"),
+    [
+        (["--fp16"], ("fp16",)),
+        (["--precision", "fp32", "--fp16"], ("fp32", "fp16")),
+        (["--fp16", "--dtype", "float16"], ("fp16",)),
+        (["--precision", "half"], ("fp16",)),
+        (["--precision", "fp32,fp16"], ("fp32", "fp16")),
+    ],
+)
+def test_spellings_of_precisions(arguments, precisions):
+    assert make_recipe(parse(*arguments)).precisions == precisions
+
+
 def test_no_baseline():
     assert parse("--baseline", "none") == {"baselines": ()}
 
@@ -61,6 +84,7 @@ def test_no_baseline():
     [
         (["--tolerance", "cosine=1"], r"'cosine=1' cannot be read\n.*PRECISION.METRIC=VALUE"),
         (["--argument", "width"], r"'width' cannot be read\n.*KEY=VALUE"),
+        (["--argument", "size=[1"], r"argument 'size' is not valid YAML\n.*KEY=VALUE\n.*found: expected ',' or ']'"),
         (["--minShapes", "a:1x3", "--optShapes", "a:1x3x4"], "shapes of input 'a' have different ranks"),
     ],
 )

@@ -158,8 +158,11 @@ def test_ranges_without_inputs(two):
 
 
 def test_a_description_infers_types_and_counts_external_data(tmp_path):
-    text = HEAD + """main (float[N,4] x) => (float16[N,4] y) <float[4] w = {1,2,3,4}>
+    text = (
+        HEAD
+        + """main (float[N,4] x) => (float16[N,4] y) <float[4] w = {1,2,3,4}>
     { a = Add(x, w)  b = Shape(a)  y = Cast<to = 10>(a) }"""
+    )
     path = save(tmp_path / "m.onnx", text, save_as_external_data=True, location="m.data", size_threshold=0)
     found = describe(path)
     assert found["graph inputs"] == [{"name": "x", "shape": "Nx4", "dtype": "float32"}]

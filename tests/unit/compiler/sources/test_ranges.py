@@ -67,7 +67,10 @@ def test_ranges_alone_are_enough_for_a_file_that_knows_its_inputs():
 @pytest.mark.parametrize(
     ("dynamic", "match"),
     [
-        (["image:0=1..4..8"], r"axis 2 \(without a name\) of input 'image'(?s:.*)--dynamic image:2=1..8..64 for a range"),
+        (
+            ["image:0=1..4..8"],
+            r"axis 2 \(without a name\) of input 'image'(?s:.*)--dynamic image:2=1..8..64 for a range",
+        ),
         (["image:1=1..4..8"], "cannot be made dynamic"),
         (["imge:0=1..4..8"], "names no axis of an input"),
         (["image:0=1..4..8", "state:1=1..2..4"], "axis 'N' has two ranges"),
