@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -153,16 +153,24 @@ def _reader(source: str, signature: Signature) -> Callable[[], Iterator[Batch]]:
 
 
 def _function_reader(source: str) -> Callable[[], Iterator[Batch]]:
-    from .sources.user_code import load_symbol, running
+    from .sources.user_code import check_call, load_symbol, running
 
-    function = load_symbol(source, kind="data function")
+    function = load_symbol(source, kind="data function", error=DataError)
+    check_call(function, source, kind="data function", error=DataError)
     file = Path(source.rpartition(":")[0]).absolute()
 
     def read() -> Iterator[Batch]:
-        with running(file):
-            items = iter(function())
+        with running(file, error=DataError):
+            made = function()
+        if not isinstance(made, Iterable):
+            raise DataError(
+                f"data function {source!r} gives nothing that can be iterated",
+                expected="dicts of arrays by input name",
+                found=type(made).__name__,
+            )
+        items = iter(made)
         while True:
-            with running(file):
+            with running(file, error=DataError):
                 item = next(items, None)
             if item is None:
                 return
@@ -172,9 +180,19 @@ def _function_reader(source: str) -> Callable[[], Iterator[Batch]]:
                     expected="dicts of arrays by input name",
                     found=type(item).__name__,
                 )
-            yield {str(name): np.asarray(value) for name, value in item.items()}
+            yield {str(name): _array(value, f"{source}, {name!r}") for name, value in item.items()}
 
     return read
+
+
+def _array(value: Any, what: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot take
+        raise DataError(f"{what} is no array", expected="an array of numbers", found=error) from error
+    if array.dtype.hasobject:
+        raise DataError(f"{what} holds Python objects", expected="an array of numbers", found=type(value).__name__)
+    return array
 
 
 def _random(signature: Signature, seed: int) -> Iterator[Batch]:

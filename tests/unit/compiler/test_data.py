@@ -5,7 +5,7 @@ import pytest
 
 from enginesmith.compiler.data import RANDOM_BATCHES, digest, open_data
 from enginesmith.compiler.signature import parse_inputs
-from enginesmith.errors import DataError
+from enginesmith.errors import DataError, UsageError
 
 STATIC = parse_inputs(["image:1x1x4x4"])
 DYNAMIC = parse_inputs(["image:1x1x4x4"], ["image:0=2..8..64"])
@@ -66,6 +66,29 @@ def test_function_that_yields_something_else_is_refused(tmp_path):
     (tmp_path / "data.py").write_text("def batches():\n    yield [1]\n")
     with pytest.raises(DataError, match=r"yields something else than inputs\n.*dicts of arrays.*\n.*list"):
         open_data(f"{tmp_path}/data.py:batches", STATIC)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("batches = None", r"data function '.*data.py:batches' is no function\n(.|\n)*of type NoneType"),
+        ("def batches(): pass", r"gives nothing that can be iterated\n(.|\n)*found: NoneType"),
+        ("def batches(count): pass", r"data function batches\(count\) does not take the arguments(.|\n)*'count'"),
+        ("def batches():\n    raise KeyError('x')\n    yield", r"failed at .*data.py:2 in batches\n.*KeyError: 'x'"),
+        ("def batch(): pass", r"unknown data function in data.py 'batches'(.|\n)*did you mean 'batch'"),
+        ("def batches():\n    yield {'image': [[1], [1, 2]]}", r"batches, 'image' is no array\n"),
+        ("def batches():\n    yield {'label': [object()]}", r"batches, 'label' holds Python objects\n"),
+    ],
+)
+def test_functions_that_give_no_data_are_refused(tmp_path, code, message):
+    (tmp_path / "data.py").write_text(code)
+    with pytest.raises(UsageError, match=message):
+        open_data(f"{tmp_path}/data.py:batches", STATIC)
+
+
+def test_an_absent_file_of_a_function_is_refused():
+    with pytest.raises(DataError, match=r"the file of data function 'absent\.py:batches' does not exist"):
+        open_data("absent.py:batches", STATIC)
 
 
 def test_polygraphy_inputs_are_read(tmp_path):
