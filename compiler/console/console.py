@@ -16,12 +16,14 @@ from rich.table import Table
 
 from ..manifest import Benchmark, EngineRecord, OutputMetrics, Timing, Validation
 from ..progress import Progress
+from ..report import view
 from ..signature import Signature
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
 MARKS = {True: "[green]pass[/]", False: "[red]FAIL[/]"}
+COLOURS: Mapping[view.State, str] = {"passed": "green", "unproven": "yellow", "failed": "red"}
 
 
 @contextmanager
@@ -70,7 +72,10 @@ def show_bundle(bundle: Bundle) -> None:
     manifest = bundle.manifest
     sizes = Signature.from_json(manifest["signature"]).sizes()
     timings = _at(manifest["benchmark"], sizes)
-    table = _table("engine", "verdict", ">rel. L2", ">mean ms", ">p99 ms", ">requests/s", ">speed-up (95 %)", ">MB")
+    table = _table(
+        "engine", "verdict", ">rel. L2", ">mean ms", ">p50 ms", ">p99 ms", ">requests/s",
+        ">speed-up (95 %)", ">MB",
+    )  # fmt: skip
     for name in dict.fromkeys([*timings, *(engine["name"] for engine in manifest["engines"])]):
         engine = next((engine for engine in manifest["engines"] if engine["name"] == name), None)
         table.add_row(*_engine_cells(name, engine), *_timing_cells(timings.get(name)), _size(engine))
@@ -79,17 +84,20 @@ def show_bundle(bundle: Bundle) -> None:
         at = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         table.caption = f"times at {at}"
     console.print(table)
+    if timings:
+        console.print(view.RATIO, style="dim", soft_wrap=True)
     for engine in manifest["engines"]:
-        if engine["reason"]:
-            console.print(f"[yellow]{engine['name']}[/]: {escape(engine['reason'])}", soft_wrap=True)
-            if engine["to_do"]:
-                console.print(f"  to do: {escape(engine['to_do'])}", soft_wrap=True)
+        _show_reason(console, engine["name"], engine["reason"], engine["to_do"])
         _show_failures(console, engine["validation"])
     if manifest["data"]["random"]:
         console.print("[red]Inputs were random: give --data for a verdict on real inputs.[/]")
     if bundle.cached:
         console.print(f"Unchanged since {manifest['created']}: taken from the cache.")
-    console.print(f"verdict: {MARKS[bundle.passed]}   report: {bundle.report}", soft_wrap=True, highlight=False)
+    state = view.state_of(manifest)
+    if state == "unproven":
+        console.print(f"Engines were built, but {view.UNPROVEN}.", soft_wrap=True)
+    word = f"[{COLOURS[state]}]{view.WORDS[state]}[/]"
+    console.print(f"verdict: {word}   report: {bundle.report}", soft_wrap=True, highlight=False)
 
 
 def show_validations(validations: Sequence[Validation]) -> None:
@@ -131,7 +139,7 @@ def show_benchmark(benchmark: Benchmark) -> None:
     console.print(table)
     for name, reason in benchmark["skipped"].items():
         console.print(f"[yellow]{escape(name)}[/] skipped: {escape(reason)}", soft_wrap=True)
-    console.print(escape(benchmark["protocol"]["description"]), style="dim")
+    console.print(escape(benchmark["protocol"]["description"]), view.RATIO, style="dim")
 
 
 def show_inspection(result: Mapping[str, Any]) -> None:
@@ -161,10 +169,7 @@ def show_diagnosis(result: Mapping[str, Any]) -> None:
         table.add_row(target["target"], *marks, versions)
     console.print(table)
     for target in result["targets"]:
-        if target["reason"]:
-            console.print(f"[yellow]{target['target']}[/]: {escape(target['reason'])}", soft_wrap=True)
-        if target["to_do"]:
-            console.print(f"  to do: {escape(target['to_do'])}", soft_wrap=True)
+        _show_reason(console, target["target"], target["reason"], target["to_do"])
 
 
 def _console() -> Console:
@@ -195,10 +200,11 @@ def _engine_cells(name: str, engine: EngineRecord | None) -> tuple[str, str, str
     return name, mark, _number(worst, ".1e")
 
 
-def _timing_cells(timing: Timing | None) -> tuple[str, str, str, str]:
+def _timing_cells(timing: Timing | None) -> tuple[str, ...]:
     if timing is None:
-        return "-", "-", "-", "-"
-    return _ms(timing["mean_ms"]), _ms(timing["p99_ms"]), f"{timing['requests_per_s']:.1f}", _speed_up(timing)
+        return ("-",) * 5
+    times = (_ms(timing[name]) for name in ("mean_ms", "p50_ms", "p99_ms"))
+    return *times, f"{timing['requests_per_s']:.1f}", _speed_up(timing)
 
 
 def _metric_cells(output: OutputMetrics, floors: Mapping[str, OutputMetrics]) -> list[str]:
@@ -209,6 +215,13 @@ def _metric_cells(output: OutputMetrics, floors: Mapping[str, OutputMetrics]) ->
         _number(floor["relative_l2"], ".1e") if floor else "-",
     )  # fmt: skip
     return [MARKS[output["passed"]], *numbers]
+
+
+def _show_reason(console: Console, name: str, reason: str, to_do: str) -> None:
+    if reason:
+        console.print(f"[yellow]{name}[/]: {escape(reason)}", soft_wrap=True)
+    if to_do:
+        console.print(f"  to do: {escape(to_do)}", soft_wrap=True)
 
 
 def _show_failures(console: Console, validation: Validation | None) -> None:

@@ -1,8 +1,8 @@
 """Writes report.html: one self-contained page, without scripts, that says what was built, how right and how fast.
 
-Beside the typed parts of the manifest it reads `verdict` {"passed": bool, "best": engine or None, "reasons": [str]},
-`data` {"random": bool, ...} and, for its title, "model" of `source`; every entry of `source`, `data`, `environment` and
-an engine's `details` is shown under its name.
+Beside the typed parts of the manifest it reads `verdict` {"passed": bool, "state": "passed" or "unproven" or "failed",
+"best": engine or None, "reasons": [str]}, `data` {"random": bool, ...} and, for its title, "model" of `source`; every
+entry of `source`, `data`, `environment` and an engine's `details` is shown under its name.
 """
 
 from __future__ import annotations

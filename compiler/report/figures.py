@@ -74,7 +74,8 @@ def speed_chart(
 
 
 def stage_chart(stages: Sequence[Stage]) -> Chart:
-    """One stage below the other, each bar starting where the one before it ended."""
+    """One stage below the other, each bar starting where the one before it ended; those that took no time left out."""
+    stages = [stage for stage in stages if stage["seconds"] != 0]
     durations = [_finite(stage["seconds"]) or 0.0 for stage in stages]
     ends = [0.0, *itertools.accumulate(durations)]
     shares = [FULL * end / ends[-1] if ends[-1] else 0.0 for end in ends]

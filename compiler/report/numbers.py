@@ -62,9 +62,11 @@ def ratio(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A duration with the unit that suits it: 84 ms, 1.24 s, 2 min 5 s."""
+    """A duration with the unit that suits it: <1 ms, 84 ms, 1.24 s, 2 min 5 s."""
     if value is None or not math.isfinite(value):
         return number(value)
+    if 0 < value < 0.001:
+        return "<1 ms"
     if 0 < abs(value) < 0.1:
         return f"{number(value * 1000)} ms"
     if abs(value) < 100:

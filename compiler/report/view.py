@@ -6,7 +6,7 @@ import dataclasses
 import keyword
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ..manifest import Benchmark, EngineRecord, Manifest, OutputMetrics, PassRecord, SpeedUp, Timing, Validation
 from ..signature import Signature
@@ -22,11 +22,22 @@ class Figure:
     note: str
 
 
+State = Literal["passed", "unproven", "failed"]
+
+WORDS: Mapping[State, str] = {"passed": "PASS", "unproven": "BUILT", "failed": "FAIL"}
+"""The verdict in a word; "unproven" where engines were built and none could be judged on this machine."""
+
+UNPROVEN = "no engine ran on this machine, so none was compared with the reference"
+
+RATIO = "The speed-up is the median of the rounds' ratios, and need not equal the quotient of two times."
+
+
 @dataclasses.dataclass(frozen=True)
 class Headline:
     """The verdict for somebody who reads nothing else."""
 
-    passed: bool
+    state: State
+    word: str
     sentence: str
     lede: str
     reasons: tuple[str, ...]
@@ -43,17 +54,27 @@ class Group:
 
 
 def headline(manifest: Manifest) -> Headline:
-    """The verdict. Anything but `verdict["passed"] is True` is a failure, so a broken manifest never reads as PASS."""
-    passed = manifest["verdict"].get("passed") is True
-    reasons = () if passed else _reasons(manifest)
+    """The verdict with what led to it."""
+    state = state_of(manifest)
+    failed = state == "failed"
+    reasons = _reasons(manifest) if failed else ()
     best = best_engine(manifest)
     timing = _timing(manifest, best)
-    praise = _praise(manifest, best, timing)
-    sentence = praise if passed else reasons[0]
+    praise = UNPROVEN if state == "unproven" else _praise(best, timing)
+    sentence = reasons[0] if failed else praise
     interval = _interval(timing["speed_up"]) if timing and timing["speed_up"] else ""
     random = "Inputs were random." if manifest["data"].get("random") else ""
-    words = ("" if passed or not best else f"Even so, {praise}.", interval, _tally(manifest["engines"]), random)
-    return Headline(passed, sentence, " ".join(filter(None, words)), reasons[1:], _figures(manifest, best, timing))
+    words = (f"Even so, {praise}." if failed and best else "", interval, _tally(manifest["engines"]), random)
+    figures = _figures(manifest, best, timing)
+    return Headline(state, WORDS[state], sentence, " ".join(filter(None, words)), reasons[1:], figures)
+
+
+def state_of(manifest: Manifest) -> State:
+    """The state of the verdict. What is not said in so many words is a failure: a broken manifest never reads PASS."""
+    verdict = manifest["verdict"]
+    if verdict.get("passed") is not True or verdict.get("state") not in ("passed", "unproven"):
+        return "failed"
+    return "passed" if verdict["state"] == "passed" else "unproven"
 
 
 def best_engine(manifest: Manifest) -> str | None:
@@ -149,9 +170,9 @@ def _timing(manifest: Manifest, name: str | None) -> Timing | None:
     return next((timing for timing in optimum(manifest) if timing["candidate"] == name), None)
 
 
-def _praise(manifest: Manifest, best: str | None, timing: Timing | None) -> str:
+def _praise(best: str | None, timing: Timing | None) -> str:
     if best is None:
-        return "no engine ran on this machine, so none was compared with the reference"
+        return UNPROVEN
     if timing is None:
         return f"{best} gives the right results; its speed was not measured"
     where, speed_up = f"at {size_label(timing)}", timing["speed_up"]

@@ -23,7 +23,7 @@ def example() -> Manifest:
         "format": 1,
         "enginesmith": "0.1.0",
         "created": "2026-11-22T23:04:11+00:00",
-        "verdict": {"passed": True, "best": "onnxruntime-cpu-fp32", "reasons": []},
+        "verdict": {"passed": True, "state": "passed", "best": "onnxruntime-cpu-fp32", "reasons": []},
         "source": {
             "kind": "module",
             "model": "samples/digits/model.py:build",

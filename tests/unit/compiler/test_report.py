@@ -105,11 +105,24 @@ def test_verdict_names_the_engine_the_speed_up_its_interval_and_the_batch() -> N
     )
 
 
-@pytest.mark.parametrize("verdict", [{}, {"passed": None}, {"passed": "yes"}, {"passed": False}])
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        {},
+        {"passed": None, "state": "passed"},
+        {"passed": "yes", "state": "passed"},
+        {"passed": False, "state": "passed"},
+        {"passed": False, "state": "unproven"},
+        {"passed": True},
+        {"passed": True, "state": None},
+        {"passed": True, "state": "failed"},
+        {"passed": True, "state": "PASS"},
+    ],
+)
 def test_verdict_is_fail_unless_it_says_passed(verdict: dict[str, Any]) -> None:
     text = page({**example(), "verdict": verdict}).text
     assert f"FAIL onnxruntime-cpu-fp16 failed validation Even so, {BEST} runs" in text
-    assert "PASS" not in text
+    assert not re.search("PASS|BUILT", text)
 
 
 def test_reasons_of_a_failure_are_all_told() -> None:
@@ -135,7 +148,7 @@ def test_sentence_of_the_speed_up(speed_up: dict[str, Any] | None, sentence: str
 
 def test_best_engine_is_the_fastest_valid_one_where_the_verdict_names_none() -> None:
     manifest = example()
-    manifest["verdict"] = {"passed": True}
+    manifest["verdict"] = {"passed": True, "state": "passed"}
     timing_of(manifest, "onnxruntime-cpu-fp16")["p50_ms"] = 0.001  # fastest, but wrong
     timing_of(manifest, "torchscript-fp32")["p50_ms"] = math.nan
     assert view.best_engine(manifest) == BEST
@@ -214,10 +227,11 @@ def test_without_benchmark_accuracy_is_still_told() -> None:
 
 
 def test_only_built_engines() -> None:
-    manifest: Manifest = {**example(), "verdict": {"passed": True}, "benchmark": None}
+    manifest: Manifest = {**example(), "verdict": {"passed": True, "state": "unproven"}, "benchmark": None}
     manifest["engines"] = [engine_of(example(), "tensorrt-rtx-fp16")]
     text = page(manifest).text
-    assert "no engine ran on this machine, so none was compared with the reference" in text
+    assert "BUILT no engine ran on this machine, so none was compared with the reference 1 built but not run." in text
+    assert 'class="verdict unproven"' in render(manifest)
     assert "tensorrt-rtx-fp16 built no NVIDIA GPU here" in text
 
 
@@ -342,6 +356,15 @@ def test_stage_bars_follow_each_other_inside_the_chart(durations: list[float]) -
     assert all(bar.start >= 0 and bar.start + bar.width <= 100 for bar in chart.bars)
 
 
+def test_stages_that_took_no_time_are_left_out() -> None:
+    stages = [Stage(name=name, seconds=value, detail="") for name, value in (("build", 2.0), ("write bundle", 0.0))]
+    assert [bar.label for bar in figures.stage_chart(stages).bars] == ["build"]
+
+
+def test_what_the_speed_up_is_the_ratio_of_is_said() -> None:
+    assert "The speed-up is the median of the rounds' ratios" in page(example()).text
+
+
 @pytest.mark.parametrize(
     ("show", "value", "text"),
     [
@@ -367,6 +390,7 @@ def test_stage_bars_follow_each_other_inside_the_chart(durations: list[float]) -
         (numbers.share, 0.99996, "99.996 %"),
         (numbers.ratio, 3.4149, "3.41×"),  # noqa: RUF001
         (numbers.ratio, 130.4, "130×"),  # noqa: RUF001
+        (numbers.seconds, 3.78e-6, "<1 ms"),
         (numbers.seconds, 0.031, "31.0 ms"),
         (numbers.seconds, 38.21, "38.2 s"),
         (numbers.seconds, 125, "2 min 5 s"),

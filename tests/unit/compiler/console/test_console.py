@@ -1,0 +1,69 @@
+"""What the command line shows of a bundle."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from enginesmith.compiler.bundle import Bundle
+from enginesmith.compiler.console.console import show_benchmark, show_bundle, show_diagnosis
+from enginesmith.compiler.manifest import Manifest
+
+example = runpy.run_path(str(Path(__file__).parents[1] / "manifest_example.py"))["example"]
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Any:
+    """The lines that a bundle with this manifest shows, blanks between words as one."""
+
+    def shown(manifest: Manifest) -> list[str]:
+        show_bundle(Bundle(Path("out"), manifest))
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return shown
+
+
+def test_engines_with_error_times_and_speed_up(shown: Any) -> None:
+    lines = shown(example())
+    assert lines[0] == "engine verdict rel. L2 mean ms p50 ms p99 ms requests/s speed-up (95 %) MB"
+    assert "torch-eager baseline - 1.32 1.28 1.8 783.0 - -" in lines
+    assert "onnxruntime-cpu-fp32 pass 2.3e-07 0.386 0.375 0.529 2666.0 3.41 [3.29, 3.55] 0.8" in lines
+    assert "tensorrt-rtx-fp16 built - - - - - - 0.8" in lines
+    assert any(line.startswith("The speed-up is the median of the rounds' ratios") for line in lines)
+    assert lines[-1] == "verdict: PASS report: out/report.html"
+
+
+@pytest.mark.parametrize("verdict", [{"passed": False, "state": "failed"}, {"passed": True}, {}])
+def test_a_verdict_that_is_not_plainly_good_is_a_failure(shown: Any, verdict: dict[str, Any]) -> None:
+    assert shown({**example(), "verdict": verdict})[-1] == "verdict: FAIL report: out/report.html"
+
+
+def test_engines_that_nothing_was_compared_with(shown: Any) -> None:
+    lines = shown({**example(), "verdict": {"passed": True, "state": "unproven"}, "benchmark": None})
+    assert lines[-2:] == [
+        "Engines were built, but no engine ran on this machine, so none was compared with the reference.",
+        "verdict: BUILT report: out/report.html",
+    ]
+    assert not any("speed-up is" in line for line in lines)
+
+
+def test_reasons_stand_with_what_to_do(shown: Any) -> None:
+    lines = shown(example())
+    place = lines.index("onnxruntime-cuda-fp16: onnxruntime 1.32 here has no CUDAExecutionProvider")
+    assert lines[place + 1] == "to do: pip uninstall onnxruntime, then pip install 'enginesmith[cuda]'"
+
+
+def test_a_benchmark_says_how_its_speed_up_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    show_benchmark(example()["benchmark"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Intervals are bootstrapped over rounds. The speed-up is the median of the rounds' ratios" in text
+    assert "torch-compile skipped: no C++ compiler was found" in text
+
+
+def test_a_diagnosis_says_why_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    target = {"target": "tensorrt", "builds": False, "runs": False, "usable": None, "versions": {}}
+    show_diagnosis({"machine": {}, "targets": [{**target, "reason": "no [GPU]", "to_do": "buy one"}]})
+    assert "tensorrt: no [GPU]\n  to do: buy one\n" in capsys.readouterr().out
