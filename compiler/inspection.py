@@ -23,8 +23,6 @@ def inspect(path: Path) -> dict[str, Any]:
         return _bundle(path)
     if (path / "engine.json").is_file():
         return _engine(path)
-    if path.suffix == ".onnx":
-        return _graph(path)
     return _model(path)
 
 
@@ -41,6 +39,8 @@ def _bundle(path: Path) -> dict[str, Any]:
         }
         for engine in manifest["engines"]
     ]
+    built = [engine["name"] for engine in manifest["engines"] if engine["status"] in ("ready", "built")]
+    graphs = {name: facts for name in built if (facts := _engine_graph(path / "engines" / name))}
     return {
         "kind": "bundle",
         "created": manifest["created"],
@@ -49,13 +49,14 @@ def _bundle(path: Path) -> dict[str, Any]:
         "source": manifest["source"],
         **_signature(Signature.from_json(manifest["signature"])),
         "engines": engines,
+        "precisions": {name: facts["precisions"] for name, facts in graphs.items()},
+        "operators": {name: facts["operators"] for name, facts in graphs.items()},
         "size_bytes": size_bytes(path),
     }
 
 
 def _engine(path: Path) -> dict[str, Any]:
     info = EngineInfo.read(path)
-    graph = _graph_facts(path / info.entry) if info.entry.endswith(".onnx") else {}
     return {
         "kind": "engine",
         "engine": info.name,
@@ -66,42 +67,33 @@ def _engine(path: Path) -> dict[str, Any]:
         "versions": dict(info.versions),
         "requires": dict(info.requires),
         "details": dict(info.details),
-        **graph,
+        **_engine_graph(path),
         "size_bytes": size_bytes(path),
     }
 
 
-def _graph(path: Path) -> dict[str, Any]:
-    return {"kind": "ONNX graph", **_graph_facts(path), "size_bytes": path.stat().st_size if path.exists() else 0}
-
-
-def _graph_facts(path: Path) -> dict[str, Any]:
+def _engine_graph(path: Path) -> dict[str, Any]:
+    """Facts of an engine that is an ONNX graph; none of one in a format of its runtime."""
+    entry = path / EngineInfo.read(path).entry
+    if entry.suffix != ".onnx":
+        return {}
     from .graph import Graph
+    from .sources.onnx_file import graph_facts
 
-    graph = Graph.load(path)
-    inputs = [_value(value) for value in graph.model.graph.inputs]
-    outputs = [_value(value) for value in graph.model.graph.outputs]
-    return {
-        "opset": graph.opset,
-        "graph inputs": inputs,
-        "graph outputs": outputs,
-        "operators": dict(graph.operators().most_common()),
-        "precisions": graph.precisions(),
-        "weight_bytes": graph.weight_bytes,
-    }
-
-
-def _value(value: Any) -> dict[str, str]:
-    shape = "?" if value.shape is None else "x".join(str(dim) for dim in value.shape)
-    return {"name": str(value.name), "shape": shape or "scalar", "dtype": str(value.dtype)}
+    return graph_facts(Graph.load(entry))
 
 
 def _model(path: Path) -> dict[str, Any]:
-    """A TorchScript archive or exported program, as far as it tells without inputs."""
+    """A model file or factory, as far as it tells without inputs."""
     from .sources import describe_source
+    from .sources.detect import detect
 
     if not path.exists() and ".py:" not in str(path):
         raise SourceError(f"{str(path)!r} does not exist", expected="a model file, a bundle or an engine's folder")
+    if path.is_file() and detect(path) == "onnx":
+        from .sources.onnx_file import describe  # without torch
+
+        return describe(path)
     return dict(describe_source(str(path)))
 
 
