@@ -135,8 +135,8 @@ def show(title: str, run: dict[str, Any]) -> None:
         device_ms = f"{timing['device_p50_ms']:9.3f}" if timing["device_p50_ms"] else f"{'-':>9}"
         speed = f"{ratio['ratio']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "baseline"
         print(
-            f"  b{timing['batch']:<3} {timing['candidate']:28} {timing['p50_ms']:9.3f} {timing['p99_ms']:9.3f} {device_ms} "
-            f"{timing['samples_per_s']:10.0f}  {speed:20} {verdict(judged.get(timing['candidate']))}"
+            f"  b{timing['batch']:<3} {timing['candidate']:28} {timing['p50_ms']:9.3f} {timing['p99_ms']:9.3f} "
+            f"{device_ms} {timing['samples_per_s']:10.0f}  {speed:20} {verdict(judged.get(timing['candidate']))}"
         )
     for name, reason in run["benchmark"]["skipped"].items():
         print(f"  {name}: {reason}")
