@@ -73,16 +73,17 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
     request.model.reference.reset()
     module: torch.nn.Module = request.model.module
     placed = all(tensor.device.type == device for tensor in module.parameters())
-    if request.precision != "fp32" or request.model.stateful or not placed:
-        try:
-            with quiet(request.log):
+    with quiet(request.log):
+        if request.precision != "fp32" or request.model.stateful or not placed:
+            try:
                 module = copy.deepcopy(module)
-        except (TypeError, RuntimeError, AttributeError, ValueError) as error:
-            raise BuildError(f"the model cannot be copied: {error}") from error
-    if request.precision == "fp32":
-        return _casting(module.to(device), None, ())
-    dtypes = [getattr(torch, spec.dtype) for spec in request.signature.outputs]
-    return _casting(module.to(device).half(), torch.float16, dtypes)
+            except (TypeError, RuntimeError, AttributeError, ValueError) as error:
+                raise BuildError(f"the model cannot be copied: {error}") from error
+        module = module.to(device)
+        if request.precision == "fp32":
+            return _casting(module, None, ())
+        dtypes = [getattr(torch, spec.dtype) for spec in request.signature.outputs]
+        return _casting(module.half(), torch.float16, dtypes)
 
 
 def exact() -> contextlib.AbstractContextManager[Any]:

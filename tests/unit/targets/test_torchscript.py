@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -271,13 +272,19 @@ def test_values_that_overflow_float16_are_told(tmp_path: Path) -> None:
 
 
 def test_warnings_of_torch_go_to_the_log(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    class Moved(Function):
+        def _apply(self, *arguments: Any, **options: Any) -> Moved:
+            warnings.warn("moved", UserWarning, stacklevel=1)  # as torch does of gradients that TorchScript keeps
+            return super()._apply(*arguments, **options)  # type: ignore[no-any-return]
+
     log: list[str] = []
-    request = make_request(tmp_path, Function(torch.jit.script(ScriptedCounter())), stateful=True)
+    request = make_request(tmp_path, Moved(torch.jit.script(ScriptedCounter())), stateful=True)
     recwarn.clear()  # of torch.jit.script
     _, runner = build(dataclasses.replace(request, log=log.append))
     runner.reset()
     assert not recwarn.list
-    assert any("Warning: " in line for line in log)
+    assert "UserWarning: moved" in log
+    assert any(line.startswith("DeprecationWarning: `torch.jit.trace` is deprecated") for line in log)
 
 
 def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
