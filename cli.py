@@ -131,8 +131,8 @@ def _validate() -> click.Command:
     from .compiler.console.flags import field_options, overrides
 
     def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
-        from .compiler.console.console import progress, show_validations
         from .compiler.again import validate_bundle
+        from .compiler.console.console import progress, show_validations
 
         with progress(quiet) as bars:
             result = validate_bundle(bundle, engines, progress=bars, **overrides(values))
@@ -147,8 +147,8 @@ def _bench() -> click.Command:
     from .compiler.console.flags import field_options, overrides
 
     def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
-        from .compiler.console.console import progress, show_benchmark
         from .compiler.again import benchmark_bundle
+        from .compiler.console.console import progress, show_benchmark
 
         with progress(quiet) as bars:
             result = benchmark_bundle(bundle, engines, progress=bars, **overrides(values))
