@@ -90,10 +90,10 @@ def check_left(engines: Sequence[EngineRecord], required: Sequence[str]) -> None
     if not missing and len(failed) < len(engines):
         return
     worst = (missing or failed)[0]
-    reasons = (f"{engine['name']}: {engine['reason'].partition(chr(10))[0]}" for engine in missing or failed)
+    reasons = [f"{engine['name']}: {engine['reason'].splitlines()[0]}" for engine in missing or failed]
     raise BuildError(
         f"required engine {worst['name']!r} cannot be had" if missing else "no engine could be built",
-        found="; ".join(reasons) if len(missing or failed) > 1 else worst["reason"],
+        found="; ".join(reasons) if len(reasons) > 1 else f"{worst['name']}: {worst['reason']}",
         hint=worst["to_do"] or None,
     )
 

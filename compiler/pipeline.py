@@ -92,11 +92,11 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             return _copied(kept, folder, output)
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
     casts = {precision: parse_pass(f"cast:to={precision}") for precision in recipe.precisions if precision != "fp32"}
+    known_modules = set(sys.modules)
     _check_judging(recipe)
     stages = Stages(progress, STAGES)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
         job = Job(recipe, targets, passes, casts, machine, cache, folder, Path(scratch), stages)
-        known_modules = set(sys.modules)
         with stages("load model") as stage:
             model = load(recipe, module)
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"

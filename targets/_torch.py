@@ -259,13 +259,14 @@ def check(runner: Reference, request: BuildRequest, how: str) -> None:
     """
     from ..compiler.data import resized
     from ..compiler.sources.guard import quiet
-    from ..compiler.validation.metrics import Judge, resolve_tolerance
+    from ..compiler.validation.metrics import Judge, coarser, resolve_tolerance
 
     signature, reference = request.signature, request.model.reference
     sizes = signature.check(request.sample)
     other = next((s for s in map(signature.sizes, ("min", "opt", "max")) if s != sizes), sizes)
     for point in (sizes, other) if other != sizes else (sizes,):
-        judge = Judge(resolve_tolerance("fp32", None if request.precision == "fp32" else ANY_RESULT))
+        own = coarser("fp32", (spec.dtype for spec in signature.outputs))
+        judge = Judge(resolve_tolerance(own, None if request.precision == "fp32" else ANY_RESULT))
         inputs = resized(signature, request.sample, point)
         reference.reset()
         runner.reset()
