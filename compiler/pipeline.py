@@ -298,11 +298,16 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def _shown(path: str) -> str:
+    """As the user would type it here: reports need not tell where a machine keeps its files."""
+    return path.removeprefix(f"{Path.cwd()}/")
+
+
 def _describe(recipe: Recipe, model: Model) -> dict[str, Any]:
     return {
         "kind": model.kind,
-        "model": recipe.model,
-        "weights": recipe.weights,
+        "model": _shown(recipe.model),
+        "weights": recipe.weights and _shown(recipe.weights),
         "fingerprint": model.fingerprint,
         "parameter_bytes": model.parameter_bytes,
     }
