@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ def diagnose(names: Sequence[str] = (), *, progress: Progress | None = None) -> 
     """Tries the targets (all where empty).
 
     Returns:
-        `machine` (see `environment`) and `targets`: each with `builds` and `runs` as its packages and devices promise,
+        `machine` (see `environment`, with `gpu_software`) and `targets`: each with `builds` and `runs` as its packages and devices promise,
         `usable` as the trial showed (None where it could not be tried), `reason` and `to_do`.
 
     Raises:
@@ -54,7 +54,19 @@ def diagnose(names: Sequence[str] = (), *, progress: Progress | None = None) -> 
                 "versions": dict(state.versions),
             }
         )
-    return {"machine": environment(), "targets": found}
+    machine = environment()
+    return {"machine": {**machine, "gpu_software": _gpu_software(machine)}, "targets": found}
+
+
+def _gpu_software(machine: Mapping[str, Any]) -> dict[str, str]:
+    """Driver, CUDA and cuDNN, those that are missing too: people look here for what a GPU target lacks."""
+    cuda, packages = machine.get("cuda", {}), machine["packages"]
+    cudnn = [version for name, version in packages.items() if name.startswith("nvidia-cudnn")]
+    return {
+        "driver": cuda.get("driver", "not found"),
+        "cuda": cuda.get("driver_supports", "not found"),
+        "cudnn": cudnn[0] if cudnn else "not found",
+    }
 
 
 def _try(target: Target, state: Availability) -> str:

@@ -166,6 +166,7 @@ def test_two_precisions_and_one_that_a_target_lacks(enginesmith, model, argument
 def test_doctor(enginesmith):
     result = json.loads(enginesmith("doctor", "--target", "onnxruntime-cpu", "--json").out)
     assert [(target["target"], target["usable"]) for target in result["targets"]] == [("onnxruntime-cpu", True)]
+    assert set(result["machine"]["gpu_software"]) == {"driver", "cuda", "cudnn"}
 
 
 def test_schema(enginesmith):
