@@ -26,8 +26,8 @@ def diagnose(names: Sequence[str] = (), *, progress: Progress | None = None) -> 
     """Tries the targets (all where empty).
 
     Returns:
-        `machine` (see `environment`, with `gpu_software`) and `targets`: each with `builds` and `runs` as its packages and devices promise,
-        `usable` as the trial showed (None where it could not be tried), `reason` and `to_do`.
+        `machine` (see `environment`, with `gpu_software`) and `targets`: each with `builds` and `runs` as its packages
+        and devices promise, `usable` as the trial showed (None where it could not be tried), `reason` and `to_do`.
 
     Raises:
         UnknownNameError: no target of that name.
