@@ -58,9 +58,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.rounds < MIN_ROUNDS:
-            raise RecipeError(
-                "too few rounds for an interval", expected=f"{MIN_ROUNDS} or more", found=self.rounds
-            )
+            raise RecipeError("too few rounds for an interval", expected=f"{MIN_ROUNDS} or more", found=self.rounds)
         if self.slice_s <= 0 or self.warmup_s <= 0:
             raise RecipeError("a slice and the warm-up must last", expected="seconds above 0", found=self)
 
