@@ -69,10 +69,23 @@ def _simplify(graph: Graph) -> Graph | None:
     for _ in range(_ROUNDS):
         simplified = _once(current)
         _restore_interface(graph, simplified)
+        for scope in simplified.graphs():
+            _sort_constants(scope)
         if simplified.fingerprint() == identity:
             return None if current is graph else current
         current, identity = simplified, simplified.fingerprint()
     raise _RefusedError(f"onnxsim still changes the graph after {_ROUNDS} rounds")
+
+
+def _sort_constants(graph: ir.Graph) -> None:
+    """Puts Constant nodes first, by name: onnxsim gives them another order each time, which is no change."""
+    constants = [node for node in graph if node.op_identifier() == ("", "Constant", "")]
+    graph.remove(constants)
+    constants.sort(key=lambda node: node.outputs[0].name or "")
+    if len(graph):
+        graph.insert_before(graph[0], constants)
+    else:
+        graph.extend(constants)
 
 
 def _once(graph: Graph) -> Graph:

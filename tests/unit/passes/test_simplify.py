@@ -153,6 +153,21 @@ def test_refuses_when_onnxsim_fails(rewrite, monkeypatch):
     assert result.refusals[0].reason == "onnxsim failed: no supported data type: 17"
 
 
+def test_another_order_of_constants_is_no_change(rewrite, monkeypatch):
+    def rotate(path: str, output_path: str, **options: object) -> None:
+        model = onnx.load(path)
+        first = model.graph.node.pop(0)
+        constants = [node for node in model.graph.node if node.op_type == "Constant"]
+        model.graph.node.insert(len(constants), first)
+        onnx.save(model, output_path)
+
+    monkeypatch.setattr(onnxsim, "simplify", rotate)
+    text = """g (float[N,2] x) => (float[N,2] y) {
+        b = Constant <value = float {2.0}> ()  a = Constant <value = float {3.0}> ()  c = Mul(x, a)  y = Mul(c, b) }"""
+    _, result = rewrite(SIMPLIFY, text)
+    assert not result.refusals
+
+
 def test_refuses_when_onnxsim_finds_no_end(rewrite, monkeypatch):
     def rename(path: str, output_path: str, **options: object) -> None:
         model = onnx.load(path)
