@@ -12,6 +12,7 @@ axes ("min", "max"): rows of a batch, and likewise tokens or pixels, stay values
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -179,9 +180,10 @@ class _Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._runner.deactivate()
-        self._inputs.__exit__()
-        self._outputs.__exit__()
+        with contextlib.ExitStack() as stack:  # a full disk may stop any of them, and must not keep the rest open
+            stack.push(self._inputs.__exit__)
+            stack.push(self._outputs.__exit__)
+            self._runner.deactivate()
 
     def add(self, key: str, sample: Arrays) -> None:
         inputs = {name: sample[name] for name in self._names}

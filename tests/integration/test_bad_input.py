@@ -172,6 +172,8 @@ def test_ended_during_a_build(model, arguments, number, code):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A runner in the background ignores it, and its children do unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "building\n"
