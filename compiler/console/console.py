@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -72,18 +73,18 @@ def show_bundle(bundle: Bundle) -> None:
     manifest = bundle.manifest
     sizes = Signature.from_json(manifest["signature"]).sizes()
     timings = _at(manifest["benchmark"], sizes)
-    table = _table(
+    headers = (
         "engine", "verdict", ">rel. L2", ">mean ms", ">p50 ms", ">p99 ms", ">requests/s",
         ">speed-up (95 %)", ">MB",
     )  # fmt: skip
+    rows = []
     for name in dict.fromkeys([*timings, *(engine["name"] for engine in manifest["engines"])]):
         engine = next((engine for engine in manifest["engines"] if engine["name"] == name), None)
-        table.add_row(*_engine_cells(name, engine), *_timing_cells(timings.get(name)), _size(engine))
+        rows.append((*_engine_cells(name, engine), *_timing_cells(timings.get(name)), _size(engine)))
     console = _console()
-    if sizes and timings:
-        at = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        table.caption = f"times at {at}"
-    console.print(table)
+    at = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    caption = f"times at {at}" if at and timings else None
+    _print_table(console, headers, rows, drop=("MB", "mean ms", "requests/s"), caption=caption)
     if timings:
         console.print(view.RATIO, style="dim", soft_wrap=True)
     for engine in manifest["engines"]:
@@ -102,15 +103,14 @@ def show_bundle(bundle: Bundle) -> None:
 
 def show_validations(validations: Sequence[Validation]) -> None:
     """Every output of every engine."""
-    table = _table(
-        "engine", "output", "verdict", ">rel. L2", ">max abs", ">cosine", ">SNR dB", ">top-1", ">noise floor L2"
-    )
-    for validation in validations:
-        floors = {floor["output"]: floor for floor in validation["noise_floor"]}
-        for output in validation["outputs"]:
-            table.add_row(validation["engine"], escape(output["output"]), *_metric_cells(output, floors))
+    headers = ("engine", "output", "verdict", ">rel. L2", ">max abs", ">cosine", ">SNR dB", ">top-1", ">noise floor L2")
+    rows = [
+        (validation["engine"], escape(output["output"]), *_metric_cells(output, validation["noise_floor"]))
+        for validation in validations
+        for output in validation["outputs"]
+    ]
     console = _console()
-    console.print(table)
+    _print_table(console, headers, rows, drop=("SNR dB", "top-1", "max abs", "noise floor L2"))
     for validation in validations:
         _show_failures(console, validation)
         if metric := validation["metric"]:
@@ -124,19 +124,20 @@ def show_validations(validations: Sequence[Validation]) -> None:
 
 def show_benchmark(benchmark: Benchmark) -> None:
     """Every candidate at every size."""
-    table = _table(
+    headers = (
         "candidate", "sizes", ">mean ms", ">p50 ms", ">p99 ms", ">device ms", ">requests/s", ">samples/s",
         ">GPU %", ">speed-up (95 %)",
     )  # fmt: skip
+    rows = []
     for timing in benchmark["timings"]:
         sizes = ", ".join(f"{axis}={size}" for axis, size in timing["sizes"].items()) or "static"
-        table.add_row(
+        rows.append((
             timing["candidate"], sizes, _ms(timing["mean_ms"]), _ms(timing["p50_ms"]), _ms(timing["p99_ms"]),
             _ms(timing["device_p50_ms"]), f"{timing['requests_per_s']:.1f}", f"{timing['samples_per_s']:.1f}",
             _percent(timing["gpu_utilization_percent"]), _speed_up(timing),
-        )  # fmt: skip
+        ))  # fmt: skip
     console = _console()
-    console.print(table)
+    _print_table(console, headers, rows, drop=("GPU %", "device ms", "mean ms", "requests/s"))
     for name, reason in benchmark["skipped"].items():
         console.print(f"[yellow]{escape(name)}[/] skipped: {escape(reason)}", soft_wrap=True)
     console.print(escape(benchmark["protocol"]["description"]), view.RATIO, style="dim")
@@ -177,6 +178,26 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
+def _print_table(
+    console: Console,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    drop: Sequence[str],
+    caption: str | None = None,
+) -> None:
+    """Prints a table without the first of `drop`, as many as it takes to fit; all numbers are in the JSON."""
+    for count in range(len(drop) + 1):
+        kept = [index for index, header in enumerate(headers) if header.lstrip(">") not in drop[:count]]
+        table = _table(*(headers[index] for index in kept))
+        table.caption = caption
+        for row in rows:
+            table.add_row(*(row[index] for index in kept))
+        if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+            break
+    console.print(table)
+
+
 def _table(*columns: str, title: str | None = None) -> Table:
     """A table; columns whose name begins with ">" are numbers."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
@@ -207,8 +228,8 @@ def _timing_cells(timing: Timing | None) -> tuple[str, ...]:
     return *times, f"{timing['requests_per_s']:.1f}", _speed_up(timing)
 
 
-def _metric_cells(output: OutputMetrics, floors: Mapping[str, OutputMetrics]) -> list[str]:
-    floor = floors.get(output["output"])
+def _metric_cells(output: OutputMetrics, floors: Sequence[OutputMetrics]) -> list[str]:
+    floor = next((floor for floor in floors if floor["output"] == output["output"]), None)
     numbers = (
         _number(output["relative_l2"], ".1e"), _number(output["max_abs"], ".1e"), _number(output["cosine"], ".6f"),
         _number(output["snr_db"], ".1f", "equal"), _number(output["top1"], ".4f"),

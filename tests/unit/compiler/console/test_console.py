@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from enginesmith.compiler.bundle import Bundle
-from enginesmith.compiler.console.console import show_benchmark, show_bundle, show_diagnosis
+from enginesmith.compiler.console.console import _print_table, show_benchmark, show_bundle, show_diagnosis
 from enginesmith.compiler.manifest import Manifest
 
 example = runpy.run_path(str(Path(__file__).parents[1] / "manifest_example.py"))["example"]
@@ -34,6 +35,17 @@ def test_engines_with_error_times_and_speed_up(shown: Any) -> None:
     assert "tensorrt-rtx-fp16 built - - - - - - 0.8" in lines
     assert any(line.startswith("The speed-up is the median of the rounds' ratios") for line in lines)
     assert lines[-1] == "verdict: PASS report: out/report.html"
+
+
+def test_a_narrow_terminal_gets_fewer_columns_rather_than_cut_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(width=40)
+    _print_table(
+        console, ["engine", ">mean ms", ">p50 ms"], [["onnxruntime-cpu-fp32-2", "1.23", "1.21"]], drop=["mean ms"]
+    )
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["engine", "p50", "ms"],
+        ["onnxruntime-cpu-fp32-2", "1.21"],
+    ]
 
 
 @pytest.mark.parametrize("verdict", [{"passed": False, "state": "failed"}, {"passed": True}, {}])
