@@ -38,7 +38,7 @@ def test_engines_with_error_times_and_speed_up(shown: Any) -> None:
 
 
 def test_a_narrow_terminal_gets_fewer_columns_rather_than_cut_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(width=40)
+    console = Console(width=36)
     _print_table(
         console, ["engine", ">mean ms", ">p50 ms"], [["onnxruntime-cpu-fp32-2", "1.23", "1.21"]], drop=["mean ms"]
     )
