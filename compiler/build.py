@@ -20,7 +20,7 @@ from .data import Data
 from .manifest import CaptureRecord, EngineRecord
 from .progress import Stages
 from .recipe import Recipe
-from .storage.cache import Cache, key
+from .storage.cache import Cache, code_digest, key
 from .storage.files import size_bytes
 from .storage.memory import release
 from .trial import TORCH_BASELINES
@@ -192,6 +192,7 @@ def _build_or_reuse(
             "target": [target.name, target.options(), precision],
             "versions": state.versions,
             "machine": job.machine,
+            "code": code_digest(),
         }
     )
     if kept := job.cache.get("engines", engine_key):

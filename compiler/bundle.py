@@ -31,7 +31,7 @@ class Bundle:
     cached: bool = False
 
     @classmethod
-    def open(cls, path: str | Path, *, cached: bool = False) -> Bundle:
+    def open(cls, path: str | Path) -> Bundle:
         """Reads the manifest of a bundle.
 
         Raises:
@@ -39,7 +39,7 @@ class Bundle:
         """
         from .engine import read_manifest
 
-        return cls(Path(path), read_manifest(Path(path)), cached)
+        return cls(Path(path), read_manifest(Path(path)))
 
     @property
     def passed(self) -> bool:

@@ -16,14 +16,14 @@ from ..errors import CaptureError, RecipeError, TargetUnavailableError, UnknownN
 from ..passes import parse_pass
 from ..passes.base import Context, Pass
 from ..targets import parse_target
-from ..targets.base import Availability, Target
+from ..targets.base import Target
 from .build import Job, build_all, check_left, engine_names
 from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
 from .machine.environment import environment
 from .manifest import FORMAT, Benchmark, EngineRecord, Manifest, PassRecord
 from .progress import Progress, Stages
-from .recipe import Recipe, make_recipe, read_recipe
+from .recipe import PATHS, Recipe, make_recipe, read_recipe
 from .storage.cache import Cache
 from .storage.files import appearing_folder
 from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, local_modules, still_hold
@@ -93,7 +93,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
     casts = {precision: parse_pass(f"cast:to={precision}") for precision in recipe.precisions if precision != "fp32"}
     known_modules = set(sys.modules)
-    _check_judging(recipe)
+    load_metric(recipe)  # a metric that is not there fails before any work
     stages = Stages(progress, STAGES)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
         job = Job(recipe, targets, passes, casts, machine, cache, folder, Path(scratch), stages)
@@ -163,7 +163,7 @@ def _resolve(recipe: Recipe) -> Recipe:
         targets = tuple(on_gpu) or ("onnxruntime-cpu",)
     paths = {
         name: str(Path(value).resolve())
-        for name in ("model", "weights", "data", "metric")
+        for name in PATHS
         if (value := getattr(recipe, name)) and not value.startswith("<")
     }
     return make_recipe({**recipe.model_dump(), **paths, "targets": targets})
@@ -184,22 +184,9 @@ def _check_names(recipe: Recipe, targets: tuple[Target, ...]) -> None:
             raise RecipeError(f"required target {name!r} is not among the targets", found=", ".join(recipe.targets))
         state = target.availability()
         if not state.build:
-            raise _unavailable(target, state)
-
-
-def _check_judging(recipe: Recipe) -> None:
-    """Looks the metric and the tolerances up before anything long runs."""
-    from .validation.metrics import resolve_tolerance
-
-    load_metric(recipe)
-    for precision in recipe.precisions:
-        resolve_tolerance(precision, recipe.tolerances.get(precision))
-
-
-def _unavailable(target: Target, state: Availability) -> TargetUnavailableError:
-    return TargetUnavailableError(
-        f"target {target.name!r} is not available: {state.reason}", hint=state.install or None
-    )
+            raise TargetUnavailableError(
+                f"target {name!r} is not available: {state.reason}", hint=state.install or None
+            )
 
 
 def _unchanged(cache: Cache, bundle_key: str) -> Path | None:

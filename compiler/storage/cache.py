@@ -6,6 +6,7 @@ beyond ``$ENGINESMITH_CACHE_GB`` (20 by default) the entries unused for longest 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ def key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@functools.cache
 def code_digest() -> str:
     """SHA-256 of this package's own code, so that a changed pass or target never serves an old result."""
     root = Path(__file__).parents[2]
