@@ -12,11 +12,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compiler.options import render
 
 if TYPE_CHECKING:
+    from ..compiler.calibration import Calibration
     from ..compiler.data import Samples
     from ..compiler.graph import Graph
     from ..compiler.signature import Signature
@@ -42,11 +43,13 @@ class PassResult:
         modified: true exactly when the graph changed.
         changes: counts by kind of change, for people ("nodes removed": 12).
         refusals: places where a rule did not fire.
+        details: tables and series for the report, as JSON takes them.
     """
 
     modified: bool
     changes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +59,12 @@ class Context:
     Attributes:
         signature: names, dtypes and dynamic axes of the model.
         samples: data to measure ranges or results on; None where the caller has none.
+        calibration: statistics of activations, collected over the calibration data; None where the caller has none.
     """
 
     signature: Signature
     samples: Samples | None = None
+    calibration: Calibration | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Where two graphs or engines part: intermediate values compared in chunks."""

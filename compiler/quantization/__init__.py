@@ -1,0 +1,1 @@
+"""Integer arithmetic in a graph: parameters, QuantizeLinear and DequantizeLinear, placement, and accuracy repairs."""
