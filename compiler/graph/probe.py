@@ -1,8 +1,9 @@
-"""Runs a graph on ONNX Runtime's CPU, unoptimised, to see what its tensors hold."""
+"""Runs a graph on ONNX Runtime's CPU, to see what its tensors hold: its outputs, or any tensor of the main graph."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,10 +53,81 @@ def ranges(graph: Graph, samples: Iterable[Arrays]) -> dict[str, Range]:
     return found
 
 
+class Tapped:
+    """A graph that gives tensors of its main graph beside its outputs.
+
+    Args:
+        graph: stays as it is.
+        names: inputs, outputs of nodes, or initializers of the main graph.
+        optimized: let ONNX Runtime fuse nodes. A tensor inside what would be fused is still given, and prevents that.
+        threads: 0 for one a physical core.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the graph; the main graph has no tensor of such a name.
+        TargetUnavailableError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, graph: Graph, names: Iterable[str], *, optimized: bool = False, threads: int = 0) -> None:
+        copy = graph.clone()
+        main = copy.model.graph
+        self.names = tuple(dict.fromkeys(names))
+        self._inputs = frozenset(graph.input_names)
+        outputs = set(graph.output_names)
+        values = {value.name: value for value in _values(main)}
+        for name in self.names:
+            if name not in values:
+                raise GraphError(f"the main graph has no tensor {name!r} to look at")
+            if name not in outputs and name not in self._inputs:
+                main.outputs.append(values[name])
+        self.output_names = copy.output_names
+        self._session = Session(copy, optimized=optimized, threads=threads)
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """The graph's outputs, then the tensors, by name."""
+        found = dict(zip(self.output_names, self._session(inputs), strict=True))
+        return {**found, **{name: np.asarray(inputs[name]) for name in self.names if name in self._inputs}}
+
+
+def sizes(graph: Graph, names: Iterable[str], inputs: Arrays, *, threads: int = 0) -> dict[str, int]:
+    """Bytes of these tensors of the main graph in a run on `inputs`, which holds no more than usual."""
+    copy = graph.clone()
+    main = copy.model.graph
+    values = {value.name: value for value in _values(main)}
+    taps = list(dict.fromkeys(names))
+    if missing := [name for name in taps if name not in values]:
+        raise GraphError(f"the main graph has no tensor {missing[0]!r} to look at")
+    main.outputs.clear()
+    for number, name in enumerate(taps):
+        node = ir.node("Size", [values[name]])
+        node.outputs[0].name = f"{name}/size{number}"
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([])
+        main.append(node)
+        main.outputs.append(node.outputs[0])
+    counts = Session(copy, threads=threads)(inputs)
+    dtypes = [values[name].dtype for name in taps]
+    return {
+        name: int(count) * (4 if dtype is None else math.ceil(dtype.itemsize))
+        for name, count, dtype in zip(taps, counts, dtypes, strict=True)
+    }
+
+
+def chunks(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
+    """Cuts tensors, in order, into groups of at most `limit_bytes` together; a larger one is a group by itself."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit_bytes
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
 class Session:
     """A graph loaded into ONNX Runtime; calling it gives the outputs in order."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, optimized: bool = False, threads: int = 0) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -63,7 +135,9 @@ class Session:
                 "ONNX Runtime is not installed", hint='pip install "enginesmith[cpu]"'
             ) from error
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads
         options.log_severity_level = 4
         with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder, _refusals("load"):
             path = Path(folder) / "graph.onnx"
@@ -93,6 +167,13 @@ class _Reduced:
     def __call__(self, sample: Arrays) -> dict[str, Range]:
         numbers = [number.item() for number in self._session(sample)] if self._session else []
         return dict(zip(self._names, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
 
 
 def _float_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -48,3 +48,27 @@ def test_onnx_runtime_missing(read, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(TargetUnavailableError, match=r"ONNX Runtime is not installed(.|\n)*enginesmith\[cpu\]"):
         probe.run(read(NET), batch((1, 2)))
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_tapped_gives_outputs_and_tensors_by_name(read, optimized):
+    graph = read(NET)
+    before = graph.fingerprint()
+    found = probe.Tapped(graph, ["x", "a", "y"], optimized=optimized)(batch((2, 8)))
+    assert set(found) == {"x", "a", "y"}
+    np.testing.assert_array_equal(found["a"], [[4, 16]])
+    assert graph.fingerprint() == before
+
+
+def test_tapped_refuses_tensors_that_are_not_there(read):
+    with pytest.raises(GraphError, match="no tensor 'z' to look at"):
+        probe.Tapped(read(NET), ["z"])
+    with pytest.raises(GraphError, match="no tensor 'z' to look at"):
+        probe.sizes(read(NET), ["z"], batch((1, 2)))
+
+
+def test_sizes_are_cut_into_chunks(read):
+    sizes = probe.sizes(read(NET), ["x", "a", "i"], batch((2, 8)))
+    assert sizes == {"x": 8, "a": 8, "i": 16}
+    assert probe.chunks(sizes, 16) == [["x", "a"], ["i"]]
+    assert probe.chunks(sizes, 4) == [["x"], ["a"], ["i"]]
