@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..compiler.options import render
 
 if TYPE_CHECKING:
+    from ..compiler.budget import Budget
     from ..compiler.calibration import Calibration
     from ..compiler.data import Samples
     from ..compiler.graph import Graph
@@ -60,11 +61,13 @@ class Context:
         signature: names, dtypes and dynamic axes of the model.
         samples: data to measure ranges or results on; None where the caller has none.
         calibration: statistics of activations, collected over the calibration data; None where the caller has none.
+        budget: what a pass that chooses precisions may spend; None for the default of the precision.
     """
 
     signature: Signature
     samples: Samples | None = None
     calibration: Calibration | None = None
+    budget: Budget | None = None
 
 
 @dataclasses.dataclass(frozen=True)
