@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import importlib.util
 import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -50,7 +52,7 @@ class TorchInductor(Target):
     name: ClassVar[str] = "torch-inductor"
     summary: ClassVar[str] = "torch.export and TorchInductor, ahead of time"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        consumes="module", precisions=("fp32", "fp16"), devices=("cpu", "cuda"), minimum={"torch": MINIMUM_TEXT}
+        consumes="module", precisions=("fp32", "fp16", "bf16"), devices=("cpu", "cuda"), minimum={"torch": MINIMUM_TEXT}
     )
 
     def __post_init__(self) -> None:
@@ -198,6 +200,9 @@ def _missing_tool(device: str) -> tuple[str, str] | None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler {compiler!r}", "apt-get install g++, or set CXX"
+    if sys.platform == "linux" and not _shares_runtime(compiler):
+        reason = f"{compiler} links no shared C++ library: what it compiles has a copy of its own and crashes in torch"
+        return reason, "set CXX to a compiler with a shared libstdc++, for instance CXX=/usr/bin/g++"
     if device == "cpu":
         return None
     if importlib.util.find_spec("triton") is None:
@@ -209,6 +214,20 @@ def _missing_tool(device: str) -> tuple[str, str] | None:
     if not (header := Path(CUDA_HOME, "include", "cuda.h")).is_file():
         return f"no {header}", "install the headers of the CUDA toolkit, or set CUDA_HOME to a toolkit that has them"
     return None
+
+
+@functools.cache
+def _shares_runtime(compiler: str) -> bool:
+    """Whether what this compiler links uses the shared C++ library, the one that torch uses.
+
+    With a second, static copy the standard facets of a locale have other numbers, and std::regex calls the wrong one.
+    """
+    with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
+        library = Path(folder) / "probe.so"
+        command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        source = b"#include <new>\nvoid* probe() { return ::operator new(1); }\n"
+        linked = subprocess.run(command, input=source, capture_output=True, check=False).returncode == 0
+        return linked and any(name in library.read_bytes() for name in (b"libstdc++.so", b"libc++.so"))
 
 
 def _libraries(program: torch.export.ExportedProgram) -> list[str]:

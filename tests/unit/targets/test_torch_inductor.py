@@ -277,6 +277,20 @@ def test_building_needs_a_compiler_and_running_does_not(monkeypatch: pytest.Monk
         target.build(make_request(tmp_path))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="how libraries are linked differs elsewhere")
+def test_a_compiler_with_a_static_library_of_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "static g++"
+    compiler.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    state = TorchInductor().availability()
+    assert (state.build, state.run) == (False, True)
+    assert state.reason.startswith(f"{compiler} links no shared C++ library")
+    assert "CXX=/usr/bin/g++" in state.install
+
+
 @pytest.mark.parametrize(
     ("home", "reason"),
     [(None, "no CUDA toolkit"), ("", r"no .*/include/cuda\.h")],
