@@ -49,27 +49,28 @@ class Parameters:
     @property
     def low(self) -> np.ndarray:
         """Smallest real number that can be told, shape of `scale`."""
-        return (self.bounds[0] - self.zero_point.astype(np.float32)) * self.scale
+        return np.asarray((self.bounds[0] - self.zero_point.astype(np.float32)) * self.scale)
 
     @property
     def high(self) -> np.ndarray:
         """Largest real number that can be told, shape of `scale`."""
-        return (self.bounds[1] - self.zero_point.astype(np.float32)) * self.scale
+        return np.asarray((self.bounds[1] - self.zero_point.astype(np.float32)) * self.scale)
 
     def quantize(self, array: np.ndarray) -> np.ndarray:
         """Rounds to nearest even and saturates, as QuantizeLinear does."""
         scale, zero_point = self.along(self.scale, array.ndim), self.along(self.zero_point, array.ndim)
         if self.dtype == ir.DataType.FLOAT8E4M3FN:
-            return np.clip(array / scale, *self.bounds).astype(self.zero_point.dtype)
+            return np.asarray(np.clip(array / scale, *self.bounds).astype(self.zero_point.dtype))
         if self.dtype == ir.DataType.INT32:  # float32 does not tell integers above 2**24 apart
             array, scale = array.astype(np.float64), scale.astype(np.float64)
-        return np.clip(np.rint(array / scale) + zero_point, *self.bounds).astype(self.zero_point.dtype)
+        rounded = np.rint(array / scale) + zero_point
+        return np.asarray(np.clip(rounded, *self.bounds).astype(self.zero_point.dtype))
 
     def dequantize(self, quantized: np.ndarray) -> np.ndarray:
         """The real numbers as float32."""
         scale, zero_point = self.along(self.scale, quantized.ndim), self.along(self.zero_point, quantized.ndim)
         wide = np.float64 if self.dtype == ir.DataType.INT32 else np.float32
-        return ((quantized.astype(wide) - zero_point.astype(wide)) * scale).astype(np.float32)
+        return np.asarray(((quantized.astype(wide) - zero_point.astype(wide)) * scale).astype(np.float32))
 
     def round(self, array: np.ndarray) -> np.ndarray:
         """What is left of an array after quantizing and dequantizing."""
