@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PASSES = {
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
+    "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
     "simplify": "simplify:Simplify",
 }
 """Name of a pass: module in this package and class."""

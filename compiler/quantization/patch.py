@@ -1,0 +1,82 @@
+"""Replaces one node by several; the values it gave keep their names, and every new name is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ..graph import Graph
+from ..graph.schemas import MICROSOFT
+
+
+class Patcher:
+    """Makes patches of a graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._names = {value.name for scope in graph.graphs() for value in scope.initializers.values()}
+        self._names.update(value.name for node in graph.nodes() for value in (*node.inputs, *node.outputs) if value)
+        self._nodes = {node.name for node in graph.nodes()}
+
+    def initializer(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+        """Adds a constant to the main graph; `dtype` where NumPy has none of its own, such as INT4."""
+        name = self.name(name)
+        tensor = ir.Tensor(array, dtype=dtype or ir.DataType.from_numpy(array.dtype), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.graph.model.graph.register_initializer(value)
+        return value
+
+    def name(self, wanted: str) -> str:
+        """A name that no tensor has yet."""
+        return _unused(wanted, self._names)
+
+    def node_name(self, wanted: str) -> str:
+        """A name that no node has yet."""
+        return _unused(wanted, self._nodes)
+
+
+class Patch:
+    """The nodes that take the place of one."""
+
+    def __init__(self, patcher: Patcher, node: ir.Node) -> None:
+        self._patcher = patcher
+        self._old = node
+        self._new: list[ir.Node] = []
+        self.title = node.name or node.outputs[0].name or node.op_type
+
+    def add(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: Sequence[tuple[str, ir.DataType, ir.Shape | None]],
+        attributes: Mapping[str, int | float | str | Sequence[float] | Sequence[str]] | None = None,
+        *,
+        domain: str = "",
+        main: bool = False,
+    ) -> tuple[ir.Value, ...]:
+        """Adds a node and gives its outputs; the `main` one of the patch gets the name of the node replaced."""
+        name = self._old.name if main else self._patcher.node_name(f"{self.title}/{operator}")
+        values = [
+            ir.Value(name=self._patcher.name(wanted), type=ir.TensorType(dtype), shape=shape)
+            for wanted, dtype, shape in outputs
+        ]
+        self._new.append(ir.node(operator, inputs, attributes, domain=domain, outputs=values, name=name))
+        if domain == MICROSOFT:
+            self._patcher.graph.model.opset_imports.setdefault(MICROSOFT, 1)
+        return tuple(values)
+
+    def apply(self, *results: ir.Value) -> None:
+        """Puts the new nodes in; `results` take over the outputs of the old node, names included."""
+        graph = self._patcher.graph.model.graph
+        ir.convenience.replace_nodes_and_values(graph, self._old, [self._old], self._new, self._old.outputs, results)
+
+
+def _unused(wanted: str, taken: set[str | None]) -> str:
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f"{wanted}.{number}"
+    taken.add(name)
+    return name

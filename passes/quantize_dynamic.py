@@ -1,0 +1,134 @@
+"""Quantizes MatMul, Gemm and LSTM to int8 with activations quantized while running: for ONNX Runtime's CPU.
+
+    Gemm(x, W, b)     ->  DynamicQuantizeLinear, MatMulInteger, Cast, Mul, Mul, Add
+    LSTM(x, W, R)     ->  com.microsoft.DynamicQuantizeLSTM
+
+It needs no data. Weights have one scale for each output channel. What is refused stays float, each node with its
+reason: weights that are not constant, weights too small to gain, nodes in subgraphs, GRU and RNN (ONNX Runtime has no
+integer kernels for them) and Conv (its integer kernel is slower than float).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import fnmatch
+import platform
+from collections.abc import Iterator
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+
+from ..compiler.graph import Graph
+from ..compiler.machine.environment import cpu_flags
+from ..compiler.quantization.constants import Constants
+from ..compiler.quantization.dynamic import OPSET, Dynamic
+from ..compiler.quantization.linear import OPERATORS, linear
+from ..compiler.quantization.patch import Patcher
+from ..compiler.quantization.qdq import quantized_nodes
+from .base import Context, Pass, PassResult, Refusal
+
+SMALLEST = 1 << 15
+"""Elements of a weight that gains: 256 x 64 runs at 0.95 of float's speed, 256 x 256 at 1.08, 384 x 1536 at 2.3."""
+NARROWEST = (64, 16)
+"""Fewest rows and columns of a weight that gains: 13 x 512 runs at 0.8 of float's speed, 512 x 1 at 0.8."""
+
+_NO_KERNEL = {
+    "GRU": "ONNX Runtime has no integer GRU",
+    "RNN": "ONNX Runtime has no integer RNN",
+}
+_CONVOLUTIONS = frozenset(("Conv", "ConvTranspose"))
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeDynamic(Pass):
+    """Quantizes matrix products and LSTMs whose weights are constant; activations get their ranges while running.
+
+    Attributes:
+        keep: names of nodes that stay float, as globs.
+        reduce_range: 7 bits for weights. None: where this processor has no VNNI and would saturate.
+    """
+
+    name: ClassVar[str] = "quantize-dynamic"
+    keep: tuple[str, ...] = ()
+    reduce_range: bool | None = None
+
+    def apply(self, graph: Graph, context: Context) -> PassResult:
+        """Quantizes in place."""
+        work = graph.clone()
+        if work.model.functions:
+            InlinePass()(work.model)
+            work.model.functions.clear()
+        work.infer()
+        run = _Run(work, self)
+        run.visit()
+        if not run.changes:
+            return PassResult(modified=False, refusals=tuple(run.refusals))
+        RemoveUnusedNodesPass()(work.model)
+        graph.model = work.model
+        return PassResult(modified=True, changes=dict(run.changes), refusals=tuple(run.refusals))
+
+
+class _Run:
+    def __init__(self, graph: Graph, options: QuantizeDynamic) -> None:
+        self.changes: collections.Counter[str] = collections.Counter()
+        self.refusals: list[Refusal] = []
+        self._graph = graph
+        self._keep = options.keep
+        self._constants = Constants(graph)
+        reduce_range = _saturates() if options.reduce_range is None else options.reduce_range
+        self._dynamic = Dynamic(Patcher(graph), self._constants, reduce_range=reduce_range)
+
+    def visit(self) -> None:
+        """Quantizes what can be, and says why the rest is not."""
+        self.refusals.extend(_about_the_graph(self._graph))
+        if self._graph.opset < OPSET:
+            return
+        for node in list(self._graph.nodes()):
+            if node.domain or not (node.op_type in OPERATORS or node.op_type in ("LSTM", *_NO_KERNEL)):
+                continue
+            reason = self._quantize(node)
+            if reason:
+                self.refusals.append(Refusal(reason, node.name or node.outputs[0].name or ""))
+            else:
+                self.changes[f"{node.op_type} quantized"] += 1
+
+    def _quantize(self, node: ir.Node) -> str | None:
+        if any(fnmatch.fnmatchcase(node.name or "", pattern) for pattern in self._keep):
+            return "kept by choice"
+        if node.graph is not self._graph.model.graph:
+            return "it is in a subgraph"
+        if node.op_type in _NO_KERNEL:
+            return _NO_KERNEL[node.op_type]
+        x = node.inputs[0]
+        if x is None or x.dtype != ir.DataType.FLOAT:
+            return f"its input is {x.dtype.name if x and x.dtype else 'of unknown type'}, integer kernels take float32"
+        if node.op_type == "LSTM":
+            return self._dynamic.lstm(node)
+        found = linear(node, self._constants)
+        if isinstance(found, str):
+            return found
+        rows, columns = found.weight.shape
+        if rows * columns < SMALLEST or rows < NARROWEST[0] or columns < NARROWEST[1]:
+            return f"its weight of {rows} x {columns} is too small to gain"
+        self._dynamic.linear(found)
+        return None
+
+
+def _about_the_graph(graph: Graph) -> Iterator[Refusal]:
+    if graph.opset < OPSET:
+        yield Refusal(f"opset {graph.opset} has no DynamicQuantizeLinear; opset {OPSET} is the first")
+    if present := collections.Counter(node.op_type for node in quantized_nodes(graph)):
+        kept = ", ".join(f"{count} {operator}" for operator, count in sorted(present.items()))
+        yield Refusal(f"already quantized and kept: {kept}")
+    if convolutions := sum(node.op_type in _CONVOLUTIONS for node in graph.nodes()):
+        yield Refusal(
+            f"{convolutions} convolutions: dynamic ones are slower than float (0.2 to 0.3); quantize statically"
+        )
+
+
+def _saturates() -> bool:
+    """Whether sums of two products of 8 bits may overflow: x86 without VNNI or AMX adds them in 16 bits."""
+    flags = cpu_flags()
+    return platform.machine().lower() in ("x86_64", "amd64") and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
