@@ -1,10 +1,10 @@
-"""What float16 cannot hold: which nodes of a float32 graph must stay as they are, and why.
+"""What float16 and bfloat16 cannot hold: which nodes of a float32 graph must stay as they are, and why.
 
 A node stays that
-- has an operator that takes no float16 at the graph's opset, or a type that is not known;
-- overflows on the data, or has a weight beyond 65504;
-- adds an epsilon that float16 rounds to zero, with the sum of squares before it and the division after it;
-- computes integers, which float16 counts exactly to 2048 only;
+- has an operator that does not take the smaller type at the graph's opset, or a type that is not known;
+- overflows on the data, or has a weight beyond the largest number (65504 in float16);
+- adds an epsilon that rounds to zero, with the sum of squares before it and the division after it;
+- computes integers, which float16 counts exactly to 2048 only, bfloat16 to 256;
 - is light and lies between such nodes, where casts would cost more than they save.
 """
 
@@ -19,15 +19,10 @@ import onnx_ir as ir
 
 from ...errors import GraphError, TargetUnavailableError
 from ..data import Samples
+from .formats import Format
 from .graph import Graph
 from .precision import HEAVY, Lowering, is_float, keep, kept
 from .probe import Range, ranges
-
-LARGEST = 65504.0
-SMALLEST = 2.0**-24
-MASK = -LARGEST / 2
-"""What the minus infinity of a mask becomes. Softmax gives zero as before, and the sum with a score or a second mask
-stays above -65504: beyond that it is infinite, and a row of nothing but minus infinity gives NaN."""
 
 BATCHES = 32
 """How many batches of data are run to find overflows."""
@@ -48,16 +43,16 @@ _INTEGERS = frozenset((
 ))  # fmt: skip
 
 
-def judge(graph: Graph, lowering: Lowering, samples: Samples | None) -> Iterator[str]:
+def judge(graph: Graph, lowering: Lowering, to: Format, samples: Samples | None) -> Iterator[str]:
     """Marks the nodes that stay; yields why something could not be judged."""
-    _keep_illegal(graph, lowering)
-    _keep_extreme_weights(graph)
-    _keep_integers(graph)
+    _keep_illegal(graph, lowering, to)
+    _keep_extreme_weights(graph, to)
+    _keep_integers(graph, to)
     if samples is None:
         yield "activations were not checked for overflow: there is no data"
     else:
         try:
-            _keep_overflows(graph, ranges(graph, itertools.islice(samples, BATCHES)))
+            _keep_overflows(graph, ranges(graph, itertools.islice(samples, BATCHES)), to)
         except (GraphError, TargetUnavailableError) as error:
             yield f"activations were not checked for overflow: {error}"
         if any(True for _ in graph.model.graph.subgraphs()):
@@ -65,12 +60,17 @@ def judge(graph: Graph, lowering: Lowering, samples: Samples | None) -> Iterator
     _keep_between(graph)
 
 
-def clamp_masks(graph: Graph) -> int:
-    """Raises constants below -65504 that only mask to `MASK`; returns how many."""
+def clamp_masks(graph: Graph, to: Format) -> int:
+    """Raises constants that only mask, and are below what the type holds, to half of that; returns how many.
+
+    Softmax gives zero as before, and the sum with a score or a second mask stays finite: beyond the largest number it
+    is infinite, and a row of nothing but minus infinity gives NaN.
+    """
     clamped = 0
+    mask = -to.largest / 2
     for value, array, replace in _constants(graph):
-        if _finite(array).min(initial=0) < -LARGEST and _is_mask(value):
-            replace(np.where(np.isfinite(array) & (array < MASK), np.float32(MASK), array))
+        if _finite(array).min(initial=0) < -to.largest and _is_mask(value):
+            replace(np.where(np.isfinite(array) & (array < mask), np.float32(mask), array))
             clamped += 1
     return clamped
 
@@ -93,7 +93,7 @@ def _is_mask(value: ir.Value) -> bool:
     return found
 
 
-def _keep_illegal(graph: Graph, lowering: Lowering) -> None:
+def _keep_illegal(graph: Graph, lowering: Lowering, to: Format) -> None:
     for node in graph.nodes():
         unknown = [v.name for v in (*node.inputs, *node.outputs) if v is not None and v.name and v.type is None]
         if unknown:
@@ -101,18 +101,18 @@ def _keep_illegal(graph: Graph, lowering: Lowering) -> None:
         elif node.op_type == "BitCast":
             keep(node, "BitCast reads the bits of float32")
         elif lowering.legal(node) is False:
-            keep(node, f"{node.op_type} takes no float16 at opset {graph.model.opset_imports.get(node.domain)}")
+            keep(node, f"{node.op_type} takes no {to.name} at opset {graph.model.opset_imports.get(node.domain)}")
 
 
-def _keep_extreme_weights(graph: Graph) -> None:
+def _keep_extreme_weights(graph: Graph, to: Format) -> None:
     for value, array, _ in _constants(graph):
         finite = _finite(array)
         peak = max(float(finite.max(initial=0)), -float(finite.min(initial=0)))
         for node in (*value.consumers(), *_producers(value)):
-            if peak > LARGEST:
-                keep(node, f"weight {value.name!r} reaches {peak:.3g}, float16 ends at {LARGEST:.0f}")
-            elif 0 < peak < SMALLEST:
-                _keep_around_epsilon(node, f"{value.name!r} is {peak:.1g}, which float16 rounds to zero")
+            if peak > to.largest:
+                keep(node, f"weight {value.name!r} reaches {peak:.3g}, {_end(to)}")
+            elif 0 < peak < to.smallest:
+                _keep_around_epsilon(node, f"{value.name!r} is {peak:.1g}, which {to.name} rounds to zero")
 
 
 def _keep_around_epsilon(node: ir.Node, reason: str) -> None:
@@ -125,8 +125,12 @@ def _keep_around_epsilon(node: ir.Node, reason: str) -> None:
             keep(after, reason)
 
 
-def _keep_integers(graph: Graph) -> None:
-    reason = "computes integers, which float16 counts exactly to 2048 only"
+def _end(to: Format) -> str:
+    return f"{to.name} ends at {to.largest:.5g}"
+
+
+def _keep_integers(graph: Graph, to: Format) -> None:
+    reason = f"computes integers, which {to.name} counts exactly to {2**to.bits} only"
     for node in graph.nodes():
         if node.op_type != "Cast" or not is_float(node.inputs[0]):
             continue
@@ -137,13 +141,13 @@ def _keep_integers(graph: Graph) -> None:
                     keep(before, reason)
 
 
-def _keep_overflows(graph: Graph, measured: dict[str, Range]) -> None:
+def _keep_overflows(graph: Graph, measured: dict[str, Range], to: Format) -> None:
     main = graph.model.graph
     for value in (*main.inputs, *(output for node in main for output in node.outputs)):
         peak = max(map(abs, measured.get(value.name or "", (0.0,))))
-        if peak > LARGEST:
+        if peak > to.largest:
             for node in (*_producers(value), *value.consumers()):
-                keep(node, f"tensor {value.name!r} reaches {peak:.3g} on the data, float16 ends at {LARGEST:.0f}")
+                keep(node, f"tensor {value.name!r} reaches {peak:.3g} on the data, {_end(to)}")
 
 
 def _keep_between(graph: Graph) -> None:

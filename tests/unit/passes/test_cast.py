@@ -7,10 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enginesmith.compiler.graph import probe
+from enginesmith.compiler.graph.emulation import emulate
+from enginesmith.errors import RecipeError
+from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Refusal
 from enginesmith.passes.cast import Cast
 
 CAST = Cast()
+BF16 = Cast(to="bf16")
 GENERATOR = np.random.default_rng(0)
 
 
@@ -34,8 +38,8 @@ def node(graph, operator: str) -> ir.Node:
 
 
 def cast_pairs(graph) -> list[str]:
-    """Casts between float32 and float16 of casts between them, and casts that change nothing."""
-    floats = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
+    """Casts between floats of casts between them, and casts that change nothing."""
+    floats = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
     casts = [n for n in graph.nodes() if n.op_type == "Cast" and {n.inputs[0].dtype, n.outputs[0].dtype} <= floats]
     return [n.name for n in casts if n.inputs[0].dtype == n.outputs[0].dtype or n.inputs[0].producer() in casts]
 
@@ -45,7 +49,7 @@ def check_numerics(graph, before, inputs, *, tolerance: float = 2e-3) -> None:
     graph.verify()
     assert not cast_pairs(graph)
     assert graph.input_names == before.input_names
-    expected, found = probe.run(before, inputs), probe.run(graph, inputs)
+    expected, found = probe.run(before, inputs), probe.run(emulate(graph), inputs)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         if value.dtype.kind == "f":
@@ -350,6 +354,57 @@ def test_input_that_is_an_output(rewrite, read):
     text = "g (float[2] x) => (float[2] y, float[2] x) { y = Relu(x) }"
     graph, _ = rewrite(CAST, text, feeds(x=[1, 2]))
     assert graph.output_names == ("y", "x")
+
+
+def test_bfloat16(rewrite, read):
+    text = """g (float[N,2] x) => (float[N,2] y, float[N,2] r) <float[2,2] w = {1, 2, 3, 4}> {
+        a = MatMul(x, w)  y = Relu(a)  r = Softmax(y) }"""
+    inputs = feeds(x=[[1, -5], [3, 400]])
+    graph, result = rewrite(BF16, text, inputs)
+    assert graph.operators() == {"Cast": 3, "MatMul": 1, "Relu": 1, "Softmax": 1}
+    assert node(graph, "MatMul").inputs[1].const_value.dtype == ir.DataType.BFLOAT16
+    assert not result.refusals
+    check_numerics(graph, read(text), inputs[0], tolerance=1e-2)
+    assert not rewrite(BF16, "g (float[N] x) => (float[N] y) { y = Mul(x, x) }", feeds(x=[1e5]))[1].refusals
+
+
+def test_bfloat16_has_limits_of_its_own(rewrite):
+    text = """<ir_version: 8, opset_import: ["": 17]>
+        g (float[1,1,4,4] x, bool[1,1,4,4] c) => (float[1,1,4,4] y)
+            <float[1,1,1,1] w = {1}, float low = {-3.4028235e38}> {
+            a = Conv(x, w)  s = Where(c, a, low)  y = Softmax(s) }"""
+    _, result = rewrite(BF16, text, feeds(x=np.ones((1, 1, 4, 4)), c=np.zeros((1, 1, 4, 4))))
+    assert reasons(result) == {"Conv takes no bfloat16 at opset 17"}
+    assert result.changes["masks clamped"] == 1
+    text = "g (int64[N] i) => (int64[N] j) { f = Cast <to = 1> (i)  g = Floor(f)  j = Cast <to = 7> (g) }"
+    _, result = rewrite(BF16, text, feeds(i=[1]))
+    assert "computes integers, which bfloat16 counts exactly to 256 only" in reasons(result)
+
+
+def test_bfloat16_inputs_are_refused():
+    with pytest.raises(RecipeError, match="inputs of bfloat16, which arrays cannot hold"):
+        parse_pass("cast:to=bf16,keep_io=false")
+
+
+NAMED = """g (float[N] x) => (float[N] y) {
+    [block1_neg] a = Neg(x)  [block1_tanh] b = Tanh(a)  [block2_neg] c = Neg(b)  [head] y = Tanh(c) }"""
+
+
+@pytest.mark.parametrize("keep", [("block1_*",), ("block1_neg", "block1_t*")])
+def test_nodes_are_kept_by_choice(rewrite, keep):
+    graph, result = rewrite(Cast(keep=keep), NAMED, feeds(x=[1, 2]))
+    assert {n.name: n.outputs[0].dtype.name for n in graph.nodes() if n.op_type != "Cast"} == {
+        "block1_neg": "FLOAT", "block1_tanh": "FLOAT", "block2_neg": "FLOAT16", "head": "FLOAT16",
+    }  # fmt: skip
+    assert Refusal(f"kept by choice: {keep[0]!r}", "block1_neg") in result.refusals
+    assert not cast_pairs(graph)
+
+
+def test_kept_name_that_no_node_has(rewrite):
+    with pytest.raises(RecipeError, match=r"no node matches 'block3_neg'[\s\S]*did you mean 'block[12]_neg'"):
+        rewrite(Cast(keep=("block3_neg",)), NAMED)
+    with pytest.raises(RecipeError, match=r"no node matches '\*tail\*'[\s\S]*4 nodes, among them 'block1_neg'"):
+        rewrite(Cast(keep=("*tail*",)), NAMED)
 
 
 @settings(deadline=None, max_examples=25)
