@@ -1,0 +1,126 @@
+"""Gives nodes the form that ONNX Runtime on the CPU has an integer kernel for; what they compute stays the same.
+
+    ReduceMean over all positions       ->  GlobalAveragePool                  (Flatten where the axes go)
+    MatMul of matrices, + bias          ->  Gemm                               whose kernel takes an int32 bias
+    MatMul of more dimensions, + b[N]   ->  the same, + b[1, N]
+
+The last keeps ONNX Runtime from turning MatMul and Add into Reshape, Gemm, Reshape (MatMulAddFusion) before it looks
+for quantized nodes: it would find none there, and would compute the weights from int8 anew on each call.
+"""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import onnx_ir as ir
+
+from ..graph import Graph
+from .layers import free_name, initializer
+from .plan import constant
+
+
+def prepare(graph: Graph) -> dict[str, int]:
+    """Rewrites the main graph in place; shapes must be inferred, constants be initializers. Returns counts."""
+    changes: collections.Counter[str] = collections.Counter()
+    for node in list(graph.model.graph):
+        if node.domain or node.outputs[0].dtype != ir.DataType.FLOAT:
+            continue
+        if node.op_type == "ReduceMean" and _is_over_positions(node):
+            _pool(graph, node)
+            changes["ReduceMean to GlobalAveragePool"] += 1
+        elif node.op_type == "MatMul" and _has_matrix(node):
+            if _rank(node.inputs[0]) == 2:
+                _to_gemm(graph, node)
+                changes["MatMul to Gemm"] += 1
+            elif (add := _bias_add(node)) is not None:
+                _widen_bias(graph, node, add)
+                changes["biases given two dimensions"] += 1
+    return dict(changes)
+
+
+def _is_over_positions(node: ir.Node) -> bool:
+    """Whether it takes the mean over every axis behind batch and channels."""
+    rank = _rank(node.inputs[0])
+    axes: list[int] = []
+    if (
+        len(node.inputs) > 1
+        and constant(value := node.inputs[1])
+        and value is not None
+        and value.const_value is not None
+    ):
+        axes = value.const_value.numpy().reshape(-1).tolist()
+    elif "axes" in node.attributes:
+        axes = list(node.attributes["axes"].as_ints())
+    return rank is not None and rank > 2 and sorted(axis % rank for axis in axes) == list(range(2, rank))
+
+
+def _pool(graph: Graph, node: ir.Node) -> None:
+    (result,) = node.outputs
+    keeps = node.attributes.get_int("keepdims", 1) == 1
+    pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=f"{node.name or result.name}/pool")
+    new = [pool]
+    if not keeps:
+        pooled = pool.outputs[0]
+        pooled.name, pooled.type = free_name(graph, f"{result.name}/pooled"), result.type
+        source = node.inputs[0]
+        if source is not None and source.shape is not None:
+            pooled.shape = ir.Shape([*source.shape[:2], *(1 for _ in source.shape[2:])])
+        new.append(ir.node("Flatten", [pooled], name=f"{node.name or result.name}/flatten"))
+    _replace(graph, node, new)
+
+
+def _has_matrix(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    return constant(weight) and _rank(weight) == 2 and not constant(node.inputs[0])
+
+
+def _to_gemm(graph: Graph, node: ir.Node) -> None:
+    """The bias goes along where the product is read by its Add alone."""
+    add = _bias_add(node)
+    if add is None:
+        _replace(graph, node, [ir.node("Gemm", list(node.inputs), name=node.name)])
+        return
+    (bias,) = (value for value in add.inputs if value is not node.outputs[0])
+    _replace(graph, add, [ir.node("Gemm", [*node.inputs, bias], name=node.name)])
+    graph.model.graph.remove(node, safe=True)
+
+
+def _bias_add(node: ir.Node) -> ir.Node | None:
+    """The Add of a constant (N,) that alone reads a product."""
+    product, weight = node.outputs[0], node.inputs[1]
+    readers = list(product.uses())
+    if len(readers) != 1 or product.is_graph_output() or readers[0].node.op_identifier() != ("", "Add", ""):
+        return None
+    add = readers[0].node
+    bias = add.inputs[1 - readers[0].idx]
+    if weight is None or weight.shape is None or bias is None or bias.shape is None or not constant(bias):
+        return None
+    return add if tuple(bias.shape) == (weight.shape[1],) else None
+
+
+def _widen_bias(graph: Graph, node: ir.Node, add: ir.Node) -> None:
+    place = 1 if add.inputs[0] is node.outputs[0] else 0
+    bias = add.inputs[place]
+    if bias is None or bias.const_value is None:
+        raise ValueError("a bias is a constant")
+    array: np.ndarray = bias.const_value.numpy()
+    add.replace_input_with(place, initializer(graph, f"{bias.name}/row", array.reshape(1, -1)))
+    if not bias.uses() and not bias.is_graph_output():
+        graph.model.graph.initializers.pop(bias.name or "")
+
+
+def _replace(graph: Graph, node: ir.Node, new: list[ir.Node]) -> None:
+    """Puts nodes in the place of one; the last gives its result, under its name."""
+    (old,) = node.outputs
+    result = new[-1].outputs[0]
+    result.type, result.shape = old.type, old.shape
+    graph.model.graph.insert_before(node, new)
+    name = old.name
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.model.graph.remove(node, safe=True)
+    result.name = name
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
