@@ -23,6 +23,7 @@ COMMANDS = {
     "compile": "Compile a model to a bundle of validated, measured engines.",
     "validate": "Judge the engines of a bundle again, on this machine or on new data.",
     "bench": "Measure the engines of a bundle again, interleaved with a baseline.",
+    "debug": "Find the node that makes the error of an engine.",
     "inspect": "Show inputs, sizes, operators and precisions of a model, bundle or engine.",
     "doctor": "Build and run a one-node model on every target, and say why one cannot.",
     "schema": "Print the JSON schema of recipes.",
@@ -159,6 +160,44 @@ def _bench() -> click.Command:
     return click.Command("bench", params=[_BUNDLE, _ENGINES, *options], callback=run)
 
 
+def _debug() -> click.Command:
+    from .compiler.console.flags import field_options, overrides
+
+    def run(
+        bundle: Path,
+        engine: str | None,
+        against: str,
+        on: str | None,
+        threshold: float | None,
+        as_json: bool,
+        quiet: bool,
+        **values: Any,
+    ) -> int:
+        from .compiler.console.console import progress
+        from .compiler.console.debug import show_debugged
+        from .compiler.debug.debug import debug_bundle
+
+        with progress(quiet) as bars:
+            result = debug_bundle(
+                bundle, engine, against=against, on=on, threshold=threshold, progress=bars, **overrides(values)
+            )
+        _show(result.to_json(), as_json, quiet, lambda: show_debugged(result))
+        return 1 if result.diverges else 0
+
+    options: list[click.Parameter] = [
+        click.Option(["--engine", "-e"], help="Engine to examine. Default: the one farthest beyond its tolerance."),
+        click.Option(
+            ["--against"], default="reference", show_default=True, help="The model in fp32, or the name of an engine."
+        ),
+        click.Option(["--on"], metavar="TARGET", help="Run the engine's graph on this target, not on its own."),
+        click.Option(
+            ["--threshold"], type=float, help="Relative L2 that is too much. Default: that of the engine's precision."
+        ),
+    ]
+    options += field_options("data", "max_samples")
+    return click.Command("debug", params=[_BUNDLE, *options], callback=run)
+
+
 def _inspect() -> click.Command:
     def run(path: Path, as_json: bool, quiet: bool) -> int:
         from .compiler.console.console import show_inspection
@@ -199,6 +238,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "compile": _compile,
     "validate": _validate,
     "bench": _bench,
+    "debug": _debug,
     "inspect": _inspect,
     "doctor": _doctor,
     "schema": _schema,
