@@ -18,6 +18,7 @@ from enginesmith.targets import parse_target
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 DIGITS = SAMPLES / "digits"
+CHARACTERS = SAMPLES / "characters"
 
 
 def module(path: Path) -> ModuleType:
@@ -62,6 +63,39 @@ def test_digits_data_are_images_of_the_set_that_training_leaves_out(held_out: di
 def test_the_metric_counts_right_rows() -> None:
     accuracy = module(DIGITS / "metric.py").accuracy
     assert accuracy({"y": np.eye(3)}, {"label": np.array([0, 2, 2])}).tolist() == [1, 0, 1]
+
+
+def test_characters_guesses_as_many_as_its_page_says() -> None:
+    model = module(CHARACTERS / "model.py").characters().eval()
+    model.load_state_dict(load_file(CHARACTERS / "characters.safetensors"))
+    with np.load(CHARACTERS / "test.npz", allow_pickle=False) as file:
+        tokens = file["tokens"]
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(tokens)).numpy()
+    right = module(CHARACTERS / "metric.py").accuracy({"output": logits}, {"tokens": tokens})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    page = " ".join((CHARACTERS / "README.md").read_text().split())
+    assert f"{parameters:,} parameters" in page
+    assert f"{100 * right.mean():.2f} % of the {right.size * 127:,} characters" in page
+    assert right.mean() >= 0.59
+
+
+def test_characters_holds_text_and_none_of_it_on_both_sides() -> None:
+    alphabet = module(CHARACTERS / "model.py").ALPHABET
+    lines = []
+    for name in ("calibration", "test"):
+        with np.load(CHARACTERS / f"{name}.npz", allow_pickle=False) as file:
+            text = ["".join(alphabet[token] for token in window) for window in file["tokens"]]
+        lines.append({line for window in text for line in window.split("\n")[1:-1] if len(line) > 20})
+    assert all(len(found) > 50 for found in lines)
+    assert not lines[0] & lines[1]
+    assert any(" the " in line for line in lines[1])
+
+
+def test_the_metric_counts_right_characters() -> None:
+    accuracy = module(CHARACTERS / "metric.py").accuracy
+    guesses = np.eye(3)[[[1, 2, 0], [0, 0, 0]]]
+    assert accuracy({"y": guesses}, {"tokens": np.array([[0, 1, 2], [2, 0, 1]])}).tolist() == [1, 0.5]
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*/recipe.yaml")), ids=lambda path: path.parent.name)
