@@ -15,6 +15,7 @@ PASSES = {
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
     "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
+    "quantize-static": "quantize_static:QuantizeStatic",
     "simplify": "simplify:Simplify",
 }
 """Name of a pass: module in this package and class."""

@@ -1,0 +1,102 @@
+"""The range of each activation of a plan: from calibration, one for all of a group."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from ..calibration import Method, Statistics, limits
+from ..graph import Graph
+from .parameters import Parameters, activation_parameters
+from .plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """How an activation is quantized, for people.
+
+    Attributes:
+        low, high: what the quantized numbers can tell.
+        scale: the step between them.
+        clipped: share of the calibrated values beyond these limits.
+        minimum, maximum: of the calibrated values.
+        group: how many activations share the range.
+    """
+
+    name: str
+    low: float
+    high: float
+    scale: float
+    clipped: float
+    minimum: float
+    maximum: float
+    method: str
+    group: int
+
+    def row(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return dataclasses.asdict(self)
+
+
+def unknown(graph: Graph, plan: Plan, statistics: Statistics) -> dict[ir.Node, str]:
+    """Nodes of the plan that read or give an activation without a range, and why."""
+    found: dict[ir.Node, str] = {}
+    main = graph.model.graph
+    for value in (*main.inputs, *(output for node in main for output in node.outputs)):
+        name = value.name or ""
+        if name not in plan.activations or name in statistics:
+            continue
+        reason = "has no finite value" if name in statistics.empty else "holds a mask, NaN or infinite values"
+        around = [*(use.node for use in plan.activations[name]), *_behind(value.producer())]
+        found.update(
+            {node: f"{name!r} {reason} on the data" for node in around if node is not None and node in plan.nodes}
+        )
+    return found
+
+
+def _behind(node: ir.Node | None) -> Iterator[ir.Node]:
+    """A node, and the one that it takes its first operand from: the result of a Conv lies behind its Relu."""
+    if node is not None:
+        yield node
+        before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        yield from () if before is None else (before,)
+
+
+def activation_ranges(plan: Plan, statistics: Statistics, method: Method) -> tuple[dict[str, Parameters], list[Limit]]:
+    """Parameters for each activation of the plan, and the table of them.
+
+    Raises:
+        KeyError: an activation has no statistics; see `unknown`.
+    """
+    chosen: dict[str, tuple[float, float]] = {
+        name: limits(statistics[name], method, symmetric=plan.symmetric) for name in plan.activations
+    }
+    parameters: dict[str, Parameters] = {}
+    table = []
+    for name in plan.activations:
+        group = plan.group_of(name)
+        low = min(chosen[member][0] for member in group)
+        high = max(chosen[member][1] for member in group)
+        found = activation_parameters(low, high, plan.dtype, symmetric=plan.symmetric)
+        parameters[name] = found
+        table.append(_limit(name, found, statistics, method, len(group)))
+    return parameters, table
+
+
+def _limit(name: str, found: Parameters, statistics: Mapping[str, Any], method: str, group: int) -> Limit:
+    own = statistics[name]
+    low, high = float(found.low), float(found.high)
+    return Limit(
+        name=name,
+        low=low,
+        high=high,
+        scale=float(found.scale),
+        clipped=own.clipped(low, high),
+        minimum=own.low,
+        maximum=own.high,
+        method=method,
+        group=group,
+    )

@@ -1,0 +1,212 @@
+"""Quantizes weights and activations to 8 bits, with ranges from calibration: QuantizeLinear and DequantizeLinear.
+
+    x -> Conv(W, b) -> y     ->     x -> Q -> DQ -> Conv(DQ(W8), DQ(b32)) -> Q -> DQ -> y
+
+Where Q/DQ goes is the target's, as its engine fuses them into integer kernels: `compiler.quantization.onnxruntime` and
+`compiler.quantization.tensorrt`. A graph that is quantized already is kept as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+
+from ..compiler.calibration import Calibration, Method, Statistics
+from ..compiler.graph import Graph
+from ..compiler.graph.selection import label, select
+from ..compiler.machine.environment import cpu_flags
+from ..compiler.quantization import onnxruntime
+from ..compiler.quantization.bias import correct
+from ..compiler.quantization.equalize import equalize
+from ..compiler.quantization.forms import prepare
+from ..compiler.quantization.plan import Plan, constant
+from ..compiler.quantization.qdq import insert, quantized_nodes
+from ..compiler.quantization.ranges import activation_ranges, unknown
+from ..compiler.quantization.smooth import smooth
+from ..compiler.quantization.weights import Rounding, fit_biases, quantize_biases, round_weights, weight_ranges
+from ..errors import RecipeError
+from .base import Context, Pass, PassResult, Refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeStatic(Pass):
+    """Quantizes what the target computes in 8 bits; the rest stays float, each node with its reason.
+
+    Attributes:
+        scheme: whose placement.
+        dtype: fp8 is for scheme=tensorrt.
+        method: how ranges of activations come from their statistics.
+        per_channel: one scale for each output channel of a weight.
+        search: clip each channel of a weight at the least squared error, not at its largest magnitude.
+        rounding: "gptq" rounds weights so that layers change least on the data.
+        equalize: even out the ranges of channels between two layers first.
+        smooth: SmoothQuant's alpha for MatMul and Gemm, such as 0.5; 0 leaves it out.
+        bias_correction: take back the shift that rounding causes in the means of channels.
+        reduce_range: 7 bits for weights. None: where this processor has no VNNI and its sums would saturate.
+        keep: names or globs of nodes that stay float.
+    """
+
+    name: ClassVar[str] = "quantize-static"
+    scheme: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    dtype: Literal["int8", "fp8"] = "int8"
+    method: Method = "mse"
+    per_channel: bool = True
+    search: bool = False
+    rounding: Rounding = "nearest"
+    equalize: bool = False
+    smooth: float = 0.0
+    bias_correction: bool = False
+    reduce_range: bool | None = None
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype == "fp8" and self.scheme == "onnxruntime":
+            raise ValueError("ONNX Runtime has no FP8 kernels: dtype=fp8 needs scheme=tensorrt")
+        if not 0 <= self.smooth <= 1:
+            raise ValueError(f"smooth={self.smooth} is not between 0 and 1")
+
+    def apply(self, graph: Graph, context: Context) -> PassResult:
+        """Quantizes in place.
+
+        Raises:
+            RecipeError: there is no calibration, or `keep` has a pattern that matches no node.
+            DataError, GraphError: the data does not run through the graph.
+        """
+        if (reason := self._why_not(graph)) is not None:
+            return PassResult(modified=False, refusals=(reason,))
+        if context.calibration is None:
+            raise RecipeError(
+                f"{self.name} needs calibration data, to see the ranges of activations",
+                hint="give --data with 32 to 512 real samples",
+            )
+        run = _Run(self, graph, context.calibration)
+        if not run.plan.nodes:
+            return PassResult(modified=False, refusals=run.refusals)
+        details = run.rewrite()
+        graph.model = run.graph.model
+        return PassResult(modified=True, changes=dict(run.changes), refusals=run.refusals, details=details)
+
+    def _why_not(self, graph: Graph) -> Refusal | None:
+        """Why the whole graph is left as it is."""
+        if found := quantized_nodes(graph):
+            return Refusal(f"the graph is quantized already ({len(found)} such nodes), and is kept", label(found[0]))
+        needed = 19 if self.dtype == "fp8" else 13 if self.per_channel else 10
+        if graph.opset < needed:
+            what = {19: "FP8", 13: "one scale for each channel", 10: "QuantizeLinear"}[needed]
+            hint = ", or choose per_channel=false" if needed == 13 else ""
+            return Refusal(f"{what} needs opset {needed}, the graph has {graph.opset}: export for a newer one{hint}")
+        return None
+
+
+class _Run:
+    """One graph on its way: forms and repairs in float first, then the plan, then the rewrite."""
+
+    def __init__(self, options: QuantizeStatic, graph: Graph, calibration: Calibration) -> None:
+        self.options = options
+        self.changes: Counter[str] = Counter()
+        self.graph = _flat(graph)
+        self._calibration = calibration
+        self._repairs: list[Refusal] = []
+        asked = select(self.graph, options.keep)
+        self._keep = {n: f"kept by choice: {asked[label(n)]!r}" for n in self.graph.nodes() if label(n) in asked}
+        self._prepare()
+        self.plan = self._plan()
+        self.statistics = self._observe()
+        while missing := unknown(self.graph, self.plan, self.statistics):
+            self._keep.update(missing)
+            self.plan = self._plan()
+            self.statistics = self._observe()
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Nodes that stay float, then repairs that were not possible."""
+        return (*self.plan.refusals, *self._repairs)
+
+    def rewrite(self) -> dict[str, Any]:
+        """Puts Q/DQ in; returns the details of the result."""
+        options = self.options
+        activations, table = activation_ranges(self.plan, self.statistics, options.method)
+        ranges = weight_ranges(self.plan.weights, search=options.search, reduce_range=self._reduced())
+        ranges = fit_biases(self.plan, ranges, activations)
+        weights = round_weights(self.graph, ranges, options.rounding, self._calibration.samples)
+        if options.bias_correction:
+            self._note(*correct(self.graph, weights, self.statistics))
+            self.plan = self._plan()  # layers without a bias have one now
+        biases = quantize_biases(self.plan, ranges, activations)
+        self.changes.update(insert(self.graph, self.plan, activations, weights, biases))
+        limits = {limit.name: (limit.low, limit.high) for limit in table}
+        return {
+            "method": options.method,
+            "samples": self.statistics.samples,
+            "statistics": self.statistics.digest,
+            "limits": [limit.row() for limit in table],
+            "findings": [dataclasses.asdict(finding) for finding in self.statistics.findings(limits)],
+        }
+
+    def _prepare(self) -> None:
+        if self.options.scheme == "onnxruntime":
+            self.changes.update(prepare(self.graph))
+        if self.options.equalize:
+            self._note(*equalize(self.graph))
+        if self.options.smooth:
+            names = [name for node in self.graph.model.graph if (name := _multiplied(node))]
+            statistics = self._calibration.statistics(self.graph, names)
+            self._note(*smooth(self.graph, statistics, self.options.smooth))
+        self.graph.infer()
+
+    def _plan(self) -> Plan:
+        keep = {**self._keep, **_broken_weights(self.graph)}
+        return onnxruntime.plan(self.graph, per_channel=self.options.per_channel, keep=keep)
+
+    def _observe(self) -> Statistics:
+        return self._calibration.statistics(self.graph, sorted(self.plan.activations))
+
+    def _note(self, changes: Mapping[str, int], refusals: list[Refusal]) -> None:
+        self.changes.update(changes)
+        self._repairs.extend(refusals)
+
+    def _reduced(self) -> bool:
+        asked = self.options.reduce_range
+        return self.options.scheme == "onnxruntime" and _saturates() if asked is None else asked
+
+
+def _flat(graph: Graph) -> Graph:
+    """A copy without functions, its constants in initializers, shapes and types known."""
+    work = graph.clone()
+    if work.model.functions:
+        InlinePass()(work.model)
+        work.model.functions.clear()
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(work.model)
+    work.infer()
+    return work
+
+
+def _multiplied(node: ir.Node) -> str | None:
+    """Name of what a MatMul or Gemm multiplies its weight with."""
+    value = node.inputs[0] if node.op_type in ("Gemm", "MatMul") and not node.domain else None
+    return None if value is None or constant(value) else value.name
+
+
+def _broken_weights(graph: Graph) -> dict[ir.Node, str]:
+    """Nodes whose weight holds NaN or Inf."""
+    broken = {}
+    for node in graph.model.graph:
+        weight = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1 else None
+        if weight is None or not constant(weight) or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
+            continue
+        if not np.isfinite(weight.const_value.numpy()).all():
+            broken[node] = f"its weight {weight.name!r} holds NaN or Inf"
+    return broken
+
+
+def _saturates() -> bool:
+    """Whether sums of two products of 8 bits may overflow: x86 without VNNI or AMX adds them in 16 bits."""
+    flags = cpu_flags()
+    return platform.machine().lower() in ("x86_64", "amd64") and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
