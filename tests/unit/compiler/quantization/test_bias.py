@@ -14,7 +14,7 @@ from enginesmith.compiler.quantization.plan import Use, Weight
 from enginesmith.compiler.quantization.qdq import Quantized
 
 GENERATOR = np.random.default_rng(0)
-IMAGE = (GENERATOR.standard_normal((8, 4, 6, 6)) + [[[[3]], [[-2]], [[0]], [[1]]]]).astype(np.float32)
+IMAGE = GENERATOR.normal(np.reshape([3, -2, 0, 1], (4, 1, 1)), 1, (8, 4, 6, 6)).astype(np.float32)
 ROWS = IMAGE.transpose(0, 2, 3, 1).reshape(-1, 4)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ def test_ranges_meet_and_the_function_stays(weighted):
     assert [(refusal.node, refusal.reason) for refusal in refusals] == [("a", "'x' is an input of the model")]
     np.testing.assert_allclose(probe.run(graph, {"x": IMAGE})["y"], before, rtol=1e-4, atol=1e-4)
     chain = list(layers(graph))
-    for first, second in zip(chain, chain[1:], strict=False):
+    for first, second in itertools.pairwise(chain):
         np.testing.assert_allclose(first.output_range(), second.input_range(), rtol=2e-3)
 
 

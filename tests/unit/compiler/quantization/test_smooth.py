@@ -11,7 +11,8 @@ from enginesmith.compiler.quantization.layers import layers, operand
 from enginesmith.compiler.quantization.smooth import smooth
 
 TOKENS = (np.random.default_rng(0).standard_normal((2, 3, 4)) * [1, 40, 0.2, 3]).astype(np.float32)
-ATTENTION = """g (float[2,3,4] x, float[4] s, float[4] b, float[4,4] q, float[4,4] k, float[4,4] v) => (float[2,3,4] y) {
+ATTENTION = """g (float[2,3,4] x, float[4] s, float[4] b, float[4,4] q, float[4,4] k, float[4,4] v)
+    => (float[2,3,4] y) {
     NORMAL  qa = MatMul(n, q)  ka = MatMul(n, k)  va = MatMul(n, v)  c = Add(qa, ka)  y = Add(c, va)  }"""
 NORMALS = [
     "n = LayerNormalization(x, s, b)",
