@@ -197,6 +197,11 @@ class Target(abc.ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+    lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "fp32": (),
+        "fp16": ("cast:to=fp16",),
+        "bf16": ("cast:to=bf16",),
+    }
 
     @abc.abstractmethod
     def availability(self) -> Availability:
@@ -223,6 +228,14 @@ class Target(abc.ABC):
     def opset_range(self) -> tuple[int, int] | None:
         """Lowest and highest opset that the version found here parses; None where the target takes no graph."""
         return self.capabilities.opset
+
+    def lowering(self, precision: str) -> tuple[str, ...]:
+        """The passes, as text and in order, that bring a float32 graph to a precision that the target builds."""
+        return self.lowerings.get(precision, ()) if self.capabilities.consumes == "graph" else ()
+
+    def refusals(self) -> Mapping[str, str]:
+        """Why precisions that one may expect, or that other versions and devices have, cannot be had; by precision."""
+        return {}
 
     def versions(self) -> Mapping[str, str]:
         """Versions of what would run an engine here, for comparison with what the engine requires."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,11 +36,19 @@ class OnnxRuntimeCpu(Target):
     summary: ClassVar[str] = "ONNX Runtime on the CPU"
     capabilities: ClassVar[Capabilities] = Capabilities(
         consumes="graph",
-        precisions=("fp32", "fp16"),
+        precisions=("fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights"),
         devices=("cpu",),
         opset=OPSET,
         minimum={"onnxruntime": MINIMUM},
     )
+    lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "fp32": (),
+        "fp16": ("cast:to=fp16",),
+        "int8": ("quantize-static:scheme=onnxruntime",),
+        "int8-dynamic": ("quantize-dynamic",),
+        "int8-weights": ("quantize-weights:bits=8",),
+        "int4-weights": ("quantize-weights:bits=4",),
+    }
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "threads", "inter_threads")
@@ -53,6 +62,10 @@ class OnnxRuntimeCpu(Target):
         import onnxruntime
 
         return Availability(build=True, run=True, versions={"onnxruntime": onnxruntime.__version__})
+
+    def refusals(self) -> Mapping[str, str]:
+        """bfloat16, which ONNX Runtime does not compute in on a CPU."""
+        return {"bf16": "ONNX Runtime has no bfloat16 kernels for CPUs; torch-inductor computes in it"}
 
     def build(self, request: BuildRequest) -> EngineInfo:
         """Saves the graph, and records what ONNX Runtime makes of it on this machine."""

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -54,12 +54,16 @@ class OnnxRuntimeCuda(Target):
     summary: ClassVar[str] = "ONNX Runtime on an NVIDIA GPU"
     capabilities: ClassVar[Capabilities] = Capabilities(
         consumes="graph",
-        precisions=("fp32", "fp16"),
+        precisions=("fp32", "fp16", "bf16", "int4-weights"),
         devices=("cuda",),
         opset=OPSET,
         gpu_to_build=True,
         minimum={"onnxruntime-gpu": MINIMUM},
     )
+    lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **Target.lowerings,
+        "int4-weights": ("quantize-weights:bits=4", "cast:to=fp16"),
+    }
 
     def __post_init__(self) -> None:
         self.require_at_least(0, "device_id")
@@ -72,6 +76,14 @@ class OnnxRuntimeCuda(Target):
         except TargetUnavailableError as error:
             return Availability(build=False, run=False, reason=error.message, install=error.hint or "")
         return Availability(build=True, run=True, versions=versions)
+
+    def refusals(self) -> Mapping[str, str]:
+        """Quantized arithmetic, for which the CUDA provider has no kernels."""
+        reason = (
+            "ONNX Runtime has no {} kernels for NVIDIA GPUs: the graph would run dequantized, slower than in fp16; "
+            "build it with target tensorrt"
+        )
+        return {"int8": reason.format("INT8"), "fp8": reason.format("FP8"), "int8-dynamic": reason.format("INT8")}
 
     def build(self, request: BuildRequest) -> EngineInfo:
         """Saves the graph, and records on which device each node ran and whether a CUDA graph could be captured."""

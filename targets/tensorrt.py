@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .trt import build as trt
+from .trt.precisions import LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_INT8, refusals
 
 MODULE = "tensorrt"
 OLDEST, NEWEST = (8, 6), (11, 99)
@@ -26,7 +27,7 @@ class TensorRT(Target):
     """TensorRT 8.6 to 11 on this machine's GPU, built in a worker process. Engines are for this GPU and version only.
 
     Precision is what the graph says: networks are strongly typed from TensorRT 10 on; before, the builder may use the
-    graph's lower types and fp32 arithmetic is pinned.
+    graph's lower types and fp32 arithmetic is pinned. In int8 and fp8 what is not quantized is in fp16.
 
     Attributes:
         workspace_gib: memory that tactics may use; None for all that the GPU has.
@@ -53,20 +54,31 @@ class TensorRT(Target):
     summary: ClassVar[str] = "TensorRT on an NVIDIA GPU"
     capabilities: ClassVar[Capabilities] = Capabilities(
         consumes="graph",
-        precisions=("fp32", "fp16"),
+        precisions=PRECISIONS,
         devices=("cuda",),
-        opset=(9, 20),
+        opset=(9, 21),
         gpu_to_build=True,
         minimum={"tensorrt": "8.6"},
     )
+    lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = LOWERINGS
 
     def __post_init__(self) -> None:
         check_options(self.name, self.workspace_gib, self.builder_level, self.aux_streams)
 
     def opset_range(self) -> tuple[int, int] | None:
         """The opsets that the parser of the version found takes."""
-        version = trt.look(MODULE).version
-        return (9, 17) if version and _numbers(version) < (10,) else self.capabilities.opset
+        return (9, 17) if _weakly_typed(trt.look(MODULE)) else self.capabilities.opset
+
+    def lowering(self, precision: str) -> tuple[str, ...]:
+        """As networks of the version found are typed."""
+        return WEAK_INT8 if precision == "int8" and _weakly_typed(trt.look(MODULE)) else super().lowering(precision)
+
+    def refusals(self) -> Mapping[str, str]:
+        """What the version and the GPU found here do not have."""
+        found = trt.look(MODULE)
+        if found.version is None or found.compute_capability is None:
+            return {}
+        return refusals(_numbers(found.version)[0], [found.compute_capability], "build on a newer GPU")
 
     def availability(self) -> Availability:
         """Asks the worker's interpreter for TensorRT, the driver and the GPU."""
@@ -87,7 +99,8 @@ class TensorRT(Target):
             raise TargetUnavailableError(reason, hint=install)
         cache = request.cache / f"tensorrt-{found.version}-{_slug(found.gpu)}.timing" if self.timing_cache else None
         plans = trt.profiles(request.signature, self.profiles)
-        details = trt.build_plan(MODULE, request, plans, self.options(), cache)
+        weak = _weakly_typed(found)
+        details = trt.build_plan(MODULE, request, plans, self.options(), cache, weakly_typed=weak)
         requires = {"tensorrt": found.release, "compute_capability": found.compute_capability or ""}
         return self.info(request, "model.plan", found.versions(MODULE), requires=requires, details=details)
 
@@ -125,6 +138,10 @@ def _why_not(found: trt.Found, *, to_build: bool = False) -> tuple[str, str]:
     if found.compute_capability is None:
         return found.gpu_problem or "no NVIDIA GPU", "run on a machine with an NVIDIA GPU and its driver"
     return "", ""
+
+
+def _weakly_typed(found: trt.Found) -> bool:
+    return found.version is not None and _numbers(found.version)[0] < STRONGLY_TYPED
 
 
 def _numbers(version: str) -> tuple[int, ...]:

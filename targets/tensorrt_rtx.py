@@ -12,6 +12,7 @@ from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .tensorrt import check_options
 from .trt import build as trt
+from .trt.precisions import LOWERINGS, PRECISIONS, refusals
 
 MODULE = "tensorrt_rtx"
 COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -49,11 +50,12 @@ class TensorRTRTX(Target):
     summary: ClassVar[str] = "TensorRT-RTX on an NVIDIA RTX GPU, built without one"
     capabilities: ClassVar[Capabilities] = Capabilities(
         consumes="graph",
-        precisions=("fp32", "fp16"),
+        precisions=PRECISIONS,
         devices=("cuda",),
         opset=(9, 22),
         minimum={"tensorrt-rtx": "1.4"},
     )
+    lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = LOWERINGS
 
     def __post_init__(self) -> None:
         check_options(self.name, self.workspace_gib, self.builder_level, None)
@@ -64,6 +66,10 @@ class TensorRTRTX(Target):
                 expected="some of " + ", ".join(COMPUTE_CAPABILITIES),
                 found="+".join(unknown) or "none",
             )
+
+    def refusals(self) -> Mapping[str, str]:
+        """What some of the GPUs chosen do not have."""
+        return refusals(None, self.compute_capabilities, "leave it out of compute_capabilities")
 
     def availability(self) -> Availability:
         """Asks the worker's interpreter for TensorRT-RTX, the driver and the GPU."""

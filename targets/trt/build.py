@@ -144,11 +144,14 @@ def build_plan(
     plans: list[Profile],
     options: Mapping[str, Any],
     timing_cache: Path | None,
+    *,
+    weakly_typed: bool = False,
 ) -> dict[str, Any]:
     """Builds model.plan and layers.json in the request's folder, and returns the details.
 
     Args:
         options: those of the target.
+        weakly_typed: whether this TensorRT chooses types, within what flags and pins allow.
 
     Raises:
         BuildError: TensorRT refused the graph, crashed, hung or ran out of memory.
@@ -157,9 +160,10 @@ def build_plan(
     if request.graph is None:
         raise BuildError(f"{module} builds from a graph, and this model has none", hint="see why capture failed")
     plan = request.directory / "model.plan"
+    graph, types = _typed(request.graph, request, weakly_typed=weakly_typed)
     with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
         onnx = Path(folder) / "model.onnx"
-        request.graph.save(onnx)
+        graph.save(onnx)
         name = f"{module} in its worker process"
         try:
             with Worker(command(module), name=name, log=request.log) as worker:
@@ -172,7 +176,7 @@ def build_plan(
                     plan=str(plan.absolute()),
                     layers=str((request.directory / "layers.json").absolute()),
                     profiles=plans,
-                    types=_types(request.graph),
+                    types=types,
                     options=dict(options),
                     timing_cache=None if timing_cache is None else str(timing_cache.absolute()),
                 )
@@ -181,6 +185,15 @@ def build_plan(
             raise
     request.progress(1.0, "done")
     return {**details, "reproduce": reproduce(module, plans, options, details["flags"])}
+
+
+def _typed(graph: Graph, request: BuildRequest, *, weakly_typed: bool) -> tuple[Graph, dict[str, str]]:
+    """The graph to build from, and the types that its tensors are to have."""
+    if not weakly_typed or request.precision != "int8":
+        return graph, _types(graph)
+    from ...compiler.quantization.weak_typing import prepare
+
+    return prepare(graph, request.signature, request.sample, request.log)
 
 
 def _types(graph: Graph) -> dict[str, str]:

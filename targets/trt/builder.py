@@ -5,12 +5,10 @@ Needs Polygraphy and TensorRT or TensorRT-RTX,.
 
 from __future__ import annotations
 
-import collections
 import fcntl
 import importlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 
 from .callbacks import make_progress_monitor
 from .driver import Failure, gpu
+from .layers import engine_layers, graph_layers, logged_layers, summarize
 from .session import write_atomically
 
 
@@ -65,8 +64,8 @@ def build(
         plan: file to write the engine to.
         layers: file to write the layers to, as JSON.
         profiles: ranges to tune for, each from the name of an input to its least, usual and largest shape.
-        types: data type ("FLOAT", "HALF") of the model's tensors by name. A weakly typed network does not know them
-            before it is built.
+        types: data type ("FLOAT", "HALF") that the model's tensors are to have, by name. A weakly typed network does
+            not know them before it is built.
         options: those of the target; read are "workspace_gib", "builder_level", "tf32", "sparsity", "aux_streams" and
             "compute_capabilities".
         timing_cache: file of measured tactics, read and added to; None for none.
@@ -80,6 +79,7 @@ def build(
     G_LOGGER.module_severity = G_LOGGER.VERBOSE
     version_rules = rules(module, trt.__version__)
     report(0.0, "reading the graph")
+    told = listen(get_trt_logger())
     try:
         builder, network, _parser = network_from_onnx_path(onnx, strongly_typed=version_rules.strongly_typed)
         for tensor in (network.get_input(index) for index in range(network.num_inputs)):
@@ -133,11 +133,27 @@ def build(
     if engine is not None:
         information, source = engine_layers(trt, engine[1]), "engine"
         details["device_memory_bytes"] = _device_memory(engine[1])
+    elif logged := [layer for message in told for layer in logged_layers(message)]:
+        information, source = logged, "log of the build"
     else:
-        information, source = _graph_layers(network), "graph before fusion, as no GPU here can open the engine"
+        information, source = graph_layers(network), "graph before fusion, as no GPU here can open the engine"
     with open(layers, "w") as file:
         json.dump({"source": source, "layers": information}, file, indent=1)
     return {**details, "layers": {"source": source, **summarize(information)}}
+
+
+def listen(logger: Any) -> list[str]:
+    """Keeps the messages that list an engine's layers, which Polygraphy's logger finds too long for the log."""
+    told: list[str] = []
+    log = logger.log
+
+    def listening(severity: Any, message: str) -> None:
+        if message.startswith("Layers:"):
+            told[:] = [message]
+        log(severity, message)
+
+    logger.log = listening
+    return told
 
 
 def _open(trt: Any, logger: Any, serialized: Any, options: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -183,15 +199,17 @@ def _weak_typing(trt: Any, network: Any, types: dict[str, str]) -> dict[str, Any
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     tensors = [[layer.get_output(i) for i in range(layer.num_outputs)] for layer in layers]
-    outputs = [[types.get(tensor.name, tensor.dtype.name) for tensor in row] for row in tensors]
-    fp16 = any("HALF" in row for row in outputs)
     int8 = any(layer.type.name in ("QUANTIZE", "DEQUANTIZE") for layer in layers)
+    fp16 = any(types.get(tensor.name, tensor.dtype.name) == "HALF" for row in tensors for tensor in row)
     flags: dict[str, Any] = {"fp16": fp16, "int8": int8}
-    if not fp16 or int8:  # pins would keep quantized layers from being int8
+    if not fp16:
         return flags
+    # What the parser made of parts of a node has no type in the model, and pins would keep layers from being int8.
+    outputs = [[types.get(t.name, "HALF" if int8 else t.dtype.name) for t in row] for row in tensors]
+    quantized = {name for layer in layers if layer.type.name == "DEQUANTIZE" for name in _output_names(layer)}
     pinned = []
     for layer, row in zip(layers, outputs):  # noqa: B905 - Python 3.8
-        if layer.type.name in ARITHMETIC and row and set(row) == {"FLOAT"}:
+        if layer.type.name in ARITHMETIC and row and set(row) == {"FLOAT"} and not quantized & _input_names(layer):
             layer.precision = trt.DataType.FLOAT
             for index in range(layer.num_outputs):
                 layer.set_output_type(index, trt.DataType.FLOAT)
@@ -200,6 +218,15 @@ def _weak_typing(trt: Any, network: Any, types: dict[str, str]) -> dict[str, Any
         flags["precision_constraints"] = "prefer"
         print(f"{len(pinned)} layers are pinned to fp32: {', '.join(pinned)}", file=sys.stderr)
     return flags
+
+
+def _input_names(layer: Any) -> set[str]:
+    inputs = (layer.get_input(index) for index in range(layer.num_inputs))
+    return {tensor.name for tensor in inputs if tensor is not None}
+
+
+def _output_names(layer: Any) -> set[str]:
+    return {layer.get_output(index).name for index in range(layer.num_outputs)}
 
 
 def _load_timing_cache(config: Any, path: str | None) -> Any:
@@ -225,66 +252,6 @@ def _save_timing_cache(config: Any, path: str) -> None:
             if other is not None:
                 cache.combine(other, ignore_mismatch=False)
         write_atomically(path, cache.serialize())
-
-
-def engine_layers(trt: Any, engine: Any) -> list[Any]:
-    """The layers of an engine after fusion, as TensorRT tells them."""
-    inspector, form = engine.create_engine_inspector(), trt.LayerInformationFormat.JSON
-    return [_parsed(inspector.get_layer_information(index, form)) for index in range(engine.num_layers)]
-
-
-def _parsed(text: str) -> Any:
-    """One layer; as text where TensorRT wrote no valid JSON."""
-    try:
-        return json.loads(text, strict=False)  # TensorRT 8.6 joins the names of fused layers by control characters
-    except ValueError as error:
-        print(f"TensorRT's inspector wrote no JSON: {error}: {text[:500]!r}", file=sys.stderr)
-        return text
-
-
-def _graph_layers(network: Any) -> list[Any]:
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    return [
-        {
-            "Name": layer.name,
-            "LayerType": layer.type.name,
-            "Outputs": [{"Format/Datatype": layer.get_output(i).dtype.name} for i in range(layer.num_outputs)],
-        }
-        for layer in layers
-    ]
-
-
-SPELLINGS = {"float": "FP32", "half": "FP16"}
-
-
-def summarize(layers: list[Any]) -> dict[str, Any]:
-    """Counts layers by type, and by the data type of their first output.
-
-    TensorRT 8.6 tells no type of outputs with dynamic shapes: that of the weights stands in, else "dynamic" is counted.
-    """
-    types: dict[str, int] = collections.Counter()
-    precisions: dict[str, int] = collections.Counter()
-    for layer in layers:
-        if not isinstance(layer, dict):
-            types["unknown"] += 1
-            continue
-        types[layer.get("LayerType", "unknown")] += 1
-        precision = _precision(layer)
-        if precision:
-            precisions[precision] += 1
-    return {"count": len(layers), "types": dict(types), "precisions": dict(precisions)}
-
-
-def _precision(layer: dict[str, Any]) -> str:
-    outputs = layer.get("Outputs") or [{}]
-    text = str(outputs[0].get("Format/Datatype", ""))
-    dynamic = "dynamic shapes" in text
-    if dynamic:
-        text = str((layer.get("Weights") or {}).get("Type", ""))
-    found = re.search(r"\b(BF16|FP\d+|Float|Half|U?Int\d+|Bool)\b", text, re.I)
-    if found:
-        return SPELLINGS.get(found.group(1).lower(), found.group(1).upper())
-    return "dynamic" if dynamic else ""
 
 
 def _device_memory(engine: Any) -> int:

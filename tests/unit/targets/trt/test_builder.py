@@ -6,9 +6,8 @@ from enginesmith.targets.trt.builder import (
     _load_timing_cache,
     _save_timing_cache,
     _weak_typing,
-    engine_layers,
+    listen,
     rules,
-    summarize,
     write_atomically,
 )
 from enginesmith.targets.trt.callbacks import make_progress_monitor
@@ -35,6 +34,15 @@ class Layer:
     def __init__(self, kind, *outputs):
         self.name, self.type, self.outputs, self.precision, self.output_types = kind, member(kind), outputs, None, {}
         self.num_outputs = len(outputs)
+
+        self.num_inputs, self.inputs = 0, ()
+
+    def reading(self, *layers):
+        self.num_inputs, self.inputs = len(layers), [layer.get_output(0) for layer in layers]
+        return self
+
+    def get_input(self, index):
+        return self.inputs[index]
 
     def get_output(self, index):
         return types.SimpleNamespace(name=f"{self.name}.{index}", dtype=FLOAT)
@@ -90,10 +98,29 @@ def test_a_network_of_fp16_arithmetic_alone_needs_no_pins():
     assert flags == {"fp16": True, "int8": False}
 
 
-def test_quantized_networks_are_not_pinned():
-    convolution = Layer("CONVOLUTION", FLOAT)
-    assert weak_typing(Layer("QUANTIZE", FLOAT), Layer("DEQUANTIZE", HALF), convolution) == {"fp16": True, "int8": True}
+def test_layers_that_read_quantized_values_are_not_pinned():
+    dequantize = Layer("DEQUANTIZE", HALF)
+    convolution, softmax = Layer("CONVOLUTION", FLOAT).reading(dequantize), Layer("SOFTMAX", FLOAT)
+    flags = weak_typing(Layer("QUANTIZE", FLOAT), dequantize, convolution, softmax)
+    assert flags == {"fp16": True, "int8": True, "precision_constraints": "prefer"}
     assert convolution.precision is None
+    assert softmax.precision is FLOAT
+
+
+def test_layers_without_a_type_in_a_quantized_model_are_not_pinned():
+    part = Layer("ELEMENTWISE", FLOAT)
+    layers = network(Layer("QUANTIZE", HALF), part)
+    assert _weak_typing(TRT, layers, {"QUANTIZE.0": "HALF"}) == {"fp16": True, "int8": True}
+
+
+def test_what_tensorrt_logs_of_layers_is_kept():
+    passed = []
+    logger = types.SimpleNamespace(log=lambda severity, message: passed.append((severity, message)))
+    told = listen(logger)
+    for message in ("Layers:\nold", "Layers are many", "Layers:\nName: a"):
+        logger.log("verbose", message)
+    assert told == ["Layers:\nName: a"]
+    assert len(passed) == 3
 
 
 def test_nested_phases_become_one_growing_fraction():
@@ -112,42 +139,6 @@ def test_nested_phases_become_one_growing_fraction():
     assert [fraction for fraction, _ in reports] == sorted(fraction for fraction, _ in reports)
     assert len(reports) < 60
     assert reports[-1][0] <= 0.97
-
-
-def test_layers_are_counted_by_type_and_precision():
-    layers = [
-        {
-            "LayerType": "CaskConvolution",
-            "Outputs": [{"Format/Datatype": "Channel major FP16 format where channel % 8"}],
-        },
-        {"LayerType": "CaskConvolution", "Outputs": [{"Format/Datatype": "Thirty-two wide channel vectorized Int8"}]},
-        {"LayerType": "kgen", "Outputs": [{"Format/Datatype": "Half"}, {"Format/Datatype": "Float"}]},
-        {"LayerType": "Reformat", "Outputs": [{"Format/Datatype": "Row major linear FP32"}]},
-        {"LayerType": "NoOp", "Outputs": []},
-        "a line of an engine without details",
-    ]
-    assert summarize(layers) == {
-        "count": 6,
-        "types": {"CaskConvolution": 2, "kgen": 1, "Reformat": 1, "NoOp": 1, "unknown": 1},
-        "precisions": {"FP16": 2, "INT8": 1, "FP32": 1},
-    }
-
-
-def test_layers_with_dynamic_shapes_are_counted_by_the_type_of_their_weights():
-    outputs = [{"Name": "y", "Dimensions": [-1, 8], "Format/Datatype": "N/A due to dynamic shapes"}]
-    layers = [
-        {"LayerType": "CaskConvolution", "Weights": {"Type": "Half", "Count": 9408}, "Outputs": outputs},
-        {"LayerType": "Reformat", "Outputs": outputs},
-    ]
-    assert summarize(layers)["precisions"] == {"FP16": 1, "dynamic": 1}
-
-
-def test_layers_of_an_engine(capsys):
-    texts = ['{"Name": "a"}', "not JSON", '{"Metadata": "Conv_0\x1eRelu_1"}']
-    inspector = types.SimpleNamespace(get_layer_information=lambda index, form: texts[index])
-    engine = types.SimpleNamespace(create_engine_inspector=lambda: inspector, num_layers=len(texts))
-    assert engine_layers(TRT, engine) == [{"Name": "a"}, "not JSON", {"Metadata": "Conv_0\x1eRelu_1"}]
-    assert "TensorRT's inspector wrote no JSON" in capsys.readouterr().err
 
 
 def test_files_are_replaced_whole(tmp_path):

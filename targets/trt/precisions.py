@@ -1,0 +1,60 @@
+"""Which precisions TensorRT and TensorRT-RTX build, from which version and on which GPU, and by which passes.
+
+    precision      TensorRT   compute capability
+    fp32, fp16     8.6        any
+    int8           8.6        any
+    bf16           10         8.0
+    fp8            10         8.9
+    int4-weights   10         any
+
+TensorRT-RTX has them all. Networks are strongly typed from TensorRT 10 on: types come from the graph, and what is not
+8-bit is cast to fp16. DequantizeLinear must then give fp16 itself, which takes opset 19: a Cast between it and a
+convolution would keep the two from being fused. TensorRT 8.6 and 9 choose between the types that they are allowed:
+there the graph stays in float32, and `compiler.quantization.weak_typing` prepares it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4-weights")
+
+STRONGLY_TYPED = 10
+"""The first major version of TensorRT whose networks are strongly typed."""
+
+LOWERINGS: Mapping[str, tuple[str, ...]] = {
+    "fp32": (),
+    "fp16": ("cast:to=fp16",),
+    "bf16": ("cast:to=bf16",),
+    "int8": ("opset:least=19", "quantize-static:scheme=tensorrt", "cast:to=fp16"),
+    "fp8": ("opset:least=19", "quantize-static:scheme=tensorrt,dtype=fp8", "cast:to=fp16"),
+    "int4-weights": ("opset:least=21", "quantize-weights:bits=4,scheme=tensorrt", "cast:to=fp16"),
+}
+
+WEAK_INT8 = ("quantize-static:scheme=tensorrt",)
+
+_NAMES = {"bf16": "bfloat16", "fp8": "FP8", "int4-weights": "INT4 weights"}
+_LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}
+
+
+def refusals(major: int | None, capabilities: Sequence[str], hint: str) -> dict[str, str]:
+    """Why precisions cannot be had, by precision.
+
+    Args:
+        major: major version of TensorRT; None for TensorRT-RTX.
+        capabilities: compute capabilities of the GPUs that the engine is for.
+        hint: what to do about a compute capability.
+    """
+    reasons = {}
+    for precision, name in _NAMES.items():
+        least = _LEAST_CAPABILITY.get(precision, "0.0")
+        lacking = [given for given in capabilities if _pair(given) < _pair(least)]
+        if major is not None and major < STRONGLY_TYPED:
+            reasons[precision] = f"{name} needs TensorRT {STRONGLY_TYPED} or newer, found {major}"
+        elif lacking:
+            reasons[precision] = f"{name} needs compute capability {least} or higher, not {', '.join(lacking)}; {hint}"
+    return reasons
+
+
+def _pair(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
