@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PASSES = {
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
+    "opset": "opset:Opset",
     "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
     "quantize-static": "quantize_static:QuantizeStatic",
     "simplify": "simplify:Simplify",
