@@ -15,8 +15,10 @@ PASSES = {
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
     "opset": "opset:Opset",
+    "precision": "precision:Precision",
     "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
     "quantize-static": "quantize_static:QuantizeStatic",
+    "quantize-weights": "quantize_weights:QuantizeWeights",
     "simplify": "simplify:Simplify",
 }
 """Name of a pass: module in this package and class."""

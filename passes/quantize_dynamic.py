@@ -12,27 +12,22 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fnmatch
 import platform
 from collections.abc import Iterator
 from typing import ClassVar
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..compiler.graph import Graph
 from ..compiler.machine.environment import cpu_flags
+from ..compiler.quantization.candidates import already, exempt, prepared, too_small, unmatched
 from ..compiler.quantization.constants import Constants
 from ..compiler.quantization.dynamic import OPSET, Dynamic
 from ..compiler.quantization.linear import OPERATORS, linear
 from ..compiler.quantization.patch import Patcher
-from ..compiler.quantization.qdq import quantized_nodes
+from ..compiler.quantization.plan import title
 from .base import Context, Pass, PassResult, Refusal
-
-SMALLEST = 1 << 15
-"""Elements of a weight that gains: 256 x 64 runs at 0.95 of float's speed, 256 x 256 at 1.08, 384 x 1536 at 2.3."""
-NARROWEST = (64, 16)
-"""Fewest rows and columns of a weight that gains: 13 x 512 runs at 0.8 of float's speed, 512 x 1 at 0.8."""
 
 _NO_KERNEL = {
     "GRU": "ONNX Runtime has no integer GRU",
@@ -56,11 +51,7 @@ class QuantizeDynamic(Pass):
 
     def apply(self, graph: Graph, context: Context) -> PassResult:
         """Quantizes in place."""
-        work = graph.clone()
-        if work.model.functions:
-            InlinePass()(work.model)
-            work.model.functions.clear()
-        work.infer()
+        work = prepared(graph)
         run = _Run(work, self)
         run.visit()
         if not run.changes:
@@ -82,23 +73,19 @@ class _Run:
 
     def visit(self) -> None:
         """Quantizes what can be, and says why the rest is not."""
-        self.refusals.extend(_about_the_graph(self._graph))
+        self.refusals.extend(map(Refusal, _about_the_graph(self._graph, self._keep)))
         if self._graph.opset < OPSET:
             return
         for node in list(self._graph.nodes()):
             if node.domain or not (node.op_type in OPERATORS or node.op_type in ("LSTM", *_NO_KERNEL)):
                 continue
-            reason = self._quantize(node)
+            reason = exempt(node, self._graph, self._keep) or self._quantize(node)
             if reason:
-                self.refusals.append(Refusal(reason, node.name or node.outputs[0].name or ""))
+                self.refusals.append(Refusal(reason, title(node)))
             else:
                 self.changes[f"{node.op_type} quantized"] += 1
 
     def _quantize(self, node: ir.Node) -> str | None:
-        if any(fnmatch.fnmatchcase(node.name or "", pattern) for pattern in self._keep):
-            return "kept by choice"
-        if node.graph is not self._graph.model.graph:
-            return "it is in a subgraph"
         if node.op_type in _NO_KERNEL:
             return _NO_KERNEL[node.op_type]
         x = node.inputs[0]
@@ -109,23 +96,19 @@ class _Run:
         found = linear(node, self._constants)
         if isinstance(found, str):
             return found
-        rows, columns = found.weight.shape
-        if rows * columns < SMALLEST or rows < NARROWEST[0] or columns < NARROWEST[1]:
-            return f"its weight of {rows} x {columns} is too small to gain"
+        if reason := too_small(found.weight):
+            return reason
         self._dynamic.linear(found)
         return None
 
 
-def _about_the_graph(graph: Graph) -> Iterator[Refusal]:
+def _about_the_graph(graph: Graph, keep: tuple[str, ...]) -> Iterator[str]:
     if graph.opset < OPSET:
-        yield Refusal(f"opset {graph.opset} has no DynamicQuantizeLinear; opset {OPSET} is the first")
-    if present := collections.Counter(node.op_type for node in quantized_nodes(graph)):
-        kept = ", ".join(f"{count} {operator}" for operator, count in sorted(present.items()))
-        yield Refusal(f"already quantized and kept: {kept}")
+        yield f"opset {graph.opset} has no DynamicQuantizeLinear; opset {OPSET} is the first"
+    yield from already(graph)
+    yield from unmatched(graph, keep)
     if convolutions := sum(node.op_type in _CONVOLUTIONS for node in graph.nodes()):
-        yield Refusal(
-            f"{convolutions} convolutions: dynamic ones are slower than float (0.2 to 0.3); quantize statically"
-        )
+        yield f"{convolutions} convolutions: dynamic ones are slower than float (0.2 to 0.3); quantize statically"
 
 
 def _saturates() -> bool:
