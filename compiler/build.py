@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import shutil
 import sys
@@ -24,6 +23,7 @@ from .storage.cache import Cache, code_digest, key
 from .storage.files import size_bytes
 from .storage.memory import release
 from .trial import TORCH_BASELINES
+from .variants import Variant
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -38,7 +38,7 @@ class Job:
     recipe: Recipe
     targets: tuple[Target, ...]
     passes: tuple[Pass, ...]
-    casts: Mapping[str, Pass]
+    variants: tuple[Variant, ...]
     machine: Mapping[str, Any]
     cache: Cache
     folder: Path
@@ -52,31 +52,22 @@ class Job:
 
 
 def build_all(
-    job: Job, graphs: Mapping[str, Graph], capture: CaptureRecord, model: Model, data: Data
+    job: Job, graphs: Mapping[str, Graph | str], capture: CaptureRecord, model: Model, data: Data
 ) -> list[EngineRecord]:
-    """Builds every target in every precision; one that fails leaves its reason and lets the others go on.
+    """Builds every engine; one that fails leaves its reason and lets the others go on.
+
+    Args:
+        graphs: the graph of each engine, or why there is none.
 
     Raises:
         BuildError: a required engine failed, or none was built.
     """
-    variants = [(target, precision) for target in job.targets for precision in job.recipe.precisions]
     engines: list[EngineRecord] = []
-    for number, (name, (target, precision)) in enumerate(zip(engine_names(variants), variants, strict=True)):
-        job.stages.update(number / len(variants), name)
-        engines.append(_build(job, name, target, precision, graphs.get(precision), capture, model, data))
+    for number, variant in enumerate(job.variants):
+        job.stages.update(number / len(job.variants), variant.name)
+        engines.append(_build(job, variant, graphs.get(variant.name), capture, model, data))
     check_left(engines, job.recipe.require)
     return engines
-
-
-def engine_names(variants: Sequence[tuple[Target, str]]) -> list[str]:
-    """``<target>-<precision>``, numbered from the second on where one target is asked for with other options."""
-    seen: collections.Counter[str] = collections.Counter()
-    names = []
-    for target, precision in variants:
-        name = f"{target.name}-{precision}"
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return names
 
 
 def check_left(engines: Sequence[EngineRecord], required: Sequence[str]) -> None:
@@ -99,15 +90,9 @@ def check_left(engines: Sequence[EngineRecord], required: Sequence[str]) -> None
 
 
 def _build(
-    job: Job,
-    name: str,
-    target: Target,
-    precision: str,
-    graph: Graph | None,
-    capture: CaptureRecord,
-    model: Model,
-    data: Data,
+    job: Job, variant: Variant, graph: Graph | str | None, capture: CaptureRecord, model: Model, data: Data
 ) -> EngineRecord:
+    name, target, precision = variant.name, variant.target, variant.precision
     record = EngineRecord(
         name=name,
         target=target.name,
@@ -133,7 +118,8 @@ def _build(
     log: list[str] = []
     start = time.perf_counter()
     try:
-        info, record["cached"] = _build_or_reuse(job, target, precision, graph, model, data, directory, log, state)
+        given = None if isinstance(graph, str) else graph
+        info, record["cached"] = _build_or_reuse(job, target, precision, given, model, data, directory, log, state)
     except Exception as error:  # noqa: BLE001  the step boundary: one engine's failure must not take the others along
         known = isinstance(error, EnginesmithError)
         log.extend(traceback.format_exc().splitlines())
@@ -158,12 +144,16 @@ def _build(
     return record
 
 
-def _mismatch(target: Target, precision: str, graph: Graph | None, capture: CaptureRecord) -> str:
+def _mismatch(target: Target, precision: str, graph: Graph | str | None, capture: CaptureRecord) -> str:
     """Why the target cannot take this variant; empty where it can."""
+    if reason := target.refusals().get(precision):
+        return reason
     if precision not in target.capabilities.precisions:
         return f"no engines of precision {precision}; it builds {', '.join(target.capabilities.precisions)}"
     if target.capabilities.consumes == "module":
         return ""
+    if isinstance(graph, str):
+        return graph
     if graph is None:
         return "no graph: " + "; ".join(f"{a['exporter']}: {a['reason']}" for a in capture["attempts"])
     low, high = target.opset_range() or (1, sys.maxsize)

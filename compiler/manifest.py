@@ -51,8 +51,17 @@ class TaskMetric(TypedDict):
     samples: int
 
 
+class BudgetRecord(TypedDict):
+    """What a budget bounds, as measured; `value` is None where it is not finite. `problem` says what broke it."""
+
+    text: str
+    value: float | None
+    holds: bool
+    problem: str
+
+
 class Validation(TypedDict):
-    """Verdict on one engine."""
+    """Verdict on one engine; `budget` is None for engines in full precision, and where none was given."""
 
     engine: str
     passed: bool
@@ -62,6 +71,7 @@ class Validation(TypedDict):
     noise_floor: list[OutputMetrics]
     noise_floor_of: str
     metric: TaskMetric | None
+    budget: BudgetRecord | None
 
 
 class SpeedUp(TypedDict):
@@ -118,16 +128,33 @@ class Benchmark(TypedDict):
 
 
 class PassRecord(TypedDict):
-    """One pass on one variant of the graph. `refusals` are {"reason", "node"}."""
+    """One pass on one variant of the graph: "all" before the engines part, then the names of the engines it is for.
+
+    `refusals` are {"reason", "node"}; `details` are tables and series.
+    """
 
     variant: str
+    engines: list[str]
     text: str
     seconds: float
     modified: bool
     changes: dict[str, int]
     refusals: list[dict[str, str]]
+    details: dict[str, Any]
     nodes_before: int
     nodes_after: int
+
+
+class CalibrationRecord(TypedDict):
+    """Statistics of the activations of one graph, in `file`. `findings` are {"tensor", "kind", "text", "severe"}."""
+
+    data: str
+    random: bool
+    samples: int
+    tensors: int
+    digest: str
+    file: str
+    findings: list[dict[str, Any]]
 
 
 class Attempt(TypedDict):
@@ -185,6 +212,7 @@ class Manifest(TypedDict):
     seed: int
     capture: CaptureRecord
     stages: list[Stage]
+    calibration: list[CalibrationRecord]
     passes: list[PassRecord]
     engines: list[EngineRecord]
     benchmark: Benchmark | None

@@ -7,33 +7,36 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import CaptureError, RecipeError, TargetUnavailableError, UnknownNameError
+from ..errors import CaptureError, DataError, GraphError, RecipeError, TargetUnavailableError, UnknownNameError
 from ..passes import parse_pass
 from ..passes.base import Context, Pass
 from ..targets import parse_target
 from ..targets.base import Target
-from .build import Job, build_all, check_left, engine_names
+from .build import Job, build_all, check_left
 from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
 from .machine.environment import environment
-from .manifest import FORMAT, Benchmark, EngineRecord, Manifest, PassRecord
+from .manifest import FORMAT, Benchmark, CalibrationRecord, EngineRecord, Manifest, PassRecord
 from .progress import Progress, Stages
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
 from .storage.cache import Cache
 from .storage.files import appearing_folder
 from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, local_modules, still_hold
 from .storage.memory import release
-from .trial import TORCH_BASELINES, benchmark_engines, load, load_metric, validate_engines, verdict
+from .trial import TORCH_BASELINES, benchmark_engines, load, load_budget, load_metric, validate_engines, verdict
 from .validation.reference import ReferenceOutputs
+from .variants import make_variants
 
 if TYPE_CHECKING:
     import torch
 
+    from .calibration import Calibration
     from .capture import Captured
     from .graph import Graph
     from .sources import Model
@@ -83,7 +86,8 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     """The stages. Every name and option is checked before any work starts."""
     check_output(output)
     targets = tuple(parse_target(text) for text in recipe.targets)
-    _check_names(recipe, targets)
+    variants = make_variants(recipe, targets)
+    _check_names(recipe, targets, [variant.name for variant in variants])
     machine, cache = environment(), Cache()
     bundle_key = compile_key(recipe, machine)
     from_files = module is None and is_self_contained(recipe) and is_repeatable(recipe)
@@ -91,12 +95,12 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with appearing_folder(output) as folder:
             return _copied(kept, folder, output)
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
-    casts = {precision: parse_pass(f"cast:to={precision}") for precision in recipe.precisions if precision != "fp32"}
     known_modules = set(sys.modules)
     load_metric(recipe)  # a metric that is not there fails before any work
+    load_budget(recipe)
     stages = Stages(progress, STAGES)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
-        job = Job(recipe, targets, passes, casts, machine, cache, folder, Path(scratch), stages)
+        job = Job(recipe, targets, passes, variants, machine, cache, folder, Path(scratch), stages)
         with stages("load model") as stage:
             model = load(recipe, module)
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"
@@ -120,7 +124,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             model = model.without_weights()
             release()
         with stages("run passes"):
-            graphs, pass_records = _run_passes(job, captured, model, data)
+            graphs, pass_records, calibration = _run_passes(job, captured, model, data)
         with stages("build engines") as stage:
             engines = build_all(job, graphs, captured.record, model, data)
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
@@ -143,6 +147,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 seed=recipe.seed,
                 capture=captured.record,
                 stages=stages.records,
+                calibration=calibration,
                 passes=pass_records,
                 engines=engines,
                 benchmark=benchmark,
@@ -169,12 +174,11 @@ def _resolve(recipe: Recipe) -> Recipe:
     return make_recipe({**recipe.model_dump(), **paths, "targets": targets})
 
 
-def _check_names(recipe: Recipe, targets: tuple[Target, ...]) -> None:
+def _check_names(recipe: Recipe, targets: Sequence[Target], names: Sequence[str]) -> None:
     """Fails before any work where a required target was not asked for or cannot be built here.
 
     A baseline that does not exist fails here too.
     """
-    names = engine_names([(target, precision) for target in targets for precision in recipe.precisions])
     for baseline in recipe.baselines:
         if baseline not in (*TORCH_BASELINES, *names):
             raise UnknownNameError("baseline", baseline, [*TORCH_BASELINES, *names])
@@ -230,31 +234,79 @@ def _capture(job: Job, model: Model, data: Data) -> Captured:
     return captured
 
 
-def _run_passes(job: Job, captured: Captured, model: Model, data: Data) -> tuple[dict[str, Graph], list[PassRecord]]:
-    """The graph of every precision: the recipe's passes once, then the cast where the precision asks for one."""
+def _run_passes(
+    job: Job, captured: Captured, model: Model, data: Data
+) -> tuple[dict[str, Graph | str], list[PassRecord], list[CalibrationRecord]]:
+    """The graph of every engine: the recipe's passes once, then the lowering, shared by engines with the same one.
+
+    A lowering that is refused leaves its reason in place of the graph.
+    """
     if captured.graph is None:
-        return {}, []
-    context = Context(model.signature, data)
-    records = [_run_pass(rewrite, captured.graph, context, "all") for rewrite in job.passes]
-    graphs = {}
-    for precision in job.recipe.precisions:
-        graphs[precision] = captured.graph.clone()
-        if precision in job.casts:
-            records.append(_run_pass(job.casts[precision], graphs[precision], context, precision))
-    return graphs, records
+        return {}, [], []
+    calibration = _calibration(job.recipe, model, data, job.cache)
+    context = Context(model.signature, data, calibration, load_budget(job.recipe))
+    engines = [variant for variant in job.variants if variant.target.capabilities.consumes == "graph"]
+    names = [variant.name for variant in engines]
+    records = [_run_pass(rewrite, captured.graph, context, "all", names) for rewrite in job.passes]
+    graphs: dict[str, Graph | str] = {}
+    for passes in dict.fromkeys(variant.passes for variant in engines):
+        names = [variant.name for variant in engines if variant.passes == passes]
+        graph = captured.graph.clone()
+        graphs.update(dict.fromkeys(names, graph))
+        try:
+            records += [_run_pass(rewrite, graph, context, ", ".join(names), names) for rewrite in passes]
+        except (GraphError, DataError) as error:
+            graphs.update(dict.fromkeys(names, str(error)))
+    return graphs, records, _calibrated(calibration, job.folder)
 
 
-def _run_pass(rewrite: Pass, graph: Graph, context: Context, variant: str) -> PassRecord:
+def _calibration(recipe: Recipe, model: Model, data: Data, cache: Cache) -> Calibration | None:
+    """Collects statistics for the passes that ask; None where the data are made up, and the user has not agreed."""
+    from .calibration import Calibration, CalibrationSettings
+
+    if recipe.calibration_data is not None:
+        data = open_data(recipe.calibration_data, model.signature, seed=recipe.seed)
+    if data.random and not recipe.random_calibration:
+        return None
+    settings = CalibrationSettings(
+        max_samples=recipe.calibration_samples, allow_random=recipe.random_calibration, seed=recipe.seed
+    )
+    return Calibration(data, settings, cache.folder("calibration") if is_repeatable(recipe) else None)
+
+
+def _calibrated(calibration: Calibration | None, folder: Path) -> list[CalibrationRecord]:
+    """Saves the statistics that passes asked for."""
+    records = []
+    for statistics in calibration.collected if calibration else ():
+        file = f"calibration-{statistics.digest[:12]}.npz"
+        statistics.save(folder / file)
+        records.append(
+            CalibrationRecord(
+                data=calibration.samples.description if calibration else "",
+                random=statistics.random,
+                samples=statistics.samples,
+                tensors=len(statistics),
+                digest=statistics.digest,
+                file=file,
+                findings=[dataclasses.asdict(finding) for finding in statistics.findings()],
+            )
+        )
+    return records
+
+
+def _run_pass(rewrite: Pass, graph: Graph, context: Context, variant: str, engines: Sequence[str]) -> PassRecord:
     before, start = sum(1 for _ in graph.nodes()), time.perf_counter()
     result = rewrite(graph, context)
     release()
     return PassRecord(
         variant=variant,
+        engines=list(engines),
         text=str(rewrite),
         seconds=time.perf_counter() - start,
         modified=result.modified,
         changes=dict(result.changes),
         refusals=[dataclasses.asdict(refusal) for refusal in result.refusals],
+        details=dict(result.details),
         nodes_before=before,
         nodes_after=sum(1 for _ in graph.nodes()),
     )

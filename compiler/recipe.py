@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import RecipeError, UnknownNameError
+from .budget import Budget
 from .validation.metrics import resolve_tolerance
 
-PATHS = ("model", "weights", "data", "metric")
+PATHS = ("model", "weights", "data", "calibration_data", "metric")
 """Fields that name files, relative to the recipe that holds them."""
 
 LISTS = ("inputs", "dynamic", "targets", "precisions", "require", "passes", "baselines")
@@ -26,18 +27,33 @@ LISTS = ("inputs", "dynamic", "targets", "precisions", "require", "passes", "bas
 PRECISIONS = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "single": "fp32",
     "fp16": "fp16", "float16": "fp16", "half": "fp16",
+    "bf16": "bf16", "bfloat16": "bf16",
+    "fp8": "fp8", "float8": "fp8", "float8e4m3fn": "fp8",
+    "int8": "int8", "int8-dynamic": "int8-dynamic",
+    "int8-weights": "int8-weights", "int4-weights": "int4-weights", "int4": "int4-weights",
+    "mixed": "mixed",
 }  # fmt: skip
 """The precisions of engines, by all their spellings."""
 
 
-class Flag:
-    """How the command line spells a field: `one` names a single item of a list, `names` are further spellings."""
+HIGH = ("fp32", "fp16", "bf16")
+"""The precisions that nodes may be kept in."""
 
-    def __init__(self, one: str | None = None, *names: str, metavar: str | None = None, argument: bool = False) -> None:
+
+class Flag:
+    """How the command line spells a field: `one` names a single item of a list, `names` are further spellings.
+
+    An item of a list takes `nargs` words.
+    """
+
+    def __init__(
+        self, one: str | None = None, *names: str, metavar: str | None = None, argument: bool = False, nargs: int = 1
+    ) -> None:
         self.one = one
         self.names = names
         self.metavar = metavar
         self.argument = argument
+        self.nargs = nargs
 
 
 class Recipe(BaseModel):
@@ -55,14 +71,26 @@ class Recipe(BaseModel):
     """Input, for instance image:1x3x224x224 or ids:1x128:int64."""
     dynamic: Annotated[tuple[str, ...], Flag(metavar="NAME:AXIS=MIN..OPT..MAX")] = ()
     """Dynamic axis of an input, for instance image:0=1..8..64."""
-    data: Annotated[str | None, Flag(None, "--load-inputs", "--calibration-data", "--calibration_data_path")] = None
+    data: Annotated[str | None, Flag(None, "--load-inputs")] = None
     """Samples: .npz by input name, .npy, folder of .npz, Polygraphy .json, or file.py:function."""
+    calibration_data: Annotated[str | None, Flag(None, "--calibration-data-path")] = None
+    """Samples that quantization takes its ranges from, of the same kinds. Default: those of --data."""
+    calibration_samples: int = Field(default=512, ge=1)
+    """Samples that calibration reads at most."""
+    random_calibration: bool = False
+    """Let quantization take its ranges from random inputs, where there are no data."""
     metric: str | None = None
     """Task metric, file.py:function(outputs, inputs), for instance metric.py:accuracy."""
     targets: Annotated[tuple[str, ...], Flag("target", "-t", metavar="NAME[:OPTION=VALUE,...]")] = ()
     """Target with its options, for instance tensorrt:builder_level=4. Default: what this machine runs best."""
     precisions: Annotated[tuple[str, ...], Flag("precision", "--dtype")] = ("fp32",)
-    """Precision of the engines: fp32 or fp16."""
+    """Precision of the engines: fp32, fp16, bf16, fp8, int8, int8-dynamic, int8-weights, int4-weights or mixed."""
+    budget: Annotated[str | None, Flag(metavar="MEASURE=BOUND")] = None
+    """What lower precisions may cost: relative_l2=0.01, top1=0.995, or metric=0.003 below the reference's."""
+    keep: Annotated[dict[str, tuple[str, ...]], Flag(metavar="PRECISION NODE", nargs=2)] = Field(default_factory=dict)
+    """Node that stays in a precision, by name or glob, for instance fp32 '*/attention/*'."""
+    quantization: Annotated[dict[str, Any], Flag(metavar="OPTION=VALUE")] = Field(default_factory=dict)
+    """Option of the quantization pass, for instance method=entropy or rounding=gptq."""
     require: tuple[str, ...] = ()
     """Target without whose engine the compile fails (exit code 4)."""
     passes: Annotated[tuple[str, ...], Flag("pass", metavar="NAME[:OPTION=VALUE,...]")] = ("simplify", "dedupe")
@@ -111,6 +139,24 @@ class Recipe(BaseModel):
             if name.lower() not in PRECISIONS:
                 raise UnknownNameError("precision", name, set(PRECISIONS.values()))
         return tuple(dict.fromkeys(PRECISIONS[name.lower()] for name in names))
+
+    @pydantic.field_validator("budget")
+    @classmethod
+    def _budget_is_known(cls, text: str | None) -> str | None:
+        return None if text is None else str(Budget.parse(text))
+
+    @pydantic.field_validator("keep", mode="before")
+    @classmethod
+    def _kept_precisions_are_known(cls, keep: Any) -> Any:
+        if not isinstance(keep, dict):
+            return keep
+        named: dict[str, Any] = {}
+        for precision, nodes in keep.items():
+            if PRECISIONS.get(str(precision).lower()) not in HIGH:
+                raise UnknownNameError("precision to keep nodes in", str(precision), HIGH)
+            known = PRECISIONS[str(precision).lower()]
+            named[known] = (*named.get(known, ()), *((nodes,) if isinstance(nodes, str) else nodes))
+        return named
 
     @pydantic.field_validator("tolerances")
     @classmethod

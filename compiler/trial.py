@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,18 @@ from ..errors import EnginesmithError, RecipeError, UnknownNameError
 from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
 from .data import open_data, resized
-from .manifest import Benchmark, EngineRecord, OutputMetrics
+from .manifest import Benchmark, EngineRecord, OutputMetrics, Timing
 from .recipe import Recipe
 from .signature import Signature, parse_inputs
 from .storage.memory import release
+from .validation.metrics import resolve_tolerance
 from .validation.reference import ReferenceOutputs
 
 if TYPE_CHECKING:
     import torch
 
     from .benchmark import Candidate, SizedInputs
+    from .budget import Budget
     from .sources import Model
     from .validation.validator import MetricFunction
 
@@ -77,6 +80,7 @@ def validate_engines(
     from .validation.validator import validate
 
     metric = load_metric(recipe)
+    budget = load_budget(recipe)
     ready = [engine for engine in engines if engine["status"] == "ready"]
     for number, engine in enumerate(ready):
         update(number / len(ready), engine["name"])
@@ -93,9 +97,10 @@ def validate_engines(
                 reference,
                 precision=engine["precision"],
                 signature=EngineInfo.read(directory).signature,
-                tolerance=recipe.tolerances.get(engine["precision"]),
+                tolerance=_tolerance(recipe, engine["precision"], budget),
                 floor=floor,
                 metric=metric,
+                budget=None if engine["precision"] == "fp32" else budget,
                 directory=directory if save else None,
                 seed=recipe.seed,
             )
@@ -172,10 +177,30 @@ def load_metric(recipe: Recipe) -> MetricFunction | None:
     return guarded
 
 
+def load_budget(recipe: Recipe) -> Budget | None:
+    """The recipe's budget, with the user's metric. Raises as `load_metric`."""
+    from .budget import Budget, Meter
+
+    if recipe.budget is None:
+        return None
+    budget = dataclasses.replace(Budget.parse(recipe.budget), metric=load_metric(recipe))
+    Meter(budget)  # one on a metric that is not given fails before any work
+    return budget
+
+
+def _tolerance(recipe: Recipe, precision: str, budget: Budget | None) -> Mapping[str, float]:
+    """The user's bounds; a budget below full precision stands in for the default bound on the same measure."""
+    bounds = recipe.tolerances.get(precision, {})
+    if budget is None or precision == "fp32" or budget.kind not in resolve_tolerance(precision):
+        return bounds
+    return {budget.kind: budget.bound, **bounds}
+
+
 def verdict(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> dict[str, Any]:
     """Good where every engine that runs here loads and is right; the best is the fastest of them at the optimum sizes.
 
-    Where engines were built but none of them runs on this machine the state is "unproven": nothing was compared.
+    Where engines were built but none of them runs on this machine the state is "unproven": nothing was compared. Notes
+    say what does not change the verdict, and should be known.
     """
     judged = [engine for engine in engines if engine["validation"]]
     right = [engine["name"] for engine in judged if engine["validation"] and engine["validation"]["passed"]]
@@ -184,12 +209,12 @@ def verdict(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signat
     passed = not wrong and not broken and any(engine["status"] in ("ready", "built") for engine in engines)
     reasons = [f"{name} failed its validation" for name in wrong]
     reasons += [f"{engine['name']}: {engine['reason']}" for engine in engines if engine["status"] != "ready"]
-    timings = [
-        timing
+    timings = {
+        timing["candidate"]: timing
         for timing in (benchmark["timings"] if benchmark else [])
-        if timing["candidate"] in right and timing["sizes"] == signature.sizes()
-    ]
-    fastest = min(timings, key=lambda timing: timing["p50_ms"], default=None)
+        if timing["sizes"] == signature.sizes()
+    }
+    fastest = min((timings[name] for name in right if name in timings), key=lambda t: t["p50_ms"], default=None)
     return {
         "passed": passed,
         "state": "failed" if not passed else "passed" if right else "unproven",
@@ -197,7 +222,22 @@ def verdict(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signat
         "best": fastest["candidate"] if fastest else next(iter(right), None),
         "speed_up": fastest["speed_up"] if fastest else None,
         "reasons": reasons,
+        "notes": _slower(engines, timings),
     }
+
+
+def _slower(engines: Sequence[EngineRecord], timings: Mapping[str, Timing]) -> list[str]:
+    """Engines that lost accuracy and gained nothing: those slower than the same target's in full precision."""
+    full = {engine["target"]: engine["name"] for engine in engines if engine["precision"] == "fp32"}
+    notes = []
+    for engine in engines:
+        name, against = engine["name"], full.get(engine["target"], "")
+        if name == against or name not in timings or against not in timings:
+            continue
+        ratio = timings[name]["p50_ms"] / timings[against]["p50_ms"]
+        if ratio > 1:
+            notes.append(f"{name} is slower than {against}: {ratio:.2f} times its time")
+    return notes
 
 
 def _baselines(

@@ -44,6 +44,11 @@ class Calibration:
                 hint="give --data (32 to 512 samples), or allow random data in the settings of calibration",
             )
 
+    @property
+    def collected(self) -> tuple[Statistics, ...]:
+        """All statistics that were asked for, one for each graph."""
+        return tuple(self._kept.values())
+
     def statistics(self, graph: Graph, names: Collection[str] | None = None, *, detail: Detail = "full") -> Statistics:
         """Statistics of these tensors of the main graph (None: all float activations).
 
@@ -67,8 +72,7 @@ class Calibration:
         digest = getattr(self.samples, "digest", None)
         if self._folder is None or digest is None:
             return None
-        # Threads and memory change nothing but the speed.
-        settings = dataclasses.asdict(dataclasses.replace(self.settings, threads=0, memory_mib=1))
+        settings = dataclasses.asdict(dataclasses.replace(self.settings, threads=0))
         text = json.dumps([key, digest, settings], sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 

@@ -90,6 +90,12 @@ def show_bundle(bundle: Bundle) -> None:
     for engine in manifest["engines"]:
         _show_reason(console, engine["name"], engine["reason"], engine["to_do"])
         _show_failures(console, engine["validation"])
+    for calibration in manifest["calibration"]:
+        for finding in calibration["findings"]:
+            if finding["severe"]:
+                console.print(f"[red]{escape(finding['tensor'])}[/] {escape(finding['text'])}", soft_wrap=True)
+    for note in manifest["verdict"].get("notes", ()):
+        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     if manifest["data"]["random"]:
         console.print("[red]Inputs were random: give --data for a verdict on real inputs.[/]")
     if bundle.cached:
@@ -246,6 +252,9 @@ def _show_reason(console: Console, name: str, reason: str, to_do: str) -> None:
 
 
 def _show_failures(console: Console, validation: Validation | None) -> None:
+    if validation and (budget := validation["budget"]) and not budget["holds"]:
+        found = budget["problem"] or f"measured {_number(budget['value'], '.4g', 'no number')}"
+        console.print(f"[red]{validation['engine']}[/] exceeds the budget {budget['text']}: {escape(found)}")
     for output in validation["outputs"] if validation else []:
         for failure in output["failures"]:
             name = validation["engine"] if validation else ""

@@ -29,12 +29,17 @@ PROVIDERS = {
 """Olive's way to name a target."""
 
 
+SWITCHES = ("fp16", "bf16", "int8", "fp8")
+"""trtexec's and Polygraphy's way to give precisions."""
+
+
 def recipe_options() -> list[click.Parameter]:
     """All options of `compile`."""
     options = field_options(*Recipe.model_fields)
     for name, spellings in SHAPES.items():
         options.append(click.Option([*spellings, name], multiple=True, metavar="NAME:SHAPE", help=_shape_help(name)))
-    options.append(click.Option(["--fp16"], is_flag=True, help="The same as --precision fp16."))
+    for precision in SWITCHES:
+        options.append(click.Option([f"--{precision}"], is_flag=True, help=f"The same as --precision {precision}."))
     options.append(
         click.Option(
             ["--provider"], multiple=True, type=click.Choice(list(PROVIDERS)), help="Target, in Olive's words."
@@ -76,6 +81,7 @@ def _parameter(name: str, hint: Any) -> click.Parameter:
     return click.Option(
         [spelling, *flag.names, name],
         type=kind,
+        nargs=flag.nargs,
         multiple=several,
         default=None,
         metavar=flag.metavar,
@@ -90,22 +96,23 @@ def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: a value that cannot be read.
     """
     given = {name: value for name, value in values.items() if value is not None and value != ()}
-    if not given.get("fp16"):
-        given.pop("fp16", None)
+    switched = tuple(name for name in SWITCHES if given.pop(name, False))
     fields: dict[str, Any] = {}
     for name, value in given.items():
         if name == "model_option":
             fields["model"] = value
         elif name == "provider":
             fields["targets"] = tuple(PROVIDERS[provider] for provider in value)
-        elif name in ("arguments", "tolerances"):
+        elif name in ("arguments", "quantization", "tolerances"):
             fields[name] = _assignments(name, value)
+        elif name == "keep":
+            fields[name] = {high: tuple(node for other, node in value if other == high) for high, _ in value}
         elif name in ("targets", "precisions", "baselines", "require", "passes"):
             fields[name] = tuple(part for text in value for part in ([text] if ":" in text else text.split(",")))
-        elif name not in SHAPES and name != "fp16":
+        elif name not in SHAPES:
             fields[name] = value
-    if "fp16" in given:
-        fields["precisions"] = (*fields.get("precisions", ()), "fp16")
+    if switched:
+        fields["precisions"] = (*fields.get("precisions", ()), *switched)
     if shapes := {name: given[name] for name in SHAPES if name in given}:
         for name, items in _from_shapes(shapes).items():
             fields[name] = (*fields.get(name, ()), *items)
@@ -120,9 +127,9 @@ def _assignments(name: str, texts: Sequence[str]) -> dict[str, Any]:
         left, equals, right = text.partition("=")
         first, dot, second = left.partition(".")
         if not equals or (name == "tolerances" and not dot):
-            expected = "KEY=VALUE" if name == "arguments" else "PRECISION.METRIC=VALUE"
+            expected = "PRECISION.METRIC=VALUE" if name == "tolerances" else "KEY=VALUE"
             raise RecipeError(f"{text!r} cannot be read", expected=expected)
-        if name == "arguments":
+        if name != "tolerances":
             result[left] = _value(left, right)
         else:
             result.setdefault(first, {})[second] = right

@@ -58,7 +58,7 @@ def graph_of_engine(bundle: Bundle, record: EngineRecord, captured: Graph | None
     signature = Signature.from_json(bundle.manifest["signature"])
     context = Context(signature, open_data(recipe.data, signature, seed=recipe.seed))
     for step in bundle.manifest["passes"]:
-        if step["variant"] in ("all", record["precision"]):
+        if record["name"] in step["engines"]:
             parse_pass(step["text"])(graph, context)
     return prepared(graph)
 

@@ -43,6 +43,7 @@ def render(manifest: Manifest) -> str:
         manifest=manifest,
         view=view,
         facts=facts.facts,
+        figures=figures,
         css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         headline=view.headline(manifest),
         signature=view.read_signature(manifest),

@@ -125,6 +125,13 @@ def measured(benchmark: Benchmark | None, field: str) -> bool:
     return any(timing.get(field) is not None for timing in (benchmark["timings"] if benchmark else ()))
 
 
+def sections(manifest: Manifest) -> tuple[str, ...]:
+    """The page's sections, for its navigation."""
+    precision = ("precision",) if manifest["calibration"] or any(r["details"] for r in manifest["passes"]) else ()
+    last = ("stages", "passes", "capture", "engines", "environment", "use")
+    return ("model", "speed", "accuracy", *precision, *last)
+
+
 def passes_by_variant(passes: Sequence[PassRecord]) -> dict[str, list[PassRecord]]:
     """The passes of each variant of the graph, in the order in which they ran."""
     variants: dict[str, list[PassRecord]] = {}

@@ -31,7 +31,7 @@ def is_self_contained(recipe: Recipe) -> bool:
 
 def is_repeatable(recipe: Recipe) -> bool:
     """Whether equal files mean an equal bundle. What a data function yields may change without its code."""
-    return recipe.data is None or ".py:" not in recipe.data
+    return not any(data and ".py:" in data for data in (recipe.data, recipe.calibration_data))
 
 
 def compile_key(recipe: Recipe, machine: Mapping[str, Any], model_fingerprint: str = "") -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import DataError, EngineError, EnginesmithError, RecipeError
-from ..manifest import OutputMetrics, TaskMetric, Validation
+from ..budget import Budget, Meter
+from ..manifest import BudgetRecord, OutputMetrics, TaskMetric, Validation
 from ..signature import Signature
 from .metrics import Judge, coarser, resolve_tolerance
 from .polygraphy_io import EngineRunner, Trail, host_dtype
@@ -42,6 +44,7 @@ def validate(
     tolerance: Mapping[str, float] | None = None,
     floor: tuple[str, list[OutputMetrics]] = ("", []),
     metric: MetricFunction | None = None,
+    budget: Budget | None = None,
     directory: Path | None = None,
     seed: int = 0,
 ) -> Validation:
@@ -51,6 +54,7 @@ def validate(
         signature: the engine's own, where it takes or gives other dtypes than the model.
         tolerance: bounds in place of those of `precision`, or of the reference's outputs where theirs is coarser.
         floor: what `noise_floor` found.
+        budget: must hold beside the tolerance.
         directory: existing folder for results.json and accuracy.json.
 
     Raises:
@@ -62,6 +66,7 @@ def validate(
     judge = Judge(bounds, {spec.name: host_dtype(spec) for spec in signature.outputs})
     trail = Trail(engine, bounds)
     scores = _Scores(metric)
+    meter = Meter(budget) if budget else None
     samples = 0
     with EngineRunner(runner, signature, engine) as polygraphy_runner:
         for sample in reference:
@@ -75,20 +80,35 @@ def validate(
             samples += not sample.probe
             if not sample.probe and _alike(sample.outputs, outputs):
                 scores.add(sample, outputs)
+                if meter:
+                    meter.add(sample.outputs, outputs, {**sample.inputs, **sample.labels})
     if not samples and not judge.metrics():
         raise DataError("the record of the reference holds no samples", hint="compile the model again")
     if directory is not None:
         trail.save(directory)
-    found = judge.metrics()
+    found, spent = judge.metrics(), _spent(meter, samples)
     return Validation(
         engine=engine,
-        passed=all(output["passed"] for output in found),
+        passed=all(output["passed"] for output in found) and (spent is None or spent["holds"]),
         samples=samples,
         tolerance=bounds,
         outputs=found,
         noise_floor=floor[1],
         noise_floor_of=floor[0],
         metric=scores.result(seed),
+        budget=spent,
+    )
+
+
+def _spent(meter: Meter | None, samples: int) -> BudgetRecord | None:
+    """What of the budget is used; one that nothing could be measured for does not hold."""
+    if meter is None:
+        return None
+    value = meter.value if samples else math.nan
+    holds = samples > 0 and meter.budget.holds(value)
+    problem = meter.broken or ("" if samples else "the engine gave no outputs that can be compared")
+    return BudgetRecord(
+        text=str(meter.budget), value=value if math.isfinite(value) else None, holds=holds, problem=problem
     )
 
 

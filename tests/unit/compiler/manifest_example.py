@@ -23,7 +23,7 @@ def example() -> Manifest:
         "format": 1,
         "enginesmith": "0.1.0",
         "created": "2026-11-22T23:04:11+00:00",
-        "verdict": {"passed": True, "state": "passed", "best": "onnxruntime-cpu-fp32", "reasons": []},
+        "verdict": {"passed": True, "state": "passed", "best": "onnxruntime-cpu-fp32", "reasons": [], "notes": []},
         "source": {
             "kind": "module",
             "model": "samples/digits/model.py:build",
@@ -71,12 +71,27 @@ def example() -> Manifest:
             {"name": "benchmark", "seconds": 11.6, "detail": "4 candidates at 3 sizes"},
             {"name": "bundle", "seconds": 0.031, "detail": "14 files, 5.1 MB"},
         ],
+        "calibration": [
+            {
+                "data": "images.npz",
+                "random": False,
+                "samples": 256,
+                "tensors": 9,
+                "digest": "5e" * 32,
+                "file": "calibration-5e5e5e5e5e5e.npz",
+                "findings": [
+                    {"tensor": "relu_3", "kind": "dead-channels", "text": "has 2 dead channels of 32", "severe": False},
+                    {"tensor": "image", "kind": "one-sample", "text": "has one sample to calibrate on", "severe": True},
+                ],
+            }
+        ],
         "passes": [
             _pass("fp32", "simplify", {"nodes removed": 14, "constants folded": 6}, [], 41, 27),
             _pass("fp32", "dedupe", {"initializers merged": 2}, _refusals(2), 27, 27),
             _pass("fp16", "simplify", {"nodes removed": 14, "constants folded": 6}, [], 41, 27),
             _pass("fp16", "dedupe", {}, [], 27, 27),
             _pass("fp16", "cast:to=fp16,keep_io=true", {"nodes in fp16": 24, "casts added": 4}, _refusals(9), 27, 31),
+            _pass("mixed", "precision:to=int8", {"Conv": 5}, _refusals(1), 27, 58, _details()),
         ],
         "engines": [
             _engine(
@@ -177,15 +192,23 @@ def _refusals(count: int) -> list[dict[str, str]]:
 
 
 def _pass(
-    variant: str, text: str, changes: dict[str, int], refusals: list[dict[str, str]], before: int, after: int
+    variant: str,
+    text: str,
+    changes: dict[str, int],
+    refusals: list[dict[str, str]],
+    before: int,
+    after: int,
+    details: dict[str, Any] | None = None,
 ) -> PassRecord:
     return {
         "variant": variant,
+        "engines": [f"onnxruntime-cpu-{variant}"],
         "text": text,
         "seconds": 0.118,
         "modified": bool(changes),
         "changes": changes,
         "refusals": refusals,
+        "details": details or {},
         "nodes_before": before,
         "nodes_after": after,
     }
@@ -251,6 +274,35 @@ def _validation(engine: str, relative_l2: float, *, wrong: bool = False) -> Vali
             "reference": 0.9861,
             "samples": 360,
         },
+        "budget": {"text": "metric=0.003", "value": 0.0, "holds": True, "problem": ""},
+    }
+
+
+def _details() -> dict[str, Any]:
+    def point(nodes: int, cost: float, error: float | None, holds: bool) -> dict[str, Any]:
+        return {"kept": nodes, "nodes": nodes, "cost": cost, "error": error, "value": error, "holds": holds}
+
+    limit = {"low": 0.0, "high": 5.1, "scale": 0.02, "minimum": 0.0, "maximum": 6.2, "method": "mse", "group": 1}
+    return {
+        "precision": "int8",
+        "budget": "relative_l2=0.02",
+        "samples": 4,
+        "runs": 31,
+        "sensitivity": [
+            {
+                "unit": f"/features/{unit}/Conv",
+                "nodes": [f"/features/{unit}/Conv"],
+                "error": 0.02 / 2**unit,
+                "cost": 0.2,
+            }
+            for unit in range(5)
+        ],
+        "curve": [point(0, 0.0, 0.031, False), point(1, 0.04, 0.018, True), point(2, 0.3, 0.011, True)]
+        + [point(5, 1.0, 0.0, True), point(4, 0.9, None, False)],
+        "chosen": {**point(1, 0.04, 0.018, True), "names": ["/features/0/Conv"]},
+        "method": "mse",
+        "limits": [{"name": "relu_1", "clipped": 0.002, **limit}, {"name": "<b>relu_2", "clipped": 0.0, **limit}],
+        "findings": [{"tensor": "relu_1", "kind": "saturated", "text": "is clipped to 0 .. 5.1", "severe": False}],
     }
 
 

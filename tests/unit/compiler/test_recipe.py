@@ -74,14 +74,28 @@ def test_schema_describes_every_field():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"precisions": ["fp33"]}, r"unknown precision 'fp33'\n.*one of fp16, fp32\n.*did you mean 'fp32'"),
-        ({"precisions": "int8"}, r"unknown precision 'int8'\n.*one of fp16, fp32"),
+        ({"precisions": ["fp33"]}, r"unknown precision 'fp33'\n.*one of bf16, fp16, fp32, .*\n.*did you mean 'fp32'"),
+        ({"precisions": "int7"}, r"unknown precision 'int7'\n(.*\n)*.*did you mean 'int8'"),
+        ({"keep": {"int8": ["*"]}}, r"unknown precision to keep nodes in 'int8'\n.*one of bf16, fp16, fp32"),
         ({"tolerances": {"fp33": {"cosine": 1}}}, "unknown precision 'fp33'"),
     ],
 )
 def test_precisions_that_do_not_exist(values, message):
     with pytest.raises(UnknownNameError, match=message):
         make_recipe(values)
+
+
+def test_nodes_are_kept_by_any_spelling_of_a_precision():
+    recipe = make_recipe({"keep": {"float32": "a", "fp32": ["b", "c*"], "half": ["d"]}})
+    assert recipe.keep == {"fp32": ("a", "b", "c*"), "fp16": ("d",)}
+
+
+def test_a_budget_is_read_and_checked():
+    assert make_recipe({"budget": "top1 = 0.990"}).budget == "top1=0.99"
+    with pytest.raises(UnknownNameError, match=r"unknown budget 'top2'\n.*\n.*did you mean 'top[15]'"):
+        make_recipe({"budget": "top2=0.9"})
+    with pytest.raises(RecipeError, match="budget 'top1' has a bound that cannot be"):
+        make_recipe({"budget": "top1=2"})
 
 
 @pytest.mark.parametrize("bound", [float("nan"), float("inf"), -1, ".nan"])

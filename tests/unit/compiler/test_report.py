@@ -19,7 +19,7 @@ from enginesmith.compiler.report.facts import Fact, facts
 from enginesmith.compiler.signature import Signature, TensorSpec
 
 example: Callable[[], Manifest] = runpy.run_path(str(Path(__file__).with_name("manifest_example.py")))["example"]
-SECTIONS = ["model", "speed", "accuracy", "stages", "passes", "capture", "engines", "missing"]
+SECTIONS = ["model", "speed", "accuracy", "precision", "stages", "passes", "capture", "engines", "missing"]
 SECTIONS += ["environment", "protocol", "use"]
 BEST = "onnxruntime-cpu-fp32"
 
@@ -184,6 +184,7 @@ def test_page_is_self_contained() -> None:
 def test_random_data_is_said_in_a_banner(random: bool) -> None:
     manifest = example()
     manifest["data"]["random"] = random
+    manifest["calibration"] = []
     found = page(manifest)
     assert (("class", "banner") in found.attributes) == random
     assert ("Random inputs." in found.text) == random
@@ -192,7 +193,7 @@ def test_random_data_is_said_in_a_banner(random: bool) -> None:
 
 def empty() -> Manifest:
     nothing: Any = {"verdict": {"passed": False}, "signature": {}, "data": {}, "stages": [], "passes": []}
-    nothing |= {"engines": [], "benchmark": None, "environment": {}, "source": {}}
+    nothing |= {"calibration": [], "engines": [], "benchmark": None, "environment": {}, "source": {}}
     nothing |= {"capture": {"exporter": None, "opset": None, "attempts": [], "checks": []}}
     return {**example(), **nothing}
 
@@ -297,7 +298,53 @@ def test_many_refusals_are_folded_and_few_are_open() -> None:
 
 
 def test_variants_keep_the_order_in_which_they_ran() -> None:
-    assert list(view.passes_by_variant(example()["passes"])) == ["fp32", "fp16"]
+    assert list(view.passes_by_variant(example()["passes"])) == ["fp32", "fp16", "mixed"]
+
+
+def test_a_choice_of_precisions_is_drawn_and_told() -> None:
+    found = page(example())
+    assert "mixed: what stays in full precision" in found.text
+    assert "The budget is relative_l2=0.02: 4 % of the model" in found.text
+    assert "multiply-adds stay, with a relative error of 0.0180." in found.text
+    assert [value for name, value in found.attributes if (name, value) == ("class", "chosen")] == ["chosen"]
+    assert len([value for name, value in found.attributes if name == "class" and value in ("holds", "over")]) == 5
+    assert "<b>relu_2" in found.text
+    assert "1 tensor is clipped in more than 0.1 % of the values." in found.text
+
+
+def test_curves_reach_from_the_lowest_to_the_highest_power_of_ten() -> None:
+    points = [
+        {"cost": 0.0, "error": None, "nodes": 0, "holds": False},
+        {"cost": 0.5, "error": 0.02, "nodes": 3, "holds": True},
+        {"cost": 1.0, "error": 0.0, "nodes": 9, "holds": True},
+    ]
+    chart = figures.curve_chart(points, points[1])
+    assert [line.label for line in chart.grid] == ["0.0100", "0.100"]
+    top, bottom = chart.grid[1].y, chart.grid[0].y
+    assert [(point.x, point.holds) for point in chart.points] == [(1.0, False), (50.0, True), (99.0, True)]
+    assert chart.points[0].y == top < chart.points[1].y < bottom == chart.points[2].y
+    assert chart.chosen == chart.points[1]
+
+
+def test_calibration_and_what_it_found() -> None:
+    found = page(example())
+    assert "9 tensors were measured over 256 samples of images.npz" in found.text
+    assert "image has one sample to calibrate on" in found.text
+    assert "relu_3 has 2 dead channels of 32" in found.text
+
+
+def test_a_budget_that_does_not_hold_is_told() -> None:
+    manifest = example()
+    validation = manifest["engines"][0]["validation"]
+    assert validation
+    validation["budget"] = {"text": "top1=0.99", "value": 0.5, "holds": False, "problem": ""}
+    assert "Budget top1=0.99: measured 0.500 exceeded" in page(manifest).text
+
+
+def test_notes_stand_below_the_verdict() -> None:
+    manifest = example()
+    manifest["verdict"]["notes"] = ["a-int8 is slower than a-fp32: 1.20 times its time"]
+    assert "a-int8 is slower than a-fp32: 1.20 times its time" in page(manifest).text
 
 
 def test_sizes_are_in_order_and_the_optimum_is_marked() -> None:

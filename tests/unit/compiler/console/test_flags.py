@@ -12,7 +12,7 @@ def parse(*arguments: str) -> dict:
 
 
 def test_every_field_has_an_option_and_the_reverse():
-    others = {"min_shapes", "opt_shapes", "max_shapes", "fp16", "provider", "model_option"}
+    others = {"min_shapes", "opt_shapes", "max_shapes", "fp16", "bf16", "int8", "fp8", "provider", "model_option"}
     assert {option.name for option in recipe_options()} == set(Recipe.model_fields) | others
 
 
@@ -29,10 +29,13 @@ def test_lists_and_mappings():
     fields = parse(
         "m.py:net", "--input", "a:1x3", "--input", "b:1x4:int64", "--dynamic", "a:0=1..2..4", "--argument", "width=8",
         "--tolerance", "fp16.cosine=0.9", "--target", "onnxruntime-cpu,torchscript", "--target", "tensorrt:tf32=true",
+        "--keep", "fp32", "a*", "--keep", "fp16", "b", "--keep", "fp32", "c", "--quantization", "bias_correction=false",
     )  # fmt: skip
     recipe = make_recipe(fields)
     assert recipe.inputs == ("a:1x3", "b:1x4:int64")
     assert recipe.arguments == {"width": 8}
+    assert recipe.keep == {"fp32": ("a*", "c"), "fp16": ("b",)}
+    assert recipe.quantization == {"bias_correction": False}
     assert recipe.tolerances == {"fp16": {"cosine": 0.9}}
     assert recipe.targets == ("onnxruntime-cpu", "torchscript", "tensorrt:tf32=true")
 

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from enginesmith.compiler.recipe import make_recipe
+from enginesmith.compiler.variants import Variant, make_variants
+from enginesmith.errors import RecipeError, UnknownNameError
+from enginesmith.targets import parse_target
+
+
+def variants(*targets: str, **fields: Any) -> dict[str, Variant]:
+    made = make_variants(make_recipe(fields), [parse_target(text) for text in targets])
+    return {variant.name: variant for variant in made}
+
+
+def passes(variant: Variant) -> list[str]:
+    return [str(rewrite) for rewrite in variant.passes]
+
+
+def test_each_target_in_each_precision_with_its_own_passes() -> None:
+    found = variants("onnxruntime-cpu", "torchscript", precisions=["fp32", "fp16", "int8"])
+    assert {name: passes(variant) for name, variant in found.items()} == {
+        "onnxruntime-cpu-fp32": [],
+        "onnxruntime-cpu-fp16": ["cast"],
+        "onnxruntime-cpu-int8": ["quantize-static"],
+        "torchscript-fp32": [],
+        "torchscript-fp16": [],
+        "torchscript-int8": [],
+    }
+
+
+def test_a_target_that_is_asked_for_twice_is_numbered() -> None:
+    found = variants("onnxruntime-cpu", "onnxruntime-cpu:threads=1")
+    assert list(found) == ["onnxruntime-cpu-fp32", "onnxruntime-cpu-fp32-2"]
+
+
+def test_kept_nodes_reach_every_pass_that_lowers_below_their_precision() -> None:
+    found = variants(
+        "onnxruntime-cpu", precisions=["fp16", "int8"], keep={"fp32": ["head", "*/norm"], "fp16": ["stem"]}
+    )
+    assert passes(found["onnxruntime-cpu-fp16"]) == ["cast:keep=head+*/norm"]
+    assert passes(found["onnxruntime-cpu-int8"]) == ["quantize-static:keep=head+*/norm+stem"]
+
+
+def test_options_of_quantization_take_the_place_of_the_targets() -> None:
+    found = variants("onnxruntime-cpu", precisions=["int8", "int4-weights", "fp16"], quantization={"bits": 8})
+    assert passes(found["onnxruntime-cpu-int4-weights"]) == ["quantize-weights"]  # 8 is the default
+    assert passes(found["onnxruntime-cpu-int8"]) == ["quantize-static"]
+    found = variants(
+        "onnxruntime-cpu", precisions=["int8"], quantization={"bias_correction": False, "method": "entropy"}
+    )
+    assert set(passes(found["onnxruntime-cpu-int8"])[0].partition(":")[2].split(",")) >= {"method=entropy"}
+
+
+def test_options_that_no_pass_has() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown option of quantization 'rouding'\n(.*\n)*.*mean 'rounding'"):
+        variants("onnxruntime-cpu", precisions=["int8"], quantization={"rouding": "gptq"})
+    with pytest.raises(RecipeError, match="option 'rounding' of 'quantize-static' has an unknown value"):
+        variants("onnxruntime-cpu", precisions=["int8"], quantization={"rounding": "up"})
