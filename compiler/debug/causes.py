@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...errors import GraphError
 from .distance import Distance, distance
-from .parts import Segment, tensors
+from .parts import UNQUANTIZED, Segment, tensors
 from .runtimes import plainly
 from .trace import Row, Side, misfit
 
@@ -22,6 +22,7 @@ ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "floa
 """Largest relative error of rounding once."""
 
 _SMALLEST = {"float16": 2.0**-24, "float8e4m3fn": 2.0**-9}
+_ACTIVATIONS = frozenset(("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSwish", "Identity"))
 _INTEGER_ROUNDING = 2.0**-7
 _NOT_A_NUMBER = {
     "Div": "0/0 or inf/inf",
@@ -72,7 +73,7 @@ class Explanation:
 def explain(row: Row, subject: Side, oracle: Side, inputs: Arrays) -> Explanation:
     """Looks at every operand of the row's operator, with the reference's inputs."""
     segment = row.segment
-    theirs = _producer(oracle, segment.name)
+    theirs = _counterpart(oracle, segment)
     pairs = _pairs(segment, theirs)
     reference_names = [right for _, right, _ in pairs]
     right = _values(oracle, inputs, [*reference_names, *segment.leaves, segment.name])
@@ -82,6 +83,7 @@ def explain(row: Row, subject: Side, oracle: Side, inputs: Arrays) -> Explanatio
     operands = [_operand(segment, mine, right, pair) for pair in pairs]
     truth = right[segment.name]
     made = mine.get(segment.name)
+    mine[segment.name + UNQUANTIZED] = truth  # what its quantizer should hold
     plain = distance(truth, made) if made is not None else None
     causes = [
         *_overflow(row, truth, leaves, subject),
@@ -97,8 +99,16 @@ def explain(row: Row, subject: Side, oracle: Side, inputs: Arrays) -> Explanatio
     return Explanation(tuple(operands), *_range(truth), causes=tuple(dict.fromkeys(causes)))
 
 
-def _producer(side: Side, name: str) -> ir.Node:
-    return next(node for node in side.graph.model.graph for value in node.outputs if value.name == name)
+def _counterpart(oracle: Side, segment: Segment) -> ir.Node:
+    """The reference's node for the segment's operator: the one that gives the tensor, or that before an activation."""
+    made = {value.name: node for node in oracle.graph.model.graph for value in node.outputs}
+    node = giver = made[segment.name]
+    while node.op_type in _ACTIVATIONS and node.op_type != segment.main.op_type:
+        source = node.inputs[0]
+        if source is None or source.name not in made:
+            break
+        node = made[source.name]
+    return node if node.op_type == segment.main.op_type else giver
 
 
 def _pairs(segment: Segment, theirs: ir.Node) -> list[tuple[str, str, bool]]:
@@ -191,16 +201,18 @@ def _clipping(segment: Segment, mine: Arrays) -> list[str]:
     for node, share in _clipped(segment, mine):
         array = mine[node.inputs[0].name or ""]  # type: ignore[union-attr]
         low, high, step = _limits(node, mine) or (0.0, 0.0, 0.0)
-        name = node.inputs[0].name  # type: ignore[union-attr]
+        name = (node.inputs[0].name or "").removesuffix(UNQUANTIZED)  # type: ignore[union-attr]
         if share > 1e-3:
             causes.append(
                 f"saturation: the quantizer of {name} clips {share:.2%} of its values: it spans {low:.3g} to "
                 f"{high:.3g}, they reach from {array.min():.3g} to {array.max():.3g}"
             )
         elif 0 < (typical := float(np.median(np.abs(array[array != 0])) if array.any() else 0)) < 2 * step:
+            wide = max(-low, high) > 4 * float(np.abs(array).max())
+            why = f"they reach {np.abs(array).max():.3g} only" if wide else "few large values stretch it"
             causes.append(
-                f"a step of the quantizer of {name} is {step:.3g}, beside typical values of {typical:.3g}: its range "
-                f"of {low:.3g} to {high:.3g} is stretched by few large values"
+                f"a step of the quantizer of {name} is {step:.3g}, beside typical values of {typical:.3g}: it spans "
+                f"{low:.3g} to {high:.3g}; {why}"
             )
     return causes
 
@@ -224,8 +236,10 @@ def _operand_causes(
             continue
         kind = "weight" if weight else "input"
         a, b = mine[name], right[theirs]
-        if weight and np.isinf(a.astype(np.float64)).any() and np.isfinite(b).all():
-            causes.append(f"overflow: weight {theirs} reaches {np.abs(b).max():.3g} and is infinite in the engine")
+        if weight and not np.isfinite(a.astype(np.float64)).all() and np.isfinite(b).all():
+            reach, limit = float(np.abs(b).max()), LIMITS.get(dtype, math.inf)
+            why = f"overflow: {dtype} ends at {limit:g}" if reach > limit else "rounding does not explain it"
+            causes.append(f"weight {theirs} is not finite in the engine, and reaches {reach:.3g} before; {why}")
         elif weight:
             place = np.unravel_index(int(np.nanargmax(np.abs(a.astype(np.float64) - b))), b.shape)
             causes.append(

@@ -17,18 +17,49 @@ Arrays = Mapping[str, np.ndarray]
 MADE = "/made"
 """Suffix of the name under which a part gives a tensor that it takes as an input too."""
 
+UNQUANTIZED = "/unquantized"
+"""Suffix of what a node gives where the nodes that read it see it quantized."""
+
 NARROW = frozenset((ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2))
 """Types that NumPy lacks: a part takes and gives them as float32, which holds each of their values."""
 
 
 def prepared(graph: Graph) -> Graph:
-    """A copy without functions, its types and shapes filled in."""
+    """A copy without functions, with types and shapes, and names as `_name_quantized` gives them."""
     copy = graph.clone()
     if copy.model.functions:
         InlinePass()(copy.model)
         copy.model.functions.clear()
     copy.infer()
+    _name_quantized(copy.model.graph)
     return copy
+
+
+def _name_quantized(main: ir.Graph) -> None:
+    """Gives the name of a tensor that is only read quantized to what is read.
+
+    That is its counterpart in the reference: the rounding belongs to the node that gives it, and a quantizer whose
+    range ends at zero may stand in for a Relu.
+
+        x = Conv(...), q = QuantizeLinear(x), d = DequantizeLinear(q), y = f(d)    ->    d is called x
+    """
+    for node in list(main):
+        for value in node.outputs:
+            read = _read_quantized(value)
+            if read is not None:
+                read.name, value.name = value.name, f"{value.name}{UNQUANTIZED}"
+
+
+def _read_quantized(value: ir.Value) -> ir.Value | None:
+    quantizers = [use.node for use in value.uses() if use.idx == 0]
+    if value.is_graph_output() or len(quantizers) != 1 or len(value.uses()) != 1:
+        return None
+    if quantizers[0].op_type != "QuantizeLinear" or quantizers[0].outputs[0].is_graph_output():
+        return None
+    readers = [use.node for use in quantizers[0].outputs[0].uses()]
+    if len(readers) != 1 or readers[0].op_type != "DequantizeLinear" or readers[0].outputs[0].is_graph_output():
+        return None
+    return readers[0].outputs[0]
 
 
 def part(graph: Graph, inputs: Arrays, outputs: Sequence[str]) -> Graph:
