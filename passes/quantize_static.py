@@ -22,7 +22,7 @@ from ..compiler.calibration import Calibration, Method, Statistics
 from ..compiler.graph import Graph
 from ..compiler.graph.selection import label, select
 from ..compiler.machine.environment import cpu_flags
-from ..compiler.quantization import onnxruntime
+from ..compiler.quantization import onnxruntime, tensorrt
 from ..compiler.quantization.bias import correct
 from ..compiler.quantization.equalize import equalize
 from ..compiler.quantization.forms import prepare
@@ -33,6 +33,8 @@ from ..compiler.quantization.smooth import smooth
 from ..compiler.quantization.weights import Rounding, fit_biases, quantize_biases, round_weights, weight_ranges
 from ..errors import RecipeError
 from .base import Context, Pass, PassResult, Refusal
+
+_DTYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,8 @@ class QuantizeStatic(Pass):
         smooth: SmoothQuant's alpha for MatMul and Gemm, such as 0.5; 0 leaves it out.
         bias_correction: take back the shift that rounding causes in the means of channels.
         reduce_range: 7 bits for weights. None: where this processor has no VNNI and its sums would saturate.
+        attention: quantize the two products around each softmax as well; for scheme=tensorrt, whose fused kernel of
+            attention is in fp16 alone on most versions and GPUs.
         keep: names or globs of nodes that stay float.
     """
 
@@ -64,9 +68,12 @@ class QuantizeStatic(Pass):
     smooth: float = 0.0
     bias_correction: bool = False
     reduce_range: bool | None = None
+    attention: bool = False
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.attention and self.scheme == "onnxruntime":
+            raise ValueError("attention=true needs scheme=tensorrt; ONNX Runtime takes products with a constant alone")
         if self.dtype == "fp8" and self.scheme == "onnxruntime":
             raise ValueError("ONNX Runtime has no FP8 kernels: dtype=fp8 needs scheme=tensorrt")
         if not 0 <= self.smooth <= 1:
@@ -163,7 +170,11 @@ class _Run:
 
     def _plan(self) -> Plan:
         keep = {**self._keep, **_broken_weights(self.graph)}
-        return onnxruntime.plan(self.graph, per_channel=self.options.per_channel, keep=keep)
+        options = self.options
+        if options.scheme == "onnxruntime":
+            return onnxruntime.plan(self.graph, per_channel=options.per_channel, keep=keep)
+        dtype, attention = _DTYPES[options.dtype], options.attention
+        return tensorrt.plan(self.graph, dtype=dtype, per_channel=options.per_channel, attention=attention, keep=keep)
 
     def _observe(self) -> Statistics:
         return self._calibration.statistics(self.graph, sorted(self.plan.activations))

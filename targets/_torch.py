@@ -83,6 +83,8 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
         if request.precision == "fp32":
             return _casting(module, None, ())
         dtypes = [getattr(torch, spec.dtype) for spec in request.signature.outputs]
+        if request.precision == "bf16":
+            return _casting(module.bfloat16(), torch.bfloat16, dtypes)
         return _casting(module.half(), torch.float16, dtypes)
 
 

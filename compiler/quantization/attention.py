@@ -52,12 +52,14 @@ def _before(value: ir.Value | None) -> ir.Node | None:
 
 
 def _after(value: ir.Value) -> ir.Node | None:
-    """The product that alone reads this."""
-    while len(value.uses()) == 1 and not value.is_graph_output():
-        (node,) = value.consumers()
+    """The product that alone reads this, past ``Where(IsNaN(x), 0, x)``, by which torch guards rows without any key."""
+    while not value.is_graph_output():
+        readers = [node for node in value.consumers() if node.op_type != "IsNaN"]
+        if len(readers) != 1:
+            return None
+        (node,) = readers
         if node.op_type == "MatMul":
             return node if _is_of_activations(node) else None
-        # Scores that are not numbers are zeroed by Where in graphs of torch's own attention.
         if node.op_type not in _MOVING | {"Cast", "Where"}:
             return None
         value = node.outputs[0]
