@@ -122,8 +122,8 @@ class _Run:
         self._calibration = calibration
         self._repairs: list[Refusal] = []
         asked = select(self.graph, options.keep)
+        self._prepare()  # may put another node of the same name in place of one
         self._keep = {n: f"kept by choice: {asked[label(n)]!r}" for n in self.graph.nodes() if label(n) in asked}
-        self._prepare()
         self.plan = self._plan()
         self.statistics = self._observe()
         while missing := unknown(self.graph, self.plan, self.statistics):
