@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .calibration import Calibration
     from .capture import Captured
     from .graph import Graph
+    from .signature import Signature
     from .sources import Model
 
 STAGES = 9
@@ -243,7 +244,7 @@ def _run_passes(
     """
     if captured.graph is None:
         return {}, [], []
-    calibration = _calibration(job.recipe, model, data, job.cache)
+    calibration = calibration_of(job.recipe, model.signature, data, job.cache)
     context = Context(model.signature, data, calibration, load_budget(job.recipe))
     engines = [variant for variant in job.variants if variant.target.capabilities.consumes == "graph"]
     names = [variant.name for variant in engines]
@@ -260,12 +261,12 @@ def _run_passes(
     return graphs, records, _calibrated(calibration, job.folder)
 
 
-def _calibration(recipe: Recipe, model: Model, data: Data, cache: Cache) -> Calibration | None:
+def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cache) -> Calibration | None:
     """Collects statistics for the passes that ask; None where the data are made up, and the user has not agreed."""
     from .calibration import Calibration, CalibrationSettings
 
     if recipe.calibration_data is not None:
-        data = open_data(recipe.calibration_data, model.signature, seed=recipe.seed)
+        data = open_data(recipe.calibration_data, signature, seed=recipe.seed)
     if data.random and not recipe.random_calibration:
         return None
     settings = CalibrationSettings(

@@ -111,7 +111,7 @@ def _node(row: Row) -> str:
 def _operand(operand: Operand) -> str:
     kind = "weight" if operand.weight else "input"
     text = f"{kind} {escape(operand.name)}: {_span(operand.low, operand.high)}"
-    if operand.error is not None:
+    if operand.error:
         text += f", read with an error of {_text(operand.error)}"
     return text + (f", {operand.clipped:.2%} clipped" if operand.clipped else "")
 

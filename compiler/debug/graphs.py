@@ -15,9 +15,11 @@ from ..data import Data, open_data
 from ..difference import worst_relative_l2
 from ..graph import Graph
 from ..manifest import EngineRecord
+from ..pipeline import calibration_of
 from ..recipe import Recipe
 from ..signature import Signature
-from ..trial import load
+from ..storage.cache import Cache
+from ..trial import load, load_budget
 from ..validation.reference import ReferenceOutputs
 from .parts import prepared
 from .runtimes import plainly
