@@ -17,11 +17,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..compiler.graph import Graph
-from ..compiler.quantization.candidates import already, exempt, prepared, too_small, unmatched
+from ..compiler.graph.selection import label, select
+from ..compiler.quantization.candidates import already, exempt, prepared, too_small
 from ..compiler.quantization.constants import Constants
 from ..compiler.quantization.linear import OPERATORS, Linear, linear
 from ..compiler.quantization.patch import Patcher
-from ..compiler.quantization.plan import title
 from ..compiler.quantization.weightonly import BLOCK_OPSET, Scheme, WeightOnly
 from .base import Context, Pass, PassResult, Refusal
 
@@ -40,7 +40,7 @@ class QuantizeWeights(Pass):
             worse; else 128, or less where a weight makes no whole blocks of it. TensorRT's INT8 has one scale a column.
         symmetric: no zero points. None: where the runtime takes none; they cost no time in ONNX Runtime, and gain 1 dB.
         accuracy_level: how ONNX Runtime's CPU multiplies: 4 in int8, 0 in float, which is 20 times slower at 8 bits.
-        keep: names of nodes that stay float, as globs.
+        keep: names or globs of nodes that stay float.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -86,9 +86,10 @@ class QuantizeWeights(Pass):
 class _Run:
     def __init__(self, graph: Graph, options: QuantizeWeights) -> None:
         self.changes: collections.Counter[str] = collections.Counter()
-        self.refusals = [Refusal(reason) for reason in (*already(graph), *unmatched(graph, options.keep))]
+        self.refusals = [Refusal(reason) for reason in already(graph)]
         self._graph = graph
         self._options = options
+        self._keep = select(graph, options.keep)
         self._constants = Constants(graph)
         self._weights = WeightOnly(
             Patcher(graph),
@@ -104,9 +105,9 @@ class _Run:
         for node in self._graph.nodes():
             if node.domain or node.op_type not in OPERATORS:
                 continue
-            candidate = exempt(node, self._graph, self._options.keep) or self._candidate(node)
+            candidate = exempt(node, self._graph, self._keep) or self._candidate(node)
             if isinstance(candidate, str):
-                self.refusals.append(Refusal(candidate, title(node)))
+                self.refusals.append(Refusal(candidate, label(node)))
             else:
                 found.append(candidate)
         for one in found:
