@@ -57,7 +57,7 @@ def judge(graph: Graph, lowering: Lowering, to: Format, samples: Samples | None)
             yield f"activations were not checked for overflow: {error}"
         if any(True for _ in graph.model.graph.subgraphs()):
             yield "activations inside branches and loops were not checked for overflow"
-    _keep_between(graph)
+    keep_between(graph)
 
 
 def clamp_masks(graph: Graph, to: Format) -> int:
@@ -150,7 +150,7 @@ def _keep_overflows(graph: Graph, measured: dict[str, Range], to: Format) -> Non
                 keep(node, f"tensor {value.name!r} reaches {peak:.3g} on the data, {_end(to)}")
 
 
-def _keep_between(graph: Graph) -> None:
+def keep_between(graph: Graph) -> None:
     """Keeps regions of light nodes that touch nothing but kept nodes."""
     light = {node for node in graph.nodes() if kept(node) is None and node.op_type not in HEAVY | {"Cast"}}
     while light:

@@ -66,12 +66,11 @@ class Lowering:
 
     def pending(self) -> bool:
         """Whether `apply` has anything to lower. Casts alone do not count: an earlier run put them in."""
-        return any(
-            self.lowers(node, index, output=output)
-            for node in self._graph.nodes()
-            if node.op_type != "Cast"
-            for index, output in _float_operands(node)
-        )
+        return any(node.op_type != "Cast" and self.takes(node) for node in self._graph.nodes())
+
+    def takes(self, node: ir.Node) -> bool:
+        """Whether any operand of a node becomes the lower type."""
+        return any(self.lowers(node, index, output=output) for index, output in _float_operands(node))
 
     def _allows(self, node: ir.Node, index: int, *, output: bool) -> bool:
         schema = self._scope.schema(node)

@@ -1,0 +1,146 @@
+"""What each node costs: multiply-adds and bytes of weights, by shapes inferred at given sizes of the dynamic axes.
+
+                    multiply-adds
+MatMul, Gemm        elements of the output x length of the dimension that is summed over
+Conv                elements of the output x input channels of a group x kernel
+ConvTranspose       elements of the input x output channels of a group x kernel
+LSTM, GRU, RNN      steps x rows x (elements of W + elements of R)
+Attention           elements of the scores x (head size of Q + head size of V)
+Einsum              product of all its dimensions
+other               0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+
+from ...errors import GraphError
+from .graph import Graph
+from .selection import label
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one node. A weight that several nodes read counts for each of them."""
+
+    macs: int = 0
+    weight_bytes: int = 0
+
+
+def costs(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Cost]:
+    """Cost by the node's label, subgraphs counted once. Where a shape stays unknown, multiply-adds count as 0.
+
+    Args:
+        sizes: of the dynamic axes, by name.
+    """
+    sized = graph.clone()
+    main = sized.model.graph
+    for value in (*main.inputs, *main.outputs, *(output for node in sized.nodes() for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([_size(axis, sizes) for axis in value.shape])
+    try:
+        sized.infer()
+    except GraphError:  # a shape that is fixed inside contradicts these sizes: what the graph itself knows must do
+        sized = graph
+    found: dict[str, Cost] = {}
+    for node in sized.nodes():
+        before = found.get(label(node), Cost())
+        found[label(node)] = Cost(before.macs + _macs(node), before.weight_bytes + _weight_bytes(node))
+    return found
+
+
+def share(costs: Mapping[str, Cost], labels: Iterable[str]) -> float:
+    """The share of all multiply-adds that these nodes have; of the bytes of weights where nothing multiplies."""
+    chosen = [costs[name] for name in set(labels) & costs.keys()]
+    for measure in ("macs", "weight_bytes"):
+        if total := sum(getattr(cost, measure) for cost in costs.values()):
+            return float(sum(getattr(cost, measure) for cost in chosen) / total)
+    return 0.0
+
+
+def _size(axis: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | ir.SymbolicDim:
+    return axis if isinstance(axis, int) else sizes.get(str(axis.value), axis)
+
+
+def _weight_bytes(node: ir.Node) -> int:
+    weights = {value for value in node.inputs if value is not None and value.const_value is not None}
+    return sum(value.const_value.nbytes for value in weights if value.const_value is not None)
+
+
+def _macs(node: ir.Node) -> int:
+    counter = _COUNTERS.get(node.op_type)
+    if counter is None or node.domain:
+        return 0
+    try:
+        return counter(node)
+    except _UnknownShapeError:
+        return 0
+
+
+class _UnknownShapeError(Exception):
+    """A shape that inference has not found."""
+
+
+def _shape(value: ir.Value | None) -> tuple[int, ...]:
+    if value is None or value.shape is None or not all(isinstance(axis, int) for axis in value.shape):
+        raise _UnknownShapeError
+    return tuple(int(axis) for axis in value.shape)  # type: ignore[arg-type]
+
+
+def _matmul(node: ir.Node) -> int:
+    return math.prod(_shape(node.outputs[0])) * _shape(node.inputs[0])[-1]
+
+
+def _gemm(node: ir.Node) -> int:
+    transposed = node.attributes.get_int("transA", 0)
+    return math.prod(_shape(node.outputs[0])) * _shape(node.inputs[0])[0 if transposed else 1]
+
+
+def _conv(node: ir.Node) -> int:
+    return math.prod(_shape(node.outputs[0])) * math.prod(_shape(node.inputs[1])[1:])
+
+
+def _conv_transpose(node: ir.Node) -> int:
+    return math.prod(_shape(node.inputs[0])) * math.prod(_shape(node.inputs[1])[1:])
+
+
+def _recurrent(node: ir.Node) -> int:
+    first, second, _ = _shape(node.inputs[0])
+    return first * second * (math.prod(_shape(node.inputs[1])) + math.prod(_shape(node.inputs[2])))
+
+
+def _attention(node: ir.Node) -> int:
+    query, key, value = (_shape(node.inputs[index]) for index in range(3))
+    if len(query) == 4:
+        rows, heads, length, size = query
+        return rows * heads * length * key[2] * (size + value[3])
+    rows, length, width = query
+    groups = node.attributes.get_int("q_num_heads", 1) // node.attributes.get_int("kv_num_heads", 1)
+    return rows * length * key[1] * (width + value[2] * groups)
+
+
+def _einsum(node: ir.Node) -> int:
+    terms = node.attributes.get_string("equation", "").partition("->")[0].replace(" ", "").split(",")
+    sizes: dict[str, int] = {}
+    for term, value in zip(terms, node.inputs, strict=True):
+        letters, shape = term.replace("...", ""), _shape(value)
+        sizes.update(zip(letters, shape[len(shape) - len(letters) :], strict=True))
+        sizes["..."] = max(sizes.get("...", 1), math.prod(shape[: len(shape) - len(letters)]))
+    return math.prod(sizes.values())
+
+
+_COUNTERS = {
+    "Attention": _attention,
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Einsum": _einsum,
+    "GRU": _recurrent,
+    "Gemm": _gemm,
+    "LSTM": _recurrent,
+    "MatMul": _matmul,
+    "RNN": _recurrent,
+}

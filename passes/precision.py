@@ -1,0 +1,197 @@
+"""Chooses what is lowered by what it does to the outputs: mixed precision that holds a budget.
+
+    1. by rule: what cannot be lowered, or would lose its meaning, stays (as `cast` and `quantize-static` do);
+    2. by sensitivity: each unit of nodes is lowered alone, and the error it makes is measured on data;
+    3. in the order of these errors, as few units stay as the budget needs, every choice measured as a whole;
+    4. of those, what the budget allows after all is lowered.
+
+float16 and bfloat16 are measured in an emulation that rounds each result; see `compiler.graph.emulation`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, ClassVar, Literal, Protocol
+
+from ..compiler.budget import Budget
+from ..compiler.graph import Graph
+from ..compiler.graph.cost import costs, share
+from ..compiler.graph.emulation import emulate
+from ..compiler.graph.float16 import keep_between
+from ..compiler.graph.precision import keep
+from ..compiler.graph.selection import label
+from ..compiler.sensitivity import Choice, Evaluation, Sensitivity, choose, rank, split
+from ..compiler.sensitivity.units import MOST
+from ..errors import RecipeError
+from .base import Context, Pass, PassResult, Refusal
+from .cast import Cast, refused
+from .quantize_static import QuantizeStatic
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision(Pass):
+    """Lowers as much as the context's budget allows; the rest stays float32, each node with its reason.
+
+    Attributes:
+        to: the smaller type.
+        scheme: whose placement of Q/DQ, with to=int8.
+        keep: names or globs of nodes that stay float32.
+        samples: how many batches of data are measured on.
+        units: with more units than that, blocks of nodes are measured in place of single heavy nodes.
+    """
+
+    name: ClassVar[str] = "precision"
+    to: Literal["fp16", "bf16", "int8"] = "fp16"
+    scheme: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    keep: tuple[str, ...] = ()
+    samples: int = 4
+    units: int = MOST
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.units < 1:
+            raise ValueError("samples and units are at least 1")
+
+    def apply(self, graph: Graph, context: Context) -> PassResult:
+        """Lowers in place.
+
+        Raises:
+            RecipeError: there is no data; `keep` has a pattern that matches no node; the budget needs a metric or class
+                scores that there are not.
+            GraphError: ONNX Runtime cannot run the graph on the data.
+        """
+        way: _Way = _Quantized(self, graph, context) if self.to == "int8" else _Cast(self, graph, context)
+        if not way.among:
+            return PassResult(modified=False, refusals=way.refusals)
+        samples = context.samples if context.calibration is None else context.calibration.samples
+        if samples is None:
+            raise RecipeError(
+                f"{self.name} measures errors on data, and there is none",
+                hint=f"give --data, or cast by rule alone: cast:to={self.to}",
+            )
+        budget = context.budget or Budget.default(self.to)
+        evaluation = Evaluation(way.reference, samples, budget, batches=self.samples)
+        units = split(way.reference, way.among, most=self.units)
+        table = costs(way.reference, context.signature.sizes())
+
+        def cost(labels: Collection[str]) -> float:
+            return share(table, labels)
+
+        ranking = rank(way.lowered_alone, units, evaluation, cost)
+        choice = choose(way.lowered_but, ranking, evaluation, cost)
+        reasons = {name: _reason(entry, budget) for entry in ranking for name in entry.unit.nodes}
+        result = way.finish(graph, {name: reasons[name] for name in choice.chosen.kept})
+        notes = (Refusal(f"errors were measured on {samples.description}"),) if samples.random else ()
+        return dataclasses.replace(
+            result,
+            changes={**result.changes, "units kept": _units_kept(ranking, choice)} if result.modified else {},
+            refusals=notes + result.refusals,
+            details={
+                **result.details,
+                "precision": self.to,
+                "budget": str(budget),
+                "samples": self.samples,
+                "runs": evaluation.runs,
+                "sensitivity": [entry.record() for entry in ranking],
+                "curve": [point.record() for point in choice.curve],
+                "chosen": {**choice.chosen.record(), "names": sorted(choice.chosen.kept)},
+            },
+        )
+
+
+def _reason(entry: Sensitivity, budget: Budget) -> str:
+    return f"kept for the budget {budget}: alone, {entry.unit.name!r} makes an error of {entry.error:.2g}"
+
+
+def _units_kept(ranking: list[Sensitivity], choice: Choice) -> int:
+    return sum(not choice.chosen.kept.isdisjoint(entry.unit.nodes) for entry in ranking)
+
+
+class _Way(Protocol):
+    """How a precision is reached: the graph to compare with, the nodes that can be lowered, and variants."""
+
+    reference: Graph
+    among: frozenset[str]
+    refusals: tuple[Refusal, ...]
+
+    def lowered_alone(self, kept: Collection[str]) -> Graph:
+        """A variant to run, lowered but for `kept` whatever that costs in casts."""
+
+    def lowered_but(self, kept: Collection[str]) -> Graph:
+        """A variant to run, as `finish` would make it."""
+
+    def finish(self, graph: Graph, kept: dict[str, str]) -> PassResult:
+        """Takes over the variant; `kept` has the reasons of nodes."""
+
+
+class _Cast:
+    """To float16 or bfloat16."""
+
+    def __init__(self, options: Precision, graph: Graph, context: Context) -> None:
+        assert options.to != "int8"
+        self._cast = Cast(to=options.to, keep=options.keep)
+        self._prepared = self._cast.prepare(graph, context)
+        self.reference = self._prepared.graph
+        lowering = self._cast.lowering(self.reference)
+        nodes = [node for node in self.reference.nodes() if node.op_type != "Cast" and lowering.takes(node)]
+        self.among = frozenset(map(label, nodes))
+        self.refusals = refused(self.reference)
+
+    def lowered_alone(self, kept: Collection[str]) -> Graph:
+        return emulate(self._lower(dict.fromkeys(kept, "kept"))[0])
+
+    def lowered_but(self, kept: Collection[str]) -> Graph:
+        return emulate(self._lower(dict.fromkeys(kept, "kept"), settle=True)[0])
+
+    def finish(self, graph: Graph, kept: dict[str, str]) -> PassResult:
+        work, changes = self._lower(kept, settle=True)
+        refusals = self._prepared.unchecked + refused(work)
+        if work.fingerprint() == graph.fingerprint():
+            return PassResult(modified=False, refusals=refusals)
+        graph.model = work.model
+        return PassResult(True, {**changes, "masks clamped": self._prepared.masks}, refusals)
+
+    def _lower(self, kept: dict[str, str], *, settle: bool = False) -> tuple[Graph, dict[str, int]]:
+        work = self.reference.clone()
+        for node in work.nodes():
+            if (reason := kept.get(label(node))) is not None:
+                keep(node, reason)
+        if settle:
+            keep_between(work)
+        lowering = self._cast.lowering(work)
+        lowering.apply()
+        return work, {"nodes lowered": lowering.lowered, "casts inserted": lowering.casts}
+
+
+class _Quantized:
+    """To 8 bits."""
+
+    def __init__(self, options: Precision, graph: Graph, context: Context) -> None:
+        self._quantize = QuantizeStatic(scheme=options.scheme, keep=options.keep)
+        self._context = context
+        self.reference = graph.clone()
+        _, result = self._lower(())
+        self.refusals = result.refusals
+        stay = {refusal.node for refusal in result.refusals}
+        labels = frozenset(label(node) for node in graph.model.graph if node.op_type != "Constant")
+        self.among = labels - stay if result.modified else frozenset()
+
+    def lowered_alone(self, kept: Collection[str]) -> Graph:
+        return self._lower(kept)[0]
+
+    def lowered_but(self, kept: Collection[str]) -> Graph:
+        return self._lower(kept)[0]
+
+    def finish(self, graph: Graph, kept: dict[str, str]) -> PassResult:
+        work, result = self._lower(kept)
+        if result.modified:
+            graph.model = work.model
+        refusals = tuple(
+            dataclasses.replace(refusal, reason=kept.get(refusal.node, refusal.reason)) for refusal in result.refusals
+        )
+        return dataclasses.replace(result, refusals=refusals)
+
+    def _lower(self, kept: Collection[str]) -> tuple[Graph, PassResult]:
+        work = self.reference.clone()
+        quantize: Any = dataclasses.replace(self._quantize, keep=self._quantize.keep + tuple(sorted(kept)))
+        return work, quantize.apply(work, self._context)
