@@ -91,7 +91,8 @@ def example() -> Manifest:
             _pass("fp16", "simplify", {"nodes removed": 14, "constants folded": 6}, [], 41, 27),
             _pass("fp16", "dedupe", {}, [], 27, 27),
             _pass("fp16", "cast:to=fp16,keep_io=true", {"nodes in fp16": 24, "casts added": 4}, _refusals(9), 27, 31),
-            _pass("mixed", "precision:to=int8", {"Conv": 5}, _refusals(1), 27, 58, _details()),
+            _pass("mixed", "precision:to=int8", {"Conv": 5}, _refusals(1), 27, 58, _details()[0]),
+            _pass("int8", "quantize-static", {"Conv": 5}, _refusals(1), 27, 58, _details()[1]),
         ],
         "engines": [
             _engine(
@@ -278,12 +279,12 @@ def _validation(engine: str, relative_l2: float, *, wrong: bool = False) -> Vali
     }
 
 
-def _details() -> dict[str, Any]:
+def _details() -> tuple[dict[str, Any], dict[str, Any]]:
     def point(nodes: int, cost: float, error: float | None, holds: bool) -> dict[str, Any]:
         return {"kept": nodes, "nodes": nodes, "cost": cost, "error": error, "value": error, "holds": holds}
 
     limit = {"low": 0.0, "high": 5.1, "scale": 0.02, "minimum": 0.0, "maximum": 6.2, "method": "mse", "group": 1}
-    return {
+    choice = {
         "precision": "int8",
         "budget": "relative_l2=0.02",
         "samples": 4,
@@ -300,10 +301,13 @@ def _details() -> dict[str, Any]:
         "curve": [point(0, 0.0, 0.031, False), point(1, 0.04, 0.018, True), point(2, 0.3, 0.011, True)]
         + [point(5, 1.0, 0.0, True), point(4, 0.9, None, False)],
         "chosen": {**point(1, 0.04, 0.018, True), "names": ["/features/0/Conv"]},
+    }
+    ranges = {
         "method": "mse",
         "limits": [{"name": "relu_1", "clipped": 0.002, **limit}, {"name": "<b>relu_2", "clipped": 0.0, **limit}],
         "findings": [{"tensor": "relu_1", "kind": "saturated", "text": "is clipped to 0 .. 5.1", "severe": False}],
     }
+    return choice, ranges
 
 
 def _timings(batch: int, scale: float) -> list[Timing]:

@@ -298,7 +298,7 @@ def test_many_refusals_are_folded_and_few_are_open() -> None:
 
 
 def test_variants_keep_the_order_in_which_they_ran() -> None:
-    assert list(view.passes_by_variant(example()["passes"])) == ["fp32", "fp16", "mixed"]
+    assert list(view.passes_by_variant(example()["passes"])) == ["fp32", "fp16", "mixed", "int8"]
 
 
 def test_a_choice_of_precisions_is_drawn_and_told() -> None:
