@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from enginesmith.compiler.budget import Budget
