@@ -1,6 +1,7 @@
 """Gives nodes the form that ONNX Runtime on the CPU has an integer kernel for; what they compute stays the same.
 
     ReduceMean over all positions       ->  GlobalAveragePool                  (Flatten where the axes go)
+    Conv of stride 2 over few channels  ->  stride 1 over four times as many   see `stem`
     MatMul of matrices, + bias          ->  Gemm                               whose kernel takes an int32 bias
     MatMul of more dimensions, + b[N]   ->  the same, + b[1, N]
 
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from ..graph import Graph
 from .layers import free_name, initializer
 from .plan import constant
+from .stem import widen_stem
 
 
 def prepare(graph: Graph) -> dict[str, int]:
@@ -29,6 +31,8 @@ def prepare(graph: Graph) -> dict[str, int]:
         if node.op_type == "ReduceMean" and _is_over_positions(node):
             _pool(graph, node)
             changes["ReduceMean to GlobalAveragePool"] += 1
+        elif node.op_type == "Conv" and widen_stem(graph, node):
+            changes["Conv of stride 2 to stride 1"] += 1
         elif node.op_type == "MatMul" and _has_matrix(node):
             if _rank(node.inputs[0]) == 2:
                 _to_gemm(graph, node)

@@ -31,6 +31,7 @@ _MOVING = frozenset((
     "Expand", "Flatten", "Gather", "GatherElements", "MaxPool", "Reshape", "Resize", "Slice", "Split", "Squeeze",
     "Tile", "Transpose", "Unsqueeze",
 ))  # fmt: skip
+_PERMUTING = frozenset(("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _UNARY = frozenset(("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"))
 _MANY = frozenset(("Add", "Concat", "Mul"))
 _BEFORE_RELU = (_HEAVY | _UNARY | _MANY) - {"Concat"}
@@ -124,10 +125,18 @@ class _Planner:
         return "dilations" not in node.attributes or node.op_type not in _UNARY
 
     def _is_inside(self, node: ir.Node) -> bool:
-        """Whether all that a node reads comes from chosen nodes, and a chosen node reads what it makes."""
-        if not all(self._source(_read(use)) in self._chosen for use in _data(node)):
+        """Whether all that a node reads comes from chosen nodes, and a chosen node reads what it makes.
+
+        What only moves data to chosen nodes may come from anywhere: bytes are moved faster than floats.
+        """
+        if node.op_type in _PERMUTING and not self._integer_source(node):
+            return all(use.node in self._chosen and use in _data(use.node) for use in _uses(node.outputs[0]))
+        if not self._integer_source(node):
             return False
         return any(self._is_read(self._result(output)) for output in node.outputs)
+
+    def _integer_source(self, node: ir.Node) -> bool:
+        return all(self._source(_read(use)) in self._chosen for use in _data(node))
 
     def _integer(self, node: ir.Node, result: ir.Value) -> bool:
         return node.op_type not in _FLOAT_RESULT or self._is_read(result)
