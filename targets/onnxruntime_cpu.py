@@ -36,7 +36,7 @@ class OnnxRuntimeCpu(Target):
     summary: ClassVar[str] = "ONNX Runtime on the CPU"
     capabilities: ClassVar[Capabilities] = Capabilities(
         consumes="graph",
-        precisions=("fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights"),
+        precisions=("fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "mixed"),
         devices=("cpu",),
         opset=OPSET,
         minimum={"onnxruntime": MINIMUM},
@@ -48,6 +48,7 @@ class OnnxRuntimeCpu(Target):
         "int8-dynamic": ("quantize-dynamic",),
         "int8-weights": ("quantize-weights:bits=8",),
         "int4-weights": ("quantize-weights:bits=4",),
+        "mixed": ("precision:to=int8,scheme=onnxruntime",),
     }
 
     def __post_init__(self) -> None:

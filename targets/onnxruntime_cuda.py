@@ -54,7 +54,7 @@ class OnnxRuntimeCuda(Target):
     summary: ClassVar[str] = "ONNX Runtime on an NVIDIA GPU"
     capabilities: ClassVar[Capabilities] = Capabilities(
         consumes="graph",
-        precisions=("fp32", "fp16", "bf16", "int4-weights"),
+        precisions=("fp32", "fp16", "bf16", "int4-weights", "mixed"),
         devices=("cuda",),
         opset=OPSET,
         gpu_to_build=True,
@@ -63,6 +63,7 @@ class OnnxRuntimeCuda(Target):
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **Target.lowerings,
         "int4-weights": ("quantize-weights:bits=4", "cast:to=fp16"),
+        "mixed": ("precision:to=fp16",),
     }
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .trt import build as trt
-from .trt.precisions import LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_INT8, refusals
+from .trt.precisions import LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_LOWERINGS, refusals
 
 MODULE = "tensorrt"
 OLDEST, NEWEST = (8, 6), (11, 99)
@@ -71,7 +71,7 @@ class TensorRT(Target):
 
     def lowering(self, precision: str) -> tuple[str, ...]:
         """As networks of the version found are typed."""
-        return WEAK_INT8 if precision == "int8" and _weakly_typed(trt.look(MODULE)) else super().lowering(precision)
+        return (WEAK_LOWERINGS if _weakly_typed(trt.look(MODULE)) else self.lowerings)[precision]
 
     def refusals(self) -> Mapping[str, str]:
         """What the version and the GPU found here do not have."""

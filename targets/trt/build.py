@@ -189,7 +189,7 @@ def build_plan(
 
 def _typed(graph: Graph, request: BuildRequest, *, weakly_typed: bool) -> tuple[Graph, dict[str, str]]:
     """The graph to build from, and the types that its tensors are to have."""
-    if not weakly_typed or request.precision != "int8":
+    if not weakly_typed or request.precision not in ("int8", "mixed"):
         return graph, _types(graph)
     from ...compiler.quantization.weak_typing import prepare
 

@@ -6,6 +6,7 @@
     bf16           10         8.0
     fp8            10         8.9
     int4-weights   10         any
+    mixed          8.6        any; INT8 where the budget allows it
 
 TensorRT-RTX has them all. Networks are strongly typed from TensorRT 10 on: types come from the graph, and what is not
 8-bit is cast to fp16. DequantizeLinear must then give fp16 itself, which takes opset 19: a Cast between it and a
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4-weights")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4-weights", "mixed")
 
 STRONGLY_TYPED = 10
 """The first major version of TensorRT whose networks are strongly typed."""
@@ -29,9 +30,14 @@ LOWERINGS: Mapping[str, tuple[str, ...]] = {
     "int8": ("opset:least=19", "quantize-static:scheme=tensorrt", "cast:to=fp16"),
     "fp8": ("opset:least=19", "quantize-static:scheme=tensorrt,dtype=fp8", "cast:to=fp16"),
     "int4-weights": ("opset:least=21", "quantize-weights:bits=4,scheme=tensorrt", "cast:to=fp16"),
+    "mixed": ("opset:least=19", "precision:to=int8,scheme=tensorrt", "cast:to=fp16"),
 }
 
-WEAK_INT8 = ("quantize-static:scheme=tensorrt",)
+WEAK_LOWERINGS: Mapping[str, tuple[str, ...]] = {
+    **LOWERINGS,
+    "int8": ("quantize-static:scheme=tensorrt",),
+    "mixed": ("precision:to=int8,scheme=tensorrt",),
+}
 
 _NAMES = {"bf16": "bfloat16", "fp8": "FP8", "int4-weights": "INT4 weights"}
 _LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}
