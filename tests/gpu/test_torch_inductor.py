@@ -18,8 +18,16 @@ from enginesmith.targets.base import BuildRequest
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["torchscript", "torch-inductor"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("torchscript", "fp32"),
+        ("torchscript", "fp16"),
+        ("torch-inductor", "fp32"),
+        ("torch-inductor", "fp16"),
+        ("torch-inductor", "bf16"),
+    ],
+)
 def test_an_engine_on_the_gpu_is_right_and_stays_on_the_device(tmp_path: Path, name: str, precision: str) -> None:
     torch.manual_seed(0)
     network = torch.nn.Sequential(

@@ -218,3 +218,33 @@ def test_what_is_found_is_asked_for_once(monkeypatch, tmp_path):
         found = trt.look("no_such_module")
         assert found.problem == "ModuleNotFoundError: No module named 'no_such_module'"
     assert count.read_text() == "\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "passes"),
+    [
+        ("8.6.0", ("quantize-static:scheme=tensorrt",)),
+        ("10.9.0", ("opset:least=19", "quantize-static:scheme=tensorrt", "cast:to=fp16")),
+        (None, ("opset:least=19", "quantize-static:scheme=tensorrt", "cast:to=fp16")),
+    ],
+)
+def test_int8_is_lowered_as_networks_are_typed(machine, version, passes):
+    machine(dataclasses.replace(H100, version=version))
+    assert parse_target("tensorrt").lowering("int8") == passes
+    assert parse_target("tensorrt").lowering("fp16") == ("cast:to=fp16",)
+
+
+def test_what_the_version_and_the_gpu_do_not_have_is_refused(machine):
+    machine(H100)
+    assert parse_target("tensorrt").refusals()["bf16"] == "bfloat16 needs TensorRT 10 or newer, found 8"
+    machine(dataclasses.replace(H100, version="10.9.0"))
+    assert parse_target("tensorrt").refusals() == {}
+    machine(NOTHING)
+    assert parse_target("tensorrt").refusals() == {}
+
+
+def test_tensorrt_rtx_refuses_what_one_of_its_gpus_does_not_have():
+    assert set(parse_target("tensorrt-rtx").refusals()) == {"fp8"}
+    assert parse_target("tensorrt-rtx:compute_capabilities=8.9+12.0").refusals() == {}
+    reason = parse_target("tensorrt-rtx:compute_capabilities=7.5").refusals()["bf16"]
+    assert reason == "bfloat16 needs compute capability 8.0 or higher, not 7.5; leave it out of compute_capabilities"

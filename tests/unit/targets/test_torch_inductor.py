@@ -56,12 +56,12 @@ class Reference:
 
 
 def make_request(
-    folder: Path, module: torch.nn.Module | None = None, log: Callable[[str], None] = print
+    folder: Path, module: torch.nn.Module | None = None, log: Callable[[str], None] = print, precision: str = "fp32"
 ) -> BuildRequest:
     module = module or Product()
     model = Model("module", Reference(), SIGNATURE, module.eval(), None, "f", 0)
     sample = {"x": np.ones((1, 3), np.float32), "y": np.ones((3, 4), np.float32)}
-    return BuildRequest(None, model, SIGNATURE, "fp32", sample, folder, folder / "cache", log)
+    return BuildRequest(None, model, SIGNATURE, precision, sample, folder, folder / "cache", log)
 
 
 class InProcess:
@@ -116,6 +116,16 @@ def test_axes_with_a_range_stay_dynamic(compiled: dict[str, Any], tmp_path: Path
     }
     assert list((tmp_path / "cache").iterdir()) == []
     assert (info.entry, info.target, info.options["threads"]) == ("model.pt2", "torch-inductor", 2)
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_inputs_and_outputs(compiled: dict[str, Any], tmp_path: Path) -> None:
+    request = make_request(tmp_path, precision="bf16")
+    info = parse_target("torch-inductor").build(request)
+    (product,) = (node for node in compiled["program"].graph.nodes if "matmul" in str(node.target))
+    assert product.meta["val"].dtype is torch.bfloat16
+    outputs = parse_target("torch-inductor").runner(tmp_path, info).run(request.sample)
+    assert outputs["z"].dtype == np.float32
+    np.testing.assert_array_equal(outputs["z"], np.full((1, 4), 3))
 
 
 def test_an_engine_asks_for_the_machine_it_was_compiled_for(compiled: dict[str, Any], tmp_path: Path) -> None:

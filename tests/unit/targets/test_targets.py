@@ -1,0 +1,30 @@
+"""What every target promises of its precisions."""
+
+import pytest
+
+from enginesmith.passes import parse_pass
+from enginesmith.targets import TARGETS, parse_target
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_each_precision_is_lowered_by_passes_that_exist(name):
+    target = parse_target(name)
+    takes_graph = target.capabilities.consumes == "graph"
+    for precision in target.capabilities.precisions:
+        passes = target.lowering(precision)
+        assert bool(passes) == (takes_graph and precision != "fp32")
+        for text in passes:
+            parse_pass(text)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "fp8"])
+def test_onnxruntime_cuda_points_to_tensorrt_for_8_bits(precision):
+    target = parse_target("onnxruntime-cuda")
+    assert precision not in target.capabilities.precisions
+    assert target.refusals()[precision].endswith("slower than in fp16; build it with target tensorrt")
+
+
+def test_onnxruntime_cpu_has_no_bfloat16():
+    assert (
+        parse_target("onnxruntime-cpu").refusals()["bf16"].startswith("ONNX Runtime has no bfloat16 kernels for CPUs")
+    )
