@@ -12,6 +12,8 @@ import dataclasses
 
 import numpy as np
 
+from .rounding import gptq
+
 _ROWS = 1 << 16
 """Blocks that are searched at once, which bounds memory."""
 _SHRINKS = {4: np.linspace(1.05, 0.6, 16), 8: np.linspace(1.01, 0.98, 4)}
@@ -96,6 +98,27 @@ def quantize(
         found = _symmetric(blocks[part], costs, bits, signed_scale) if symmetric else _affine(blocks[part], costs, bits)
         codes[part], scale[part], zero[part] = found
     return Blocks(codes, scale, None if symmetric else zero, bits, rows)
+
+
+def compensate(blocks: Blocks, weight: np.ndarray, hessian: np.ndarray) -> Blocks:
+    """Rounds the weight (K, N) anew by GPTQ, with the scales and zero points that it has; see `rounding`.
+
+    A column that is no better for it stays as it is.
+
+    Args:
+        hessian: (K, K), the sum of x x^T over inputs x of the data.
+    """
+    size, rows = blocks.codes.shape[-1], blocks.rows
+    scale = np.repeat(blocks.scale, size, axis=1)[:, :rows]
+    half = np.full(blocks.scale.shape, 1 << (blocks.bits - 1), np.uint8)
+    zero = np.repeat(half if blocks.zero_point is None else blocks.zero_point, size, axis=1)[:, :rows].astype(np.int32)
+    matrix = weight.T.astype(np.float32)
+    found = gptq(matrix, hessian, scale, (-zero, (1 << blocks.bits) - 1 - zero))
+    errors = [((left @ hessian) * left).sum(axis=1) for left in (matrix - found * scale, matrix - blocks.real().T)]
+    better = errors[0] < errors[1]
+    codes = blocks.codes.reshape(len(matrix), -1).copy()
+    codes[better, :rows] = (found + zero)[better].astype(np.uint8)
+    return dataclasses.replace(blocks, codes=codes.reshape(blocks.codes.shape))
 
 
 _Found = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -95,9 +95,14 @@ def _error(difference: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 
 
 def gptq(
-    weight: np.ndarray, hessian: np.ndarray, scale: np.ndarray, bounds: tuple[int, int], *, damping: float = DAMPING
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    scale: np.ndarray,
+    bounds: tuple[int, int] | tuple[np.ndarray, np.ndarray],
+    *,
+    damping: float = DAMPING,
 ) -> np.ndarray:
-    """Rounds weights (out, in) to integers within `bounds`, symmetric around zero.
+    """Rounds weights (out, in) to integers within `bounds`.
 
     Inputs with the largest second moment come first, while there is still much to make up with. An input that the
     data never used takes no part, and its weights are rounded to nearest.
@@ -105,21 +110,23 @@ def gptq(
     Args:
         weight: (out, in).
         hessian: (in, in), the sum of x x^T over the data, in any unit.
-        scale: of shape () or (out,).
-        bounds: smallest and largest integer.
+        scale: of shape (), (out,) or (out, in).
+        bounds: smallest and largest integer, each for all weights or (out, in).
         damping: see `DAMPING`.
     """
-    steps = np.broadcast_to(np.asarray(scale, np.float32).reshape(-1), len(weight))
     order = np.argsort(-np.diag(hessian), kind="stable")
+    steps = np.asarray(scale, np.float32)
+    steps = np.broadcast_to(steps if steps.ndim == 2 else steps.reshape(-1, 1), weight.shape)[:, order]
+    low, high = (np.broadcast_to(bound, weight.shape)[:, order] for bound in bounds)
     factor = _factor(hessian[np.ix_(order, order)], damping)
-    left = (weight[:, order] / steps[:, None]).astype(np.float32)  # in steps, so that rounding is to integers
+    left = weight[:, order].astype(np.float32)
     rounded = np.empty_like(left)
     for start in range(0, left.shape[1], BLOCK):
         stop = min(start + BLOCK, left.shape[1])
         errors = np.empty((len(left), stop - start), np.float32)
         for i in range(start, stop):
-            rounded[:, i] = np.clip(np.rint(left[:, i]), *bounds)
-            errors[:, i - start] = (left[:, i] - rounded[:, i]) / factor[i, i]
+            rounded[:, i] = np.clip(np.rint(left[:, i] / steps[:, i]), low[:, i], high[:, i])
+            errors[:, i - start] = (left[:, i] - rounded[:, i] * steps[:, i]) / factor[i, i]
             left[:, i + 1 : stop] -= np.outer(errors[:, i - start], factor[i, i + 1 : stop])
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     result = np.empty_like(rounded)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph.schemas import MICROSOFT
-from .blockwise import Blocks, quantize
+from .blockwise import Blocks, compensate, quantize
 from .linear import Linear
 from .parameters import weight_parameters
 from .patch import Patch, Patcher
@@ -39,7 +39,18 @@ class WeightOnly:
         self._bits = bits
         self._symmetric = symmetric
         self._accuracy_level = accuracy_level
+        self._rounded: dict[Hashable, Blocks] = {}
         self._weights: dict[Hashable, tuple[ir.Value | None, ...]] = {}
+
+    def round(self, found: Linear, block: int, hessian: np.ndarray) -> None:
+        """Rounds a weight in blocks, for `replace` later, so that the product changes least on data.
+
+        Args:
+            hessian: (K, K), the sum of x x^T over inputs x of the data.
+        """
+        if found.key not in self._rounded:
+            nearest = self._nearest(found, block, np.diag(hessian))
+            self._rounded[found.key] = compensate(nearest, found.weight, hessian)
 
     def replace(self, found: Linear, block: int) -> None:
         """Replaces a MatMul or Gemm; `block` rows of its weight share a scale."""
@@ -95,6 +106,9 @@ class WeightOnly:
         return weight
 
     def _blocks(self, found: Linear, block: int) -> Blocks:
+        return self._rounded.get(found.key) or self._nearest(found, block)
+
+    def _nearest(self, found: Linear, block: int, importance: np.ndarray | None = None) -> Blocks:
         signed_scale = self._scheme == "onnxruntime"
         return quantize(
             found.weight,
@@ -102,4 +116,5 @@ class WeightOnly:
             block,
             symmetric=self._symmetric,
             signed_scale=signed_scale,
+            importance=importance,
         )

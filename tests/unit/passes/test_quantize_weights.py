@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx.numpy_helper
 import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from enginesmith.compiler.calibration import Calibration
 from enginesmith.compiler.graph import Graph, probe
 from enginesmith.errors import RecipeError
 from enginesmith.passes import parse_pass
@@ -148,7 +151,57 @@ def test_second_run_says_what_it_keeps(run, context, scheme):
 def test_opset_too_old_for_blocks(run):
     header = '<ir_version: 8, opset_import: ["": 17]>\n'
     _, result, _ = run(header + MATMUL, QuantizeWeights(bits=4, scheme="tensorrt"), w=weight(K, N))
-    assert reasons(result) == {"opset 17 has no INT4 in blocks; capture with opset 21 or newer"}
+    assert reasons(result) == {"opset 17 has no INT4 in blocks: run opset:least=21 first"}
+
+
+class Samples(list):
+    description = "made up"
+    random = False
+
+
+def related(count: int) -> np.ndarray:
+    """Inputs whose channels go together, so that one weight can make up for another."""
+    random = np.random.default_rng(5)
+    return (random.standard_normal((count, 16)) @ random.standard_normal((16, K))).astype(np.float32)
+
+
+@pytest.mark.parametrize("scheme", ["onnxruntime", "tensorrt"])
+def test_gptq_is_nearer_on_data(context, scheme):
+    found = {}
+    x = related(600)
+    for rounding in ("nearest", "gptq"):
+        proto = onnx.parser.parse_model(HEADER + "g (float[B,192] x) => (float[B,256] y) { y = MatMul(x, w) }")
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight(K, N), "w"))
+        graph = Graph.from_proto(proto)
+        graph.infer()
+        before = graph.clone()
+        calibration = Calibration(Samples({"x": x[start : start + 20]} for start in range(0, 500, 20)))
+        rule = QuantizeWeights(bits=4, scheme=scheme, block=64, rounding=rounding, accuracy_level=0)
+        result = rule(graph, dataclasses.replace(context(graph), calibration=calibration))
+        assert result.changes.get("weights rounded by GPTQ", 0) == (rounding == "gptq")
+        expected, after = (probe.run(g, {"x": x[500:]})["y"] for g in (before, graph))
+        found[rounding] = ((expected - after) ** 2).sum()
+    assert found["gptq"] < 0.2 * found["nearest"]
+
+
+def test_gptq_leaves_out_what_it_cannot_round(context):
+    text = "g (float[B,192] x) => (float[B,256] y) { y = Gemm<alpha = 2.0>(x, w) }"
+    proto = onnx.parser.parse_model(HEADER + text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight(K, N), "w"))
+    for scheme, reason in (
+        ("onnxruntime", "rounded to nearest: not float32, or with factors"),
+        ("tensorrt", "rounded to nearest: INT8 for TensorRT is not in blocks"),
+    ):
+        graph = Graph.from_proto(proto)
+        calibrated = dataclasses.replace(context(graph), calibration=Calibration(Samples([{"x": related(8)}])))
+        result = QuantizeWeights(scheme=scheme, rounding="gptq")(graph, calibrated)
+        assert result.changes == {"Gemm quantized": 1}
+        assert reasons(result) == {reason}
+
+
+def test_gptq_needs_calibration(run):
+    with pytest.raises(RecipeError, match="rounding=gptq needs calibration data"):
+        run(MATMUL, QuantizeWeights(rounding="gptq"), w=weight(K, N))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enginesmith.compiler.quantization.blockwise import pack, quantize
+from enginesmith.compiler.quantization.blockwise import compensate, pack, quantize
 
 
 def weight(rows: int = 70, columns: int = 6, seed: int = 0) -> np.ndarray:
@@ -58,6 +58,23 @@ def test_important_rows_err_less():
     importance[:8] = 1000
     plain, weighted = quantize(array, 4, 64).real(), quantize(array, 4, 64, importance=importance).real()
     assert error(array[:8], weighted[:8]) < 0.7 * error(array[:8], plain[:8])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compensation_lowers_the_error_of_products(symmetric):
+    random = np.random.default_rng(3)
+    array = weight(70)
+    x = (random.standard_normal((500, 8)) @ random.standard_normal((8, 70))).astype(np.float32)
+    hessian = x.T @ x
+    nearest = quantize(array, 4, 32, symmetric=symmetric, importance=np.diag(hessian))
+    better = compensate(nearest, array, hessian)
+    assert better.codes.max() < 16
+    assert error(x @ array, x @ better.real()) < 0.3 * error(x @ array, x @ nearest.real())
+
+
+def test_compensation_without_data_changes_nothing():
+    nearest = quantize(weight(), 4, 32)
+    np.testing.assert_array_equal(compensate(nearest, weight(), np.zeros((70, 70))).codes, nearest.codes)
 
 
 def test_blocks_of_zeros():
