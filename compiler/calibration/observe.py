@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import DataError, GraphError
+from ...errors import DataError
 from ..graph import Graph
-from ..graph.probe import Session, Tapped, chunks, sizes
+from ..graph.probe import Tapped, chunks, sizes
 from .layout import channel_axes
 from .observer import Observer
+from .reductions import Reading, Reduced
 from .settings import CalibrationSettings
 from .statistics import Detail, Statistics
 
 Batch = Mapping[str, np.ndarray]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
-_SAME = 1e-3
+_CHUNK_BYTES = 256 << 20
 
 
 def float_activations(graph: Graph) -> list[str]:
@@ -36,11 +34,13 @@ def float_activations(graph: Graph) -> list[str]:
 def observe(
     graph: Graph, samples: Iterable[Batch], names: Collection[str] | None, settings: CalibrationSettings, detail: Detail
 ) -> Statistics:
-    """Statistics of these tensors of the main graph (None: all float activations).
+    """Statistics of these tensors of the main graph (None: all float activations), from one pass over the samples.
+
+    Memory beyond that of running a batch is what the statistics themselves hold, up to 64 KiB a tensor.
 
     Args:
-        graph: with types inferred; stays as it is.
-        samples: iterated once, and once more for each further group of tensors where they do not fit in memory.
+        graph: with types and shapes inferred; stays as it is.
+        samples: iterated once.
         names: float tensors.
         settings: how.
         detail: what.
@@ -51,33 +51,18 @@ def observe(
         TargetUnavailableError: ONNX Runtime is not installed.
     """
     names = list(dict.fromkeys(float_activations(graph) if names is None else names))
-    first = next(iter(samples), None)
-    if first is None:
-        raise DataError("there are no samples to collect statistics from", expected="at least one", found="none")
-    held = sizes(graph, names, first, threads=settings.threads) if names else {}
-    limit = settings.memory_mib << 20
-    rows = None
-    groups = [names]
-    if sum(held.values()) > limit:
-        rows = _rows_at_once(graph, first, sum(held.values()), limit, settings)
-        groups = [names] if rows else chunks(held, limit)
-    axes = channel_axes(graph)
-    observers = {
-        name: Observer(name, axes.get(name, -1), full=detail == "full", seed=settings.seed, momentum=settings.momentum)
-        for name in names
-    }
+    axes = channel_axes(graph) if detail == "full" else {}
+    observers = {name: Observer(axes.get(name), settings.momentum) for name in names}
+    runner = _Runner(graph, names, axes, names if detail == "full" else (), settings.threads)
+    phases = np.random.default_rng(settings.seed)
     seen = _Inputs(graph)
-    threads = settings.threads or os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        for number, group in enumerate(groups):
-            tapped = Tapped(graph, group, optimized=True, threads=settings.threads)
-            for batch in limited(samples, settings.max_samples):
-                if number == 0:
-                    seen.add(batch)
-                for part in _parts(batch, rows):
-                    _take(graph, tapped(part), part, {name: observers[name] for name in group}, pool.map)
-                for name in group:
-                    observers[name].end_batch()
+    for batch in _limited(samples, settings.max_samples):
+        seen.add(batch)
+        readings = runner(batch, float(phases.random(dtype=np.float32)))
+        for name, observer in observers.items():
+            observer.add(readings[name])
+    if not seen.samples:
+        raise DataError("there are no samples to collect statistics from", expected="at least one", found="none")
     results = {name: result for name, observer in observers.items() if (result := observer.result())}
     return Statistics(
         tensors={name: result for name, result in results.items() if not result.masked},
@@ -92,54 +77,78 @@ def observe(
     )
 
 
-def limited(samples: Iterable[Batch], most: int | None) -> Iterator[Batch]:
-    """Whole batches, up to the one that reaches this many samples."""
+def samples_in(batch: Batch) -> int:
+    """Length of the leading axis of the first input that has one."""
+    return next((len(array) for array in batch.values() if array.ndim), 1)
+
+
+def _limited(samples: Iterable[Batch], most: int | None) -> Iterator[Batch]:
+    """Whole batches, up to the one that reaches this many samples; empty ones left out."""
     count = 0
     for batch in samples:
+        if not all(array.size for array in batch.values()):
+            continue
         yield batch
         count += samples_in(batch)
         if most is not None and count >= most:
             return
 
 
-def samples_in(batch: Batch) -> int:
-    """Length of the leading axis of the first input that has one."""
-    return next((len(array) for array in map(np.asarray, batch.values()) if array.ndim), 1)
+class _Runner:
+    """Gives the readings of a batch; tensors in which NaN, infinity or the like turn up are guarded from then on.
 
+    Raises:
+        DataError: an output of the graph holds NaN or positive infinity. Negative infinity there is what scores have
+            that are masked.
+    """
 
-def _take(
-    graph: Graph,
-    found: dict[str, np.ndarray],
-    part: Batch,
-    observers: Mapping[str, Observer],
-    apply: Callable[..., Iterator[None]],
-) -> None:
-    for name in graph.output_names:
-        array = found[name]
-        if array.dtype.kind == "f" and not _sane(array):
-            raise _broken(graph, name, part)
-    count = samples_in(part)
-    for _ in apply(lambda name: observers[name].add(found[name], count), observers):
-        pass
+    def __init__(
+        self, graph: Graph, names: Collection[str], axes: Mapping[str, int], sampled: Collection[str], threads: int
+    ) -> None:
+        self._graph = graph
+        self._outputs = [v.name for v in graph.model.graph.outputs if v.name and v.dtype in _FLOATS]
+        self._names = list(dict.fromkeys((*names, *self._outputs)))
+        self._axes = axes
+        self._sampled = sampled
+        self._threads = threads
+        self._guarded: set[str] = set()
+        self._reduced = self._build()
 
+    def _build(self) -> Reduced:
+        return Reduced(
+            self._graph,
+            self._names,
+            axes=self._axes,
+            sampled=self._sampled,
+            guarded=self._guarded,
+            threads=self._threads,
+        )
 
-def _sane(array: np.ndarray) -> bool:
-    """Whether there is neither NaN nor positive infinity; minus infinity is what scores that are masked have."""
-    return not array.size or bool(array.max() < np.inf)
+    def __call__(self, batch: Batch, phase: float) -> dict[str, Reading]:
+        readings = self._reduced(batch, samples_in(batch), phase)
+        found = {name for name, reading in readings.items() if name not in self._guarded and not reading.sound}
+        if found:
+            self._guarded |= found
+            self._reduced = self._build()
+            readings = self._reduced(batch, samples_in(batch), phase)
+        for name in self._outputs:
+            if readings[name].broken:
+                raise _broken(self._graph, name, batch)
+        return readings
 
 
 def _broken(graph: Graph, output: str, inputs: Batch) -> DataError:
     """Looks for the first tensor that has NaN, or else infinity, while what it is made from has none."""
     names = float_activations(graph)
     bad: dict[str, str] = {}
-    for group in chunks(sizes(graph, names, inputs), 256 << 20):
+    for group in chunks(sizes(graph, names, inputs), _CHUNK_BYTES):
         found = Tapped(graph, group)(inputs)
+        bad.update({name: "infinity" for name in group if np.isinf(found[name]).any()})
         bad.update({name: "NaN" for name in group if np.isnan(found[name]).any()})
-        bad.update({name: "infinity" for name in group if name not in bad and np.isinf(found[name]).any()})
     for kind in ("NaN", "infinity"):
         for node in graph.model.graph:
             made = [value.name for value in node.outputs if bad.get(value.name or "") == kind]
-            if made and not any(value is not None and value.name in bad for value in node.inputs):
+            if made and not any(value is not None and bad.get(value.name or "") == kind for value in node.inputs):
                 return _error(output, f"{kind} first in tensor {made[0]!r}, made by {node.op_type} {node.name!r}")
     return _error(output, "NaN or infinity")
 
@@ -151,43 +160,6 @@ def _error(output: str, found: str) -> DataError:
         found=found,
         hint="check that the data is prepared as the model expects it (scale, layout, padding)",
     )
-
-
-def _parts(batch: Batch, rows: int | None) -> Iterator[Batch]:
-    count = samples_in(batch)
-    if rows is None or count <= rows:
-        yield batch
-        return
-    for start in range(0, count, rows):
-        yield {
-            name: array[start : start + rows] if array.ndim and len(array) == count else array
-            for name, array in batch.items()
-        }
-
-
-def _rows_at_once(graph: Graph, batch: Batch, held: int, limit: int, settings: CalibrationSettings) -> int | None:
-    """How many rows of a batch may run together; None where a part of a batch is not what it is in the whole.
-
-    That is found by running, for a first axis that is dynamic may be time as well as the batch.
-    """
-    leading = [v.shape[0] for v in graph.model.graph.inputs if v.shape is not None and len(v.shape)]
-    count = samples_in(batch)
-    rows = limit * count // held
-    if rows < 1 or count < 2 or any(isinstance(size, int) for size in leading):
-        return None
-    session = Session(graph, optimized=True, threads=settings.threads)
-    whole = session(batch)
-    try:
-        parts = [session(part) for part in itertools.islice(_parts(batch, rows), 2)]
-    except GraphError:
-        return None
-    for expected, *found in zip(whole, *parts, strict=True):
-        joined = np.concatenate(found) if expected.ndim else found[0]
-        if expected.ndim and expected.shape[1:] != joined.shape[1:]:
-            return None
-        if not np.allclose(expected[: len(joined)] if expected.ndim else expected, joined, _SAME, _SAME, True):
-            return None
-    return rows
 
 
 class _Inputs:
@@ -204,15 +176,15 @@ class _Inputs:
         count = samples_in(batch)
         self.samples += count
         for name in self._names:
-            array = np.asarray(batch[name])
-            if array.size and array.dtype.kind in "biuf":
+            array = batch[name]
+            if array.dtype.kind in "biuf":
                 low, high, size, _ = self.ranges.get(name, (np.inf, -np.inf, 0, False))
                 low, high = min(low, float(array.min())), max(high, float(array.max()))
                 self.ranges[name] = low, high, max(size, array.size), array.dtype.kind == "f"
         for row in range(count):
             own = hashlib.sha256()
             for name in self._names:
-                array = np.asarray(batch[name])
+                array = batch[name]
                 own.update(np.ascontiguousarray(array[row] if array.ndim and len(array) == count else array).tobytes())
             self.digests.add(own.digest())
             self.digest.update(own.digest())

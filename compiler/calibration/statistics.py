@@ -31,7 +31,7 @@ class TensorStatistics:
         count: how many elements were seen.
         masked: how many of them were NaN, infinite or beyond 1e30, as in the masks of attention. These are in no
             other number here, but that finite ones count in `low` and `high`.
-        low, high: exact.
+        low, high: exact; `low` of an image that no operator lets be negative is 0.
         average_low, average_high: moving average of the extremes of batches.
 
     With detail "full", each from a part of the elements, seeded, where a tensor is large:

@@ -5,16 +5,21 @@ import pytest
 
 from enginesmith.compiler.calibration import METHODS, TensorStatistics, limits
 from enginesmith.compiler.calibration.observer import Observer
+from enginesmith.compiler.calibration.reductions import Reading
 
 GENERATOR = np.random.default_rng(0)
 NORMAL = GENERATOR.standard_normal(100_000).astype(np.float32)
 
 
-def collect(array: np.ndarray, batches: int = 1) -> TensorStatistics:
-    observer = Observer("x", -1, full=True, seed=0, momentum=0.01)
-    for part in np.array_split(array, batches):
-        observer.add(part, 1000)
-        observer.end_batch()
+def reading(array: np.ndarray, elements: np.ndarray | None = None) -> Reading:
+    flat = np.asarray(array, np.float32).reshape(-1)
+    whole = {"low": flat.min(keepdims=True), "high": flat.max(keepdims=True), "mean": flat.mean(keepdims=True)}
+    return Reading(size=flat.size, **whole, elements=elements)
+
+
+def collect(array: np.ndarray) -> TensorStatistics:
+    observer = Observer(None, 0.01)
+    observer.add(reading(array, np.asarray(array, np.float32)))
     return observer.result()
 
 
@@ -79,10 +84,9 @@ def test_entropy_cuts_far_outliers(symmetric):
 
 
 def test_moving_average():
-    observer = Observer("x", -1, full=False, seed=0, momentum=0.5)
+    observer = Observer(None, 0.5)
     for array in ([-1.0, 4.0], [-3.0, 8.0]):
-        observer.add(np.float32(array), 1)
-        observer.end_batch()
+        observer.add(reading(np.float32(array)))
     assert limits(observer.result(), "moving-average", symmetric=False) == (-2, 6)
     assert limits(observer.result(), "moving-average", symmetric=True) == (-6, 6)
     assert limits(observer.result(), "minmax", symmetric=False) == (-3, 8)
@@ -91,11 +95,8 @@ def test_moving_average():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_extremes_that_the_sampling_missed(method):
-    observer = Observer("x", -1, full=True, seed=0, momentum=0.01)
-    array = np.zeros(1 << 20, np.float32)
-    array[7], array[9] = -1, 2
-    observer.add(array, 1)
-    observer.end_batch()
+def test_extremes_that_are_not_among_the_elements(method):
+    observer = Observer(None, 0.01)
+    observer.add(reading(np.float32([-1, 0, 0, 2]), np.zeros(2, np.float32)))
     low, high = limits(observer.result(), method, symmetric=False)
     assert -1 <= low <= 0 <= high <= 2
