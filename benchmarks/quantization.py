@@ -159,13 +159,10 @@ def ours(text: str, work: Work, path: Path) -> None:
 
 
 def preprocessed(work: Work) -> Path:
-    """The graph as ONNX Runtime wants it before its quantizers; its symbolic shape inference fails on some."""
+    """The graph as ONNX Runtime wants it before its quantizers."""
     path = work.folder / "preprocessed.onnx"
-    if not path.exists():
-        try:
-            quant_pre_process(work.fp32, path)
-        except Exception:  # noqa: BLE001 - it raises bare exceptions too
-            quant_pre_process(work.fp32, path, skip_symbolic_shape=True)
+    if not path.exists():  # symbolic shape inference raises on graphs from torch's dynamo exporter
+        quant_pre_process(work.fp32, path, skip_symbolic_shape=True)
     return path
 
 
@@ -195,8 +192,8 @@ def modelopt(python: Path, options: Mapping[str, Any], work: Work, path: Path) -
     batches = enumerate(work.data.calibration)
     np.savez(data, **{f"{number}/{name}": array for number, batch in batches for name, array in batch.items()})
     worker = Path(__file__).with_name("modelopt_worker.py")
-    command = [python, worker, work.fp32, data, path, json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=work.folder)
+    arguments = [python, worker, work.fp32, data, path, json.dumps(options)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=work.folder)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
 
