@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -66,7 +66,7 @@ class QuantizeStatic(Pass):
     rounding: Rounding = "nearest"
     equalize: bool = False
     smooth: float = 0.0
-    bias_correction: bool = False
+    bias_correction: bool = True
     reduce_range: bool | None = None
     attention: bool = False
     keep: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ class _Run:
         self._calibration = calibration
         self._repairs: list[Refusal] = []
         asked = select(self.graph, options.keep)
-        self._prepare()  # may put another node of the same name in place of one
+        self._prepare(asked)
         self._keep = {n: f"kept by choice: {asked[label(n)]!r}" for n in self.graph.nodes() if label(n) in asked}
         self.plan = self._plan()
         self.statistics = self._observe()
@@ -157,9 +157,9 @@ class _Run:
             "findings": [dataclasses.asdict(finding) for finding in self.statistics.findings(limits)],
         }
 
-    def _prepare(self) -> None:
+    def _prepare(self, asked: Collection[str]) -> None:
         if self.options.scheme == "onnxruntime":
-            self.changes.update(prepare(self.graph))
+            self.changes.update(prepare(self.graph, asked))
         if self.options.equalize:
             self._note(*equalize(self.graph))
         if self.options.smooth:

@@ -12,21 +12,27 @@ for quantized nodes: it would find none there, and would compute the weights fro
 from __future__ import annotations
 
 import collections
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
+from ..graph.selection import label
 from .layers import free_name, initializer
 from .plan import constant
 from .stem import widen_stem
 
 
-def prepare(graph: Graph) -> dict[str, int]:
-    """Rewrites the main graph in place; shapes must be inferred, constants be initializers. Returns counts."""
+def prepare(graph: Graph, keep: Collection[str] = ()) -> dict[str, int]:
+    """Rewrites the main graph in place; shapes must be inferred, constants be initializers. Returns counts.
+
+    Args:
+        keep: labels of nodes that are to stay float, and stay as they are.
+    """
     changes: collections.Counter[str] = collections.Counter()
     for node in list(graph.model.graph):
-        if node.domain or node.outputs[0].dtype != ir.DataType.FLOAT:
+        if node.domain or not node.outputs or node.outputs[0].dtype != ir.DataType.FLOAT or label(node) in keep:
             continue
         if node.op_type == "ReduceMean" and _is_over_positions(node):
             _pool(graph, node)
