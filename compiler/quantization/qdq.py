@@ -22,6 +22,7 @@ _OPERATORS = frozenset((
     "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
     "QuantizeLinear",
 ))  # fmt: skip
+_ASKING_SIZE = frozenset(("Shape", "Size"))
 _CONTRIBUTED = frozenset(("DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"))
 
 
@@ -103,10 +104,11 @@ class Editor:
         else:
             self._insert_first([quantize, dequantize])
         for node, place in uses:
-            if node is not None:
-                node.replace_input_with(place, result)
-            else:
+            if node is None:
                 self._main.outputs[place] = result
+            else:
+                asks_size = node.op_type in _ASKING_SIZE and node.domain == ""
+                node.replace_input_with(place, quantized if asks_size else result)
         if any(node is None for node, _ in uses):
             name, result.name = value.name, None
             value.name = self._unique(f"{name}/float")
