@@ -88,7 +88,7 @@ class Cast(Pass):
         for node in work.nodes():
             if (pattern := asked.get(label(node))) is not None:
                 keep(node, f"kept by choice: {pattern!r}")
-        unchecked = tuple(map(Refusal, judge(work, lowering, to, context.samples)))
+        unchecked = tuple(map(Refusal, judge(work, lowering, to, context.samples, context.calibration)))
         return Prepared(work, masks, unchecked)
 
 

@@ -18,7 +18,7 @@ from ..compiler.budget import Budget
 from ..compiler.graph import Graph
 from ..compiler.graph.cost import costs, share
 from ..compiler.graph.emulation import emulate
-from ..compiler.graph.float16 import keep_between
+from ..compiler.graph.float16 import settle
 from ..compiler.graph.precision import keep
 from ..compiler.graph.selection import label
 from ..compiler.sensitivity import Choice, Evaluation, Sensitivity, choose, rank, split
@@ -141,23 +141,23 @@ class _Cast:
         return emulate(self._lower(dict.fromkeys(kept, "kept"))[0])
 
     def lowered_but(self, kept: Collection[str]) -> Graph:
-        return emulate(self._lower(dict.fromkeys(kept, "kept"), settle=True)[0])
+        return emulate(self._lower(dict.fromkeys(kept, "kept"), whole=True)[0])
 
     def finish(self, graph: Graph, kept: dict[str, str]) -> PassResult:
-        work, changes = self._lower(kept, settle=True)
+        work, changes = self._lower(kept, whole=True)
         refusals = self._prepared.unchecked + refused(work)
         if work.fingerprint() == graph.fingerprint():
             return PassResult(modified=False, refusals=refusals)
         graph.model = work.model
         return PassResult(True, {**changes, "masks clamped": self._prepared.masks}, refusals)
 
-    def _lower(self, kept: dict[str, str], *, settle: bool = False) -> tuple[Graph, dict[str, int]]:
+    def _lower(self, kept: dict[str, str], *, whole: bool = False) -> tuple[Graph, dict[str, int]]:
         work = self.reference.clone()
         for node in work.nodes():
             if (reason := kept.get(label(node))) is not None:
                 keep(node, reason)
-        if settle:
-            keep_between(work)
+        if whole:
+            settle(work)
         lowering = self._cast.lowering(work)
         lowering.apply()
         return work, {"nodes lowered": lowering.lowered, "casts inserted": lowering.casts}

@@ -2,62 +2,74 @@
 
 A node stays that
 - has an operator that does not take the smaller type at the graph's opset, or a type that is not known;
-- overflows on the data, or has a weight beyond the largest number (65504 in float16);
+- has a weight beyond the largest number (65504 in float16);
 - adds an epsilon that rounds to zero, with the sum of squares before it and the division after it;
 - computes integers, which float16 counts exactly to 2048 only, bfloat16 to 256;
+- sums much, or squares and exponentials (`reductions`);
+- makes or takes tensors that the type cannot hold on the data (`activations`);
+- is quantized together with a node that stays;
 - is light and lies between such nodes, where casts would cost more than they save.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import GraphError, TargetUnavailableError
+from ...errors import DataError, GraphError, TargetUnavailableError
 from ..data import Samples
+from .activations import keep_activations, measure
 from .formats import Format
 from .graph import Graph
+from .neighbours import after, before, keep_around, neighbours, producers, reach
 from .precision import HEAVY, Lowering, is_float, keep, kept
-from .probe import Range, ranges
+from .reductions import keep_sums
 
-BATCHES = 32
-"""How many batches of data are run to find overflows."""
+if TYPE_CHECKING:
+    from ..calibration import Calibration
 
 _MASK_OPERATORS = frozenset((
     "Add", "Cast", "Concat", "Expand", "Gather", "Identity", "Max", "Min", "Mul", "Reshape", "ScatterND",
     "Slice", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
 ))  # fmt: skip
-_ROOTS = frozenset((
-    "Clip", "Expand", "Identity", "Log", "Max", "Pow", "Reciprocal", "Reshape", "Sqrt", "Unsqueeze",
-))  # fmt: skip
 _COUNTING = frozenset((
     "Add", "Ceil", "Clip", "Div", "Expand", "Floor", "Identity", "Max", "Min", "Mul", "Range", "Reshape",
     "Round", "Sub", "Unsqueeze",
 ))  # fmt: skip
+_QUANTIZING = frozenset(("DequantizeLinear", "QuantizeLinear"))
 _INTEGERS = frozenset((
     "INT4", "INT8", "INT16", "INT32", "INT64", "UINT4", "UINT8", "UINT16", "UINT32", "UINT64",
 ))  # fmt: skip
 
 
-def judge(graph: Graph, lowering: Lowering, to: Format, samples: Samples | None) -> Iterator[str]:
+def judge(
+    graph: Graph, lowering: Lowering, to: Format, samples: Samples | None, calibration: Calibration | None
+) -> Iterator[str]:
     """Marks the nodes that stay; yields why something could not be judged."""
     _keep_illegal(graph, lowering, to)
     _keep_extreme_weights(graph, to)
     _keep_integers(graph, to)
+    keep_sums(graph, to)
     if samples is None:
         yield "activations were not checked for overflow: there is no data"
     else:
         try:
-            _keep_overflows(graph, ranges(graph, itertools.islice(samples, BATCHES)), to)
-        except (GraphError, TargetUnavailableError) as error:
+            keep_activations(graph, to, measure(graph, samples, calibration))
+        except (DataError, GraphError, TargetUnavailableError) as error:
             yield f"activations were not checked for overflow: {error}"
         if any(True for _ in graph.model.graph.subgraphs()):
             yield "activations inside branches and loops were not checked for overflow"
-    keep_between(graph)
+    settle(graph)
+
+
+def settle(graph: Graph) -> None:
+    """Marks what stays because of its neighbours; to be called when all others are marked."""
+    _keep_quantized(graph)
+    _keep_between(graph)
 
 
 def clamp_masks(graph: Graph, to: Format) -> int:
@@ -108,21 +120,13 @@ def _keep_extreme_weights(graph: Graph, to: Format) -> None:
     for value, array, _ in _constants(graph):
         finite = _finite(array)
         peak = max(float(finite.max(initial=0)), -float(finite.min(initial=0)))
-        for node in (*value.consumers(), *_producers(value)):
+        for node in (*value.consumers(), *producers(value)):
             if peak > to.largest:
                 keep(node, f"weight {value.name!r} reaches {peak:.3g}, {_end(to)}")
+            elif node.op_type in _QUANTIZING and 0 < float(finite.min(initial=np.inf)) < to.normal:
+                keep(node, f"scale {value.name!r} falls to {finite.min():.1g}, where {to.name} loses digits")
             elif 0 < peak < to.smallest:
-                _keep_around_epsilon(node, f"{value.name!r} is {peak:.1g}, which {to.name} rounds to zero")
-
-
-def _keep_around_epsilon(node: ir.Node, reason: str) -> None:
-    keep(node, reason)
-    for before in _reach(node, _inputs, lambda n: n.op_type.startswith("Reduce")):
-        if before.op_type.startswith("Reduce") or before.op_type in ("Mul", "Pow"):
-            keep(before, reason)
-    for after in _reach(node, _outputs, lambda n: n.op_type in _ROOTS):
-        if after.op_type in _ROOTS or after.op_type in ("Div", "Mul"):
-            keep(after, reason)
+                keep_around(node, f"{value.name!r} is {peak:.1g}, which {to.name} rounds to zero")
 
 
 def _end(to: Format) -> str:
@@ -136,35 +140,44 @@ def _keep_integers(graph: Graph, to: Format) -> None:
             continue
         if ir.DataType(node.attributes["to"].as_int()).name in _INTEGERS:
             keep(node, reason)
-            for before in _reach(node, _inputs, lambda n: n.op_type in _COUNTING):
-                if before.op_type in _COUNTING:
-                    keep(before, reason)
+            for earlier in reach(node, before, lambda n: n.op_type in _COUNTING):
+                if earlier.op_type in _COUNTING:
+                    keep(earlier, reason)
 
 
-def _keep_overflows(graph: Graph, measured: dict[str, Range], to: Format) -> None:
-    main = graph.model.graph
-    for value in (*main.inputs, *(output for node in main for output in node.outputs)):
-        peak = max(map(abs, measured.get(value.name or "", (0.0,))))
-        if peak > to.largest:
-            for node in (*_producers(value), *value.consumers()):
-                keep(node, f"tensor {value.name!r} reaches {peak:.3g} on the data, {_end(to)}")
+def _keep_quantized(graph: Graph) -> None:
+    """Keeps Q/DQ and the nodes that they are fused with in one precision: a cast between would prevent that."""
+    reason = "a cast between it and the quantization beside it would break a kernel in integers"
+    pending = [node for node in graph.nodes() if kept(node)]
+    while pending:
+        node = pending.pop()
+        if node.op_type in _QUANTIZING:
+            found = after(node) if node.op_type == "DequantizeLinear" else []
+        else:
+            found = [other for other in before(node) if other.op_type == "DequantizeLinear"]
+            if found:
+                found += [other for other in after(node) if other.op_type == "QuantizeLinear"]
+        for other in found:
+            if kept(other) is None:
+                keep(other, reason)
+                pending.append(other)
 
 
-def keep_between(graph: Graph) -> None:
+def _keep_between(graph: Graph) -> None:
     """Keeps regions of light nodes that touch nothing but kept nodes."""
     light = {node for node in graph.nodes() if kept(node) is None and node.op_type not in HEAVY | {"Cast"}}
     while light:
         start = light.pop()
         region = _region(start, light)
         light -= region
-        around = {other for node in region for other in _neighbours(node)} - region
+        around = {other for node in region for other in neighbours(node)} - region
         if around and all(map(kept, around)) and not any(map(_at_border, region)):
             for node in region:
                 keep(node, "lies between nodes that stay in float32")
 
 
 def _region(start: ir.Node, among: set[ir.Node]) -> set[ir.Node]:
-    return {start, *_reach(start, lambda n: [other for other in _neighbours(n) if other in among], lambda n: True)}
+    return {start, *reach(start, lambda n: [other for other in neighbours(n) if other in among], lambda n: True)}
 
 
 def _at_border(node: ir.Node) -> bool:
@@ -194,39 +207,3 @@ def _set_fill(node: ir.Node, array: np.ndarray) -> None:
 def _finite(array: np.ndarray) -> np.ndarray:
     whole = np.isfinite(array.min(initial=0)) and np.isfinite(array.max(initial=0))
     return array if whole else array[np.isfinite(array)]
-
-
-def _producers(value: ir.Value) -> list[ir.Node]:
-    producer = value.producer()
-    return [] if producer is None else [producer]
-
-
-def _inputs(node: ir.Node) -> list[ir.Node]:
-    """The nodes that a node's float32 inputs come from."""
-    return [
-        producer for value in node.inputs if value is not None and is_float(value) for producer in _producers(value)
-    ]
-
-
-def _outputs(node: ir.Node) -> list[ir.Node]:
-    """The nodes that a node's float32 outputs go to."""
-    return [consumer for value in node.outputs if is_float(value) for consumer in value.consumers()]
-
-
-def _neighbours(node: ir.Node) -> list[ir.Node]:
-    return [*_inputs(node), *_outputs(node)]
-
-
-def _reach(
-    node: ir.Node, step: Callable[[ir.Node], Sequence[ir.Node]], onward: Callable[[ir.Node], bool]
-) -> Iterable[ir.Node]:
-    """All nodes that steps lead to from here, through nodes where `onward` holds."""
-    pending, seen = list(step(node)), set[ir.Node]()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if onward(current):
-            pending.extend(step(current))
-    return seen
