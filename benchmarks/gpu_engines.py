@@ -1,4 +1,4 @@
-"""ResNet-50 and MiniLM on one GPU: engines against torch and torch.compile, judged against torch.
+"""ResNet-50, MiniLM and BERT-base on one GPU: engines against torch and torch.compile, judged against torch.
 
 Each model is a job of its own: engines are built for a range of batch sizes, tuned for the largest, validated, and
 measured in one interleaved benchmark with the baselines in fp32 and fp16. A TensorRT build takes minutes, so jobs may
@@ -28,9 +28,11 @@ from enginesmith.compiler.sources import load_model
 from enginesmith.compiler.trial import open_runner
 from enginesmith.errors import EnginesmithError
 
+SENTENCES = ["input_ids:1x128:int64", "attention_mask:1x128:int64"]
 MODELS = {
     "resnet50": (["image:1x3x224x224"], models.resnet50_inputs),
-    "minilm": (["input_ids:1x128:int64", "attention_mask:1x128:int64"], models.minilm_inputs),
+    "minilm": (SENTENCES, models.minilm_inputs),
+    "bert_base": (SENTENCES, models.minilm_inputs),
 }
 BATCHES = ("1", "8", "32")
 VALIDATED_BATCHES = 2
@@ -94,7 +96,7 @@ def run_job(name: str, options: argparse.Namespace, remaining_s: float) -> dict[
         compile_s = time.perf_counter() - start
         engines = bundle.manifest["engines"]
         model = load_model(source, inputs=parse_inputs(inputs, dynamic))
-        precisions = tuple(options.precisions)
+        precisions = tuple(name for name in options.precisions if name in ("fp32", "fp16"))
         candidates = torch_baselines(model, device=device(), precisions=precisions, compiled=not options.eager_only)
         candidates += [
             Candidate(engine["name"], functools.partial(open_runner, bundle.path, engine))

@@ -1,4 +1,4 @@
-"""The models that are measured, as factories: `benchmarks/models.py:resnet50` and `benchmarks/models.py:minilm`."""
+"""The models that are measured, as factories: `benchmarks/models.py:resnet50`, `:minilm` and `:bert_base`."""
 
 from __future__ import annotations
 
@@ -116,6 +116,15 @@ def minilm() -> nn.Module:
             torch.manual_seed(SEED)
             encoder = BertModel(config, add_pooling_layer=False)
     return SentenceEncoder(encoder).eval()
+
+
+def bert_base() -> nn.Module:
+    """BERT-base, 12 layers of width 768, with seeded random weights, as a sentence encoder."""
+    from transformers import BertConfig, BertModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return SentenceEncoder(BertModel(BertConfig(), add_pooling_layer=False)).eval()
 
 
 def resnet50_inputs(count: int) -> dict[str, np.ndarray]:
