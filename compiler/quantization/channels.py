@@ -3,7 +3,8 @@
     Conv / Gemm / MatMul     W, b over output channels           LayerNormalization and the like    gamma, beta
     x + constant             the constant, and what makes x      x * constant                       the constant
 
-Relu, LeakyRelu, PRelu, pooling and means over other axes pass a positive factor through. Everything else refuses.
+Relu, LeakyRelu, PRelu, pooling, reductions over other axes, and Flatten of one position pass a positive factor through.
+Everything else refuses.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def source(value: ir.Value, axis: int) -> Source:
         return _of_layer(layer, axis, rank)
     if node.domain == "" and node.op_type in _HOMOGENEOUS and value is node.outputs[0]:
         return _before(node, 0, axis)
+    if node.domain == "" and node.op_type == "Flatten":
+        return _of_flatten(node, axis, channels)
     if node.domain == "" and node.op_type in ("ReduceMax", "ReduceMean", "ReduceSum"):
         return _before(node, 0, _axis_before(node, axis))
     if node.op_type in _SECOND_AXIS | _LAST_AXIS and value is node.outputs[0]:
@@ -111,6 +114,14 @@ def _of_layer(layer: Layer, axis: int, rank: int) -> Source:
     if len(layer.node.inputs) > 2 and layer.node.inputs[2] is not None:
         slots.append(_vector(layer.node, 2, -1, layer.load().shape[0]))
     return Source(tuple(slots), layer)
+
+
+def _of_flatten(node: ir.Node, axis: int, channels: int) -> Source:
+    value = operand(node, 0)
+    kept = rank_of(value) > 1 and value.shape is not None and value.shape[1] == channels
+    if axis != 1 or node.attributes.get_int("axis", 1) != 1 or not kept:
+        raise UnfoldableError(f"Flatten {title(node)!r} mixes channels with positions")
+    return _before(node, 0, 1)
 
 
 def _of_normalization(node: ir.Node, axis: int, rank: int, channels: int) -> Source:

@@ -43,8 +43,7 @@ def smooth(
     """
     changes: collections.Counter[str] = collections.Counter()
     refusals = []
-    for value in {operand(layer.node, 0): None for layer in _linear(graph)}:
-        readers = [layer for layer in _linear(graph) if layer.node.inputs[0] is value]
+    for value, readers in _readers(graph).items():
         scale = _scale(value, readers, statistics, alpha)
         if isinstance(scale, str):
             refusals.append(Refusal(scale, readers[0].name))
@@ -62,8 +61,13 @@ def smooth(
     return dict(changes), refusals
 
 
-def _linear(graph: Graph) -> list[Layer]:
-    return [layer for layer in layers(graph) if layer.node.op_type != "Conv"]
+def _readers(graph: Graph) -> dict[ir.Value, list[Layer]]:
+    """The MatMul and Gemm layers, by what they read."""
+    found: dict[ir.Value, list[Layer]] = {}
+    for layer in layers(graph):
+        if layer.node.op_type != "Conv":
+            found.setdefault(operand(layer.node, 0), []).append(layer)
+    return found
 
 
 def _scale(

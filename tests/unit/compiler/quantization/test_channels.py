@@ -79,6 +79,22 @@ def test_follows_channels_through_reductions(weighted, axes):
     np.testing.assert_allclose(probe.run(graph, {"x": IMAGE})["y"], before / along, rtol=1e-5, atol=1e-6)
 
 
+def test_follows_channels_through_flatten(weighted):
+    graph = weighted("""g (float[2,4,6,6] x, float[4,4,1,1] w) => (float[2,4] y) {
+        a = Conv(x, w)  b = GlobalAveragePool(a)  v = Flatten(b)  y = Neg(v) }""")
+    before = probe.run(graph, {"x": IMAGE})["y"]
+    factor = np.array([0.5, 3, 1, 7])
+    source(value(graph, "v"), 1).divide(graph, factor)
+    np.testing.assert_allclose(probe.run(graph, {"x": IMAGE})["y"], before / factor, rtol=1e-5, atol=1e-6)
+
+
+def test_refuses_a_flatten_that_mixes(weighted):
+    graph = weighted("""g (float[2,4,6,6] x, float[4,4,1,1] w) => (float[2,144] y) {
+        a = Conv(x, w)  v = Flatten(a)  y = Neg(v) }""")
+    with pytest.raises(UnfoldableError, match="Flatten 'v' mixes channels with positions"):
+        source(value(graph, "v"), 1)
+
+
 def test_constants_that_others_use_stay(weighted):
     graph = weighted("""g (float[2,3,4] x, float[4] s) => (float[2,3,4] y, float[2,3,4] z) {
         a = Sigmoid(x)  v = Mul(a, s)  y = Neg(v)  z = Mul(x, s) }""")
