@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from ..compiler.budget import Budget
 from ..compiler.graph import Graph
@@ -24,31 +24,30 @@ from ..compiler.graph.selection import label
 from ..compiler.sensitivity import Choice, Evaluation, Sensitivity, choose, rank, split
 from ..compiler.sensitivity.units import MOST
 from ..errors import RecipeError
-from .base import Context, Pass, PassResult, Refusal
+from .base import Context, PassResult, Refusal
 from .cast import Cast, refused
 from .quantize_static import QuantizeStatic
 
 
 @dataclasses.dataclass(frozen=True)
-class Precision(Pass):
+class Precision(QuantizeStatic):
     """Lowers as much as the context's budget allows; the rest stays float32, each node with its reason.
+
+    The options of `quantize-static` are for to=int8, but for `keep`.
 
     Attributes:
         to: the smaller type.
-        scheme: whose placement of Q/DQ, with to=int8.
-        keep: names or globs of nodes that stay float32.
         samples: how many batches of data are measured on.
         units: with more units than that, blocks of nodes are measured in place of single heavy nodes.
     """
 
     name: ClassVar[str] = "precision"
     to: Literal["fp16", "bf16", "int8"] = "fp16"
-    scheme: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
-    keep: tuple[str, ...] = ()
     samples: int = 4
     units: int = MOST
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.samples < 1 or self.units < 1:
             raise ValueError("samples and units are at least 1")
 
@@ -90,7 +89,7 @@ class Precision(Pass):
                 **result.details,
                 "precision": self.to,
                 "budget": str(budget),
-                "samples": self.samples,
+                "samples": evaluation.batches,
                 "runs": evaluation.runs,
                 "sensitivity": [entry.record() for entry in ranking],
                 "curve": [point.record() for point in choice.curve],
@@ -167,23 +166,26 @@ class _Quantized:
     """To 8 bits."""
 
     def __init__(self, options: Precision, graph: Graph, context: Context) -> None:
-        self._quantize = QuantizeStatic(scheme=options.scheme, keep=options.keep)
+        fields = (field.name for field in dataclasses.fields(QuantizeStatic))
+        self._quantize = QuantizeStatic(**{name: getattr(options, name) for name in fields})
+        # What repairs a layer by its neighbours takes long, and says nothing about one that is quantized alone.
+        self._plain = dataclasses.replace(self._quantize, rounding="nearest", bias_correction=False)
         self._context = context
         self.reference = graph.clone()
-        _, result = self._lower(())
+        _, result = self._lower(self._plain, ())
         self.refusals = result.refusals
         stay = {refusal.node for refusal in result.refusals}
         labels = frozenset(label(node) for node in graph.model.graph if node.op_type != "Constant")
         self.among = labels - stay if result.modified else frozenset()
 
     def lowered_alone(self, kept: Collection[str]) -> Graph:
-        return self._lower(kept)[0]
+        return self._lower(self._plain, kept)[0]
 
     def lowered_but(self, kept: Collection[str]) -> Graph:
-        return self._lower(kept)[0]
+        return self._lower(self._quantize, kept)[0]
 
     def finish(self, graph: Graph, kept: dict[str, str]) -> PassResult:
-        work, result = self._lower(kept)
+        work, result = self._lower(self._quantize, kept)
         if result.modified:
             graph.model = work.model
         refusals = tuple(
@@ -191,7 +193,7 @@ class _Quantized:
         )
         return dataclasses.replace(result, refusals=refusals)
 
-    def _lower(self, kept: Collection[str]) -> tuple[Graph, PassResult]:
+    def _lower(self, quantize: QuantizeStatic, kept: Collection[str]) -> tuple[Graph, PassResult]:
         work = self.reference.clone()
-        quantize: Any = dataclasses.replace(self._quantize, keep=self._quantize.keep + tuple(sorted(kept)))
-        return work, quantize.apply(work, self._context)
+        result = dataclasses.replace(quantize, keep=quantize.keep + tuple(sorted(kept))).apply(work, self._context)
+        return work, result

@@ -34,6 +34,11 @@ class Evaluation:
         self._reference = list(self._run(reference))
         self._known = {reference.fingerprint(): self._compared(self._reference)}
 
+    @property
+    def batches(self) -> int:
+        """How many batches of data are measured on."""
+        return len(self._samples)
+
     def measure(self, variant: Graph) -> Meter:
         """How far a variant is from the reference.
 

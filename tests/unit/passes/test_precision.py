@@ -107,6 +107,7 @@ def test_nothing_is_lowered_where_the_budget_has_no_room(run):
 def test_default_budget(run):
     _, result = run(Precision(), CANCELS, batches())
     assert result.details["budget"] == "relative_l2=0.0025"
+    assert result.details["samples"] == 3  # there are no more
 
 
 def test_budget_on_agreement(run):
@@ -143,6 +144,8 @@ def test_nothing_to_lower(run):
 def test_options_that_cannot_be():
     with pytest.raises(RecipeError, match="samples and units are at least 1"):
         parse_pass("precision:samples=0")
+    with pytest.raises(RecipeError, match="no FP8 kernels"):
+        parse_pass("precision:to=int8,dtype=fp8")
 
 
 IDENTITY = "{" + ", ".join(map(str, np.eye(8, dtype=int).ravel())) + "}"
