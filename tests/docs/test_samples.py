@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import enginesmith
 from enginesmith.compiler.recipe import read_recipe
 from enginesmith.passes import parse_pass
 from enginesmith.targets import parse_target
@@ -78,6 +79,21 @@ def test_characters_guesses_as_many_as_its_page_says() -> None:
     assert f"{parameters:,} parameters" in page
     assert f"{100 * right.mean():.2f} % of the {right.size * 127:,} characters" in page
     assert right.mean() >= 0.59
+
+
+@pytest.mark.slow
+def test_characters_in_int8_is_small_and_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    recipe = CHARACTERS / "recipe.yaml"
+    bundle = enginesmith.compile(recipe=recipe, output=tmp_path / "bundle", benchmark=False)
+    fp32, int8 = bundle.manifest["engines"]
+    assert (fp32["precision"], int8["precision"]) == ("fp32", "int8-dynamic")
+    assert int8["details"]["operators"]["DynamicQuantizeLSTM"] == 1
+    assert int8["size_bytes"] < 0.4 * fp32["size_bytes"]
+    for engine in (fp32, int8):
+        metric = engine["validation"]["metric"]
+        assert engine["validation"]["passed"]
+        assert metric["value"] > metric["reference"] - 0.003
 
 
 def test_characters_holds_text_and_none_of_it_on_both_sides() -> None:
