@@ -1,11 +1,12 @@
-"""Quantizes MatMul, Gemm and LSTM to int8 with activations quantized while running: for ONNX Runtime's CPU.
+"""Quantizes MatMul, Gemm, LSTM and GRU to int8 with activations quantized while running: for ONNX Runtime's CPU.
 
     Gemm(x, W, b)     ->  DynamicQuantizeLinear, MatMulInteger, Cast, Mul, Mul, Add
     LSTM(x, W, R)     ->  com.microsoft.DynamicQuantizeLSTM
+    GRU(x, W, R)      ->  the products with W at once, and a Scan over those with R
 
 It needs no data. Weights have one scale for each output channel. What is refused stays float, each node with its
-reason: weights that are not constant, weights too small to gain, nodes in subgraphs, GRU and RNN (ONNX Runtime has no
-integer kernels for them) and Conv (its integer kernel is slower than float).
+reason: weights that are not constant, weights too small to gain, nodes in subgraphs, RNN (ONNX Runtime has no integer
+kernel) and Conv (its integer kernel is slower than float).
 """
 
 from __future__ import annotations
@@ -34,16 +35,12 @@ from ..compiler.quantization.smooth import smooth
 from ..errors import RecipeError
 from .base import Context, Pass, PassResult, Refusal
 
-_NO_KERNEL = {
-    "GRU": "ONNX Runtime has no integer GRU",
-    "RNN": "ONNX Runtime has no integer RNN",
-}
 _CONVOLUTIONS = frozenset(("Conv", "ConvTranspose"))
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeDynamic(Pass):
-    """Quantizes matrix products and LSTMs whose weights are constant; activations get their ranges while running.
+    """Quantizes matrix products, LSTMs and GRUs whose weights are constant; activations get their ranges while running.
 
     Attributes:
         smooth: SmoothQuant's alpha for MatMul and Gemm, such as 0.5: it moves outlier channels of activations, which
@@ -111,7 +108,7 @@ class _Run:
         if self._graph.opset < OPSET:
             return
         for node in list(self._graph.nodes()):
-            if node.domain or not (node.op_type in OPERATORS or node.op_type in ("LSTM", *_NO_KERNEL)):
+            if node.domain or not (node.op_type in OPERATORS or node.op_type in ("GRU", "LSTM", "RNN")):
                 continue
             reason = exempt(node, self._graph, self._keep) or self._quantize(node)
             if reason:
@@ -120,13 +117,15 @@ class _Run:
                 self.changes[f"{node.op_type} quantized"] += 1
 
     def _quantize(self, node: ir.Node) -> str | None:
-        if node.op_type in _NO_KERNEL:
-            return _NO_KERNEL[node.op_type]
+        if node.op_type == "RNN":
+            return "ONNX Runtime has no integer RNN"
         x = node.inputs[0]
         if x is None or x.dtype != ir.DataType.FLOAT:
             return f"its input is {x.dtype.name if x and x.dtype else 'of unknown type'}, integer kernels take float32"
         if node.op_type == "LSTM":
             return self._dynamic.lstm(node)
+        if node.op_type == "GRU":
+            return self._dynamic.gru(node)
         found = linear(node, self._constants)
         if isinstance(found, str):
             return found

@@ -5,6 +5,7 @@
 
 ONNX Runtime makes DynamicQuantizeMatMul of this with the Add of a bias, or MatMulIntegerToFloat where matrix products
 share one DynamicQuantizeLinear. An LSTM becomes DynamicQuantizeLSTM, its weights with one scale for each gate and unit.
+A GRU, for which there is no such operator, becomes such products over all steps at once and a Scan: see `recurrent`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph.schemas import MICROSOFT
+from . import recurrent
 from .constants import Constants
 from .linear import Linear
-from .parameters import Parameters, weight_parameters
+from .parameters import weight_parameters
 from .patch import Patch, Patcher
 
 OPSET = 11
@@ -48,17 +50,8 @@ class Dynamic:
         """Replaces a MatMul or Gemm."""
         patch = Patch(self._patcher, found.node)
         shape = found.node.outputs[0].shape
-        quantized, scale, zero = self._activation(found.x, patch)
-        weight, weight_scale, weight_zero = self._weight(found)
-        (sums,) = patch.add(
-            "MatMulInteger",
-            [quantized, weight, zero, weight_zero],
-            [(f"{patch.title}/sums", _INT32, shape)],
-            main=True,
-        )
-        (real,) = patch.add("Cast", [sums], [(f"{patch.title}/cast", _FLOAT, shape)], {"to": _FLOAT.value})
-        (scales,) = patch.add("Mul", [scale, weight_scale], [(f"{patch.title}/scale", _FLOAT, weight_scale.shape)])
-        (result,) = patch.add("Mul", [real, scales], [(f"{patch.title}/product", _FLOAT, shape)])
+        weight = self._weight(found.key, found.name, found.weight)
+        result = self._product(patch, found.x, weight, shape, main=True)
         if found.bias is not None:
             bias = found.bias
             if isinstance(bias, np.ndarray):
@@ -84,7 +77,33 @@ class Dynamic:
         attributes = {key: attribute.value for key, attribute in node.attributes.items() if key != "layout"}
         attributes.setdefault("hidden_size", arrays[1].shape[2])
         outputs = [(f"{v.name}/float", _FLOAT, v.shape) if v.name else ("", _FLOAT, None) for v in node.outputs]
-        patch.apply(*patch.add("DynamicQuantizeLSTM", inputs, outputs, attributes, domain=MICROSOFT, main=True))
+        results = patch.add("DynamicQuantizeLSTM", inputs, outputs, attributes, domain=MICROSOFT, main=True)
+        patch.apply(*(result for result in results if result.name))
+        return None
+
+    def gru(self, node: ir.Node) -> str | None:
+        """Replaces a GRU; where that is not possible, gives the reason and leaves it."""
+        if (reason := recurrent.unsupported(node, self._patcher.graph.opset)) is not None:
+            return reason
+        w, r = self._constants.array(node.inputs[1]), self._constants.array(node.inputs[2])
+        b = self._constants.array(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else None
+        x = node.inputs[0]
+        if x is None or w is None or r is None or (b is None and len(node.inputs) > 3 and node.inputs[3]):
+            return "its weights are not constant"
+        if not all(np.isfinite(array).all() for array in (w, r)):
+            return "its weights hold NaN or Inf"
+        if r.shape[2] < recurrent.NARROWEST:
+            return f"its {r.shape[2]} units are too few to gain: a step takes longer than its products save"
+        patch = Patch(self._patcher, node)
+        directions = []
+        for d in range(len(w)):
+            biases = np.zeros(2 * w.shape[1], w.dtype) if b is None else b[d]
+            names = [f"{value.name}/{d}" if len(w) > 1 else value.name or "" for value in node.inputs[1:3] if value]
+            projection = self._weight((node.inputs[1], d), names[0], w[d].T)
+            gates = self._product(patch, x, projection, _projected(x, w.shape[1]))
+            weights = self._weight((node.inputs[2], d), names[1], r[d].T)
+            directions.append(recurrent.Direction(gates, weights, biases[: w.shape[1]], biases[w.shape[1] :]))
+        patch.apply(*recurrent.scans(patch, self._patcher, node, directions))
         return None
 
     def _activation(self, x: ir.Value, patch: Patch) -> tuple[ir.Value, ...]:
@@ -94,11 +113,29 @@ class Dynamic:
             self._activations[x] = patch.add("DynamicQuantizeLinear", [x], outputs)
         return self._activations[x]
 
-    def _weight(self, found: Linear) -> _Weight:
-        if found.key not in self._weights:
-            parameters = weight_parameters(found.weight, 1, _INT8, reduce_range=self._reduce_range)
-            self._weights[found.key] = self._store(found.name, found.weight, parameters)
-        return self._weights[found.key]
+    def _product(
+        self, patch: Patch, x: ir.Value, weight: _Weight, shape: ir.Shape | None, *, main: bool = False
+    ) -> ir.Value:
+        numbers, scale, zero = weight
+        quantized, x_scale, x_zero = self._activation(x, patch)
+        title = patch.title
+        inputs = [quantized, numbers, x_zero, zero]
+        (sums,) = patch.add("MatMulInteger", inputs, [(f"{title}/sums", _INT32, shape)], main=main)
+        (real,) = patch.add("Cast", [sums], [(f"{title}/cast", _FLOAT, shape)], {"to": _FLOAT.value})
+        (scales,) = patch.add("Mul", [x_scale, scale], [(f"{title}/scale", _FLOAT, scale.shape)])
+        (result,) = patch.add("Mul", [real, scales], [(f"{title}/product", _FLOAT, shape)])
+        return result
+
+    def _weight(self, key: Hashable, name: str, array: np.ndarray) -> _Weight:
+        """Stores a weight (K, N) with a scale for each column."""
+        if key not in self._weights:
+            parameters = weight_parameters(array, 1, _INT8, reduce_range=self._reduce_range)
+            self._weights[key] = (
+                self._patcher.initializer(f"{name}/quantized", np.ascontiguousarray(parameters.quantize(array))),
+                self._patcher.initializer(f"{name}/scale", parameters.scale),
+                self._patcher.initializer(f"{name}/zero_point", parameters.zero_point),
+            )
+        return self._weights[key]
 
     def _gates(self, value: ir.Value | None, array: np.ndarray) -> _Weight:
         """Stores weights (directions, gates * units, inputs) as (directions, inputs, gates * units)."""
@@ -115,9 +152,6 @@ class Dynamic:
             )
         return self._weights[value]
 
-    def _store(self, name: str, array: np.ndarray, parameters: Parameters) -> _Weight:
-        return (
-            self._patcher.initializer(f"{name}/quantized", np.ascontiguousarray(parameters.quantize(array))),
-            self._patcher.initializer(f"{name}/scale", parameters.scale),
-            self._patcher.initializer(f"{name}/zero_point", parameters.zero_point),
-        )
+
+def _projected(x: ir.Value, columns: int) -> ir.Shape | None:
+    return None if x.shape is None else ir.Shape([*x.shape[:2], columns])

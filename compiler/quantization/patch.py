@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
 from ..graph.schemas import MICROSOFT
+
+Attributes: TypeAlias = Mapping[str, int | float | str | Sequence[float] | Sequence[str] | ir.Graph]
 
 
 class Patcher:
@@ -51,7 +54,7 @@ class Patch:
         operator: str,
         inputs: Sequence[ir.Value | None],
         outputs: Sequence[tuple[str, ir.DataType, ir.Shape | None]],
-        attributes: Mapping[str, int | float | str | Sequence[float] | Sequence[str]] | None = None,
+        attributes: Attributes | None = None,
         *,
         domain: str = "",
         main: bool = False,
@@ -68,9 +71,10 @@ class Patch:
         return tuple(values)
 
     def apply(self, *results: ir.Value) -> None:
-        """Puts the new nodes in; `results` take over the outputs of the old node, names included."""
+        """Puts the new nodes in; `results` take over the outputs of the old node that have a name, and their names."""
         graph = self._patcher.graph.model.graph
-        ir.convenience.replace_nodes_and_values(graph, self._old, [self._old], self._new, self._old.outputs, results)
+        outputs = [value for value in self._old.outputs if value.name]
+        ir.convenience.replace_nodes_and_values(graph, self._old, [self._old], self._new, outputs, results)
 
 
 def _unused(wanted: str, taken: set[str | None]) -> str:

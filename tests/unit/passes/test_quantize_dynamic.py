@@ -10,6 +10,7 @@ import pytest
 
 from enginesmith.compiler.calibration import Calibration
 from enginesmith.compiler.graph import Graph, probe
+from enginesmith.compiler.quantization import recurrent
 from enginesmith.errors import RecipeError
 from enginesmith.passes import parse_pass, quantize_dynamic
 from enginesmith.passes.base import Refusal
@@ -126,6 +127,73 @@ def test_lstm_whose_weights_are_computed(run, directions, direction):
     assert snr(before, graph, feed(6, 2, K)) > 25
 
 
+GRU = """g (float[T,B,64] x{more}) => (float[T,{d},B,32] y, float[{d},B,32] h) {{
+    y, h = GRU<hidden_size = 32, linear_before_reset = 1, direction = "{direction}">(x, w, r{bias}) }}"""
+
+
+@pytest.mark.parametrize(
+    ("directions", "direction", "bias"),
+    [(1, "forward", ", b"), (1, "reverse", ""), (1, "reverse", ", b, , f"), (2, "bidirectional", ", b, , f")],
+)
+def test_gru(run, monkeypatch, directions, direction, bias):
+    monkeypatch.setattr(recurrent, "NARROWEST", 32)
+    shapes = {"w": (directions, 3 * HIDDEN, K), "r": (directions, 3 * HIDDEN, HIDDEN), "b": (directions, 6 * HIDDEN)}
+    arrays = {name: weight(*shape) * 0.3 for name, shape in shapes.items() if name != "b" or "b" in bias}
+    first = f", float[{directions},B,32] f" if "f" in bias else ""
+    text = GRU.format(d=directions, direction=direction, bias=bias, more=first)
+    graph, result, before = run(text, **arrays)
+    graph.infer()
+    assert result.changes == {"GRU quantized": 1}
+    assert graph.operators()["Scan"] == directions
+    assert graph.operators()["DynamicQuantizeLinear"] == 1
+    inputs = feed(6, 2, K) | ({"f": weight(directions, 2, HIDDEN)} if first else {})
+    assert snr(before, graph, inputs) > 30
+
+
+def test_gru_whose_last_state_alone_is_used(run, monkeypatch):
+    monkeypatch.setattr(recurrent, "NARROWEST", 32)
+    text = (
+        GRU.format(d=1, direction="forward", bias="", more="")
+        .replace("float[T,1,B,32] y, ", "")
+        .replace("y, h =", ", h =")
+    )
+    graph, _, before = run(text, w=weight(1, 96, K) * 0.3, r=weight(1, 96, HIDDEN) * 0.3)
+    assert snr(before, graph, feed(6, 2, K)) > 30
+
+
+@pytest.mark.parametrize(
+    ("attributes", "inputs", "reason"),
+    [
+        ("", "x, w, r", "it resets before the product (linear_before_reset=0): a step would wait for two products"),
+        ("linear_before_reset = 1, layout = 1,", "x, w, r", "its batch axis comes first (layout=1)"),
+        ("linear_before_reset = 1,", "x, w, r, , n", "its sequences have lengths of their own (sequence_lens)"),
+        (
+            "linear_before_reset = 1, clip = 2.0,",
+            "x, w, r",
+            "it clips, or has other activations than Sigmoid and Tanh",
+        ),
+        ("linear_before_reset = 1,", "x, w, r, c", "its weights are not constant"),
+    ],
+)
+def test_gru_stays(run, attributes, inputs, reason):
+    text = f"""g (float[2,2,64] x, int32[2] n, float[1,192] c) => (float[T,D,B,32] y) {{
+        y = GRU<{attributes} hidden_size = 32>({inputs}) }}"""
+    assert reasons(run(text, w=weight(1, 96, K), r=weight(1, 96, HIDDEN))[1]) == {reason}
+
+
+def test_opset_too_old_for_gru(run):
+    header = '<ir_version: 7, opset_import: ["": 12]>\n'
+    text = GRU.format(d=1, direction="forward", bias="", more="")
+    found = reasons(run(header + text, w=weight(1, 96, K), r=weight(1, 96, HIDDEN))[1])
+    assert found == {"opset 12 is too old for a GRU in int8; opset 13 is the first"}
+
+
+def test_rnn_stays(run):
+    text = "g (float[2,2,64] x) => (float[T,D,B,32] y) { y = RNN<hidden_size = 32>(x, w, r) }"
+    found = reasons(run(text, w=weight(1, 32, K), r=weight(1, 32, HIDDEN))[1])
+    assert found == {"ONNX Runtime has no integer RNN"}
+
+
 def test_lstm_with_batch_first_stays(run):
     text = """g (float[B,T,64] x, float[1,128,64] w) => (float[B,T,1,32] y, float[T,1,B,32] z) {
         y = LSTM<hidden_size = 32, layout = 1>(x, w, r)  z = LSTM<hidden_size = 32>(x, w, r) }"""
@@ -210,14 +278,14 @@ def test_subgraphs_gru_and_convolutions_stay(run):
         {
         y = If (c) <then_branch = t () => (float[5,512] a) { a = MatMul(x, w) },
             else_branch = e () => (float[5,512] b) { b = MatMul(x, w) }>
-        s = Constant<value_ints = [5, 1, 64]>()  z = Reshape(x, s)  h = GRU<hidden_size = 8>(z, u, r)
-        k = Conv(i, f) }"""
+        s = Constant<value_ints = [5, 1, 64]>()  z = Reshape(x, s)
+        h = GRU<hidden_size = 8, linear_before_reset = 1>(z, u, r)  k = Conv(i, f) }"""
     text = text.replace("float[1,2,8,8] k", "float[1,2,6,6] k")
     _, result, _ = run(text, w=weight(K, N), u=weight(1, 24, K), r=weight(1, 24, 8), f=weight(2, 3, 3, 3))
     assert not result.modified
     assert [refusal.reason for refusal in result.refusals] == [
         "1 of Conv stay: its dynamic kernel runs at 0.2 to 0.3 of float's speed, static ones gain",
-        "ONNX Runtime has no integer GRU",
+        "its 8 units are too few to gain: a step takes longer than its products save",
         "it is in a subgraph",
         "it is in a subgraph",
     ]
