@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from ...targets import get_target
 from ...targets.base import EngineInfo
 from ..bundle import Bundle
 from ..data import Data, open_data
-from ..difference import worst_relative_l2
 from ..graph import Graph
 from ..graph.probe import Session
 from ..manifest import EngineRecord
@@ -22,6 +22,7 @@ from ..signature import Signature
 from ..storage.cache import Cache
 from ..trial import load, load_budget
 from ..validation.reference import ReferenceOutputs
+from .distance import distance, worst
 from .parts import prepared
 
 if TYPE_CHECKING:
@@ -119,8 +120,9 @@ def _check_unchanged(bundle: Bundle, graph: Graph) -> None:
     session = Session(graph)
     for sample in ReferenceOutputs(bundle.path / "reference", signature, max_samples=CHECKED):
         found = dict(zip(graph.output_names, session(sample.inputs), strict=True))
-        same = found.keys() >= sample.outputs.keys()
-        difference = worst_relative_l2(found, sample.outputs) if same else float("inf")
+        floats = {name: array for name, array in sample.outputs.items() if array.dtype.kind == "f"}
+        same = all(name in found and found[name].shape == array.shape for name, array in floats.items())
+        difference = worst([distance(array, found[name]) for name, array in floats.items()]) if same else math.inf
         if not difference <= CHANGED:
             raise SourceError(
                 f"the model of {str(bundle.path)!r} is another than it was when the bundle was made",

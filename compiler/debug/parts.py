@@ -139,10 +139,14 @@ class Segment:
     @property
     def main(self) -> ir.Node:
         """The operator itself."""
-        return next((node for node in reversed(self.nodes) if node.op_type not in PLUMBING), self.nodes[-1])
+        for passed_over in (PLUMBING | SHAPING, PLUMBING):
+            if left := [node for node in self.nodes if node.op_type not in passed_over]:
+                return left[-1]
+        return self.nodes[-1]
 
 
 PLUMBING = frozenset(("Cast", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant"))
+SHAPING = frozenset(("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 
 
 def segments(graph: Graph, shared: Collection[str]) -> list[Segment]:
