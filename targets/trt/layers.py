@@ -22,7 +22,7 @@ TENSORS = ("Inputs", "Outputs", "Constants")
 
 _TYPE = re.compile(r"\b(BF16|BFloat16|FP8E4M3|FP\d+|Float|Half|U?Int\d+|Bool)\b", re.I)
 _CONVOLUTION = re.compile(r"conv|correlation", re.I)
-_PRODUCT = re.compile(r"gemm|matrix_?multiply|fully_?connected", re.I)
+_PRODUCT = re.compile(r"gemm|matrix_?multiply|fully_?connected|fusion", re.I)
 _NARROW_TACTIC = re.compile(r"i8i8|_s8_|int8|imma|e4m3|_f8_", re.I)
 
 
