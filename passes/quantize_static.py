@@ -143,8 +143,10 @@ class _Run:
         ranges = weight_ranges(self.plan.weights, search=options.search, reduce_range=self._reduced())
         ranges = fit_biases(self.plan, ranges, activations)
         weights = round_weights(self.graph, ranges, options.rounding, self._calibration.samples)
+        uncorrected: list[Refusal] = []
         if options.bias_correction:
-            self._note(*correct(self.graph, weights, self.statistics))
+            corrected, uncorrected = correct(self.graph, weights, self.statistics)
+            self.changes.update(corrected)
             self.plan = self._plan()  # layers without a bias have one now
         biases = quantize_biases(self.plan, ranges, activations)
         self.changes.update(insert(self.graph, self.plan, activations, weights, biases))
@@ -154,6 +156,7 @@ class _Run:
             "samples": self.statistics.samples,
             "statistics": self.statistics.digest,
             "limits": [limit.row() for limit in table],
+            "biases not corrected": {refusal.node: refusal.reason for refusal in uncorrected},
             "findings": [dataclasses.asdict(finding) for finding in self.statistics.findings(limits)],
         }
 
