@@ -56,7 +56,7 @@ class TensorRT(Target):
         consumes="graph",
         precisions=PRECISIONS,
         devices=("cuda",),
-        opset=(9, 21),
+        opset=(9, 22),
         gpu_to_build=True,
         minimum={"tensorrt": "8.6"},
     )

@@ -10,8 +10,9 @@
 
 TensorRT-RTX has them all. Networks are strongly typed from TensorRT 10 on: types come from the graph, and what is not
 8-bit is cast to fp16. DequantizeLinear must then give fp16 itself, which takes opset 19: a Cast between it and a
-convolution would keep the two from being fused. TensorRT 8.6 and 9 choose between the types that they are allowed:
-there the graph stays in float32, and `compiler.quantization.weak_typing` prepares it.
+convolution would keep the two from being fused. Convolutions take bfloat16 from opset 22 on. TensorRT 8.6 and 9 choose
+between the types that they are allowed: there the graph stays in float32, and `compiler.quantization.weak_typing`
+prepares it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STRONGLY_TYPED = 10
 LOWERINGS: Mapping[str, tuple[str, ...]] = {
     "fp32": (),
     "fp16": ("cast:to=fp16",),
-    "bf16": ("cast:to=bf16",),
+    "bf16": ("opset:least=22", "cast:to=bf16"),
     "int8": ("opset:least=19", "quantize-static:scheme=tensorrt", "cast:to=fp16"),
     "fp8": ("opset:least=19", "quantize-static:scheme=tensorrt,dtype=fp8", "cast:to=fp16"),
     "int4-weights": ("opset:least=21", "quantize-weights:bits=4,scheme=tensorrt", "cast:to=fp16"),

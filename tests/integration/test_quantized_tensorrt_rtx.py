@@ -68,3 +68,8 @@ def test_quantized_attention_is_one_kernel_too(tmp_path, precision, narrow):
     (attention,) = (layer for layer in layers if "mha" in layer["Name"])
     assert sorted(types(attention, "Inputs")) == sorted(["FP16", narrow, narrow, narrow])  # the mask, q, k and v
     assert types(attention, "Outputs") == [narrow]
+
+
+def test_bf16_takes_convolutions_along(tmp_path):
+    layers, _ = build(tmp_path, RESNET, ["image:1x3x32x32"], "bf16")
+    assert {types(layer, "Inputs")[0] for layer in layers if layer["LayerType"] == "correlation"} == {"BF16"}

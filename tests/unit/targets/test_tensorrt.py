@@ -92,7 +92,7 @@ def test_tensorrt_rtx_is_missing(machine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "opset"), [("8.6.0", (9, 17)), ("9.3.0", (9, 17)), ("10.9.0", (9, 21)), (None, (9, 21))]
+    ("version", "opset"), [("8.6.0", (9, 17)), ("9.3.0", (9, 17)), ("10.9.0", (9, 22)), (None, (9, 22))]
 )
 def test_the_opset_is_that_of_the_version(machine, version, opset):
     machine(dataclasses.replace(H100, version=version))
