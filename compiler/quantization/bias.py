@@ -3,7 +3,8 @@
     E[Wq x] - E[W x]  =  (Wq - W) E[x]        so        b' = b + (W - Wq) E[x]
 
 (Nagel et al. 2019, section 4.2, with E[x] measured.) For a Conv the mean of a channel stands for the mean at each place
-of the kernel. At borders, where zeros are padded, it is not that, and the shift is taken to be as inside.
+of the kernel. At borders, where zeros are padded, it is not that, and the shift is taken to be as inside. The mean is
+over all positions, tokens that only fill a batch up among them: data without such filling serves better.
 """
 
 from __future__ import annotations

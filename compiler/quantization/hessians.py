@@ -1,4 +1,7 @@
-"""Second moments of what layers read, H = sum x x^T over positions of the data: the Hessian of their squared error."""
+"""Second moments of what layers read, H = sum x x^T over positions of the data: the Hessian of their squared error.
+
+Tokens that only fill a batch up count like the others: data without such filling serves better.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Rounds weights so that what a layer gives on data changes least, instead of each weight to its nearest step.
 
 GPTQ (Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization"): weights are rounded one input after the other,
-and those not rounded yet make up for the error, by the Hessian of the layer's squared error, H = sum x x^T.
+and those not rounded yet make up for the error, by the Hessian of the layer's squared error, H = sum x x^T. Errors on
+inputs that go together cancel; with independent inputs it is rounding to nearest.
 """
 
 from __future__ import annotations

@@ -3,13 +3,16 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enginesmith.compiler.graph import probe
+from enginesmith.compiler.quantization.channels import source
 from enginesmith.compiler.quantization.equalize import equalize
-from enginesmith.compiler.quantization.layers import assign, layers
+from enginesmith.compiler.quantization.layers import assign, constant, layers, operand
+from enginesmith.compiler.quantization.parameters import weight_parameters
 
 IMAGE = np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)
 CHAIN = """g (float[2,4,6,6] x, float[8,4,3,3] w1, float[8] b1, float[8,1,3,3] w2, float[8] b2, float[6,8,1,1] w3,
@@ -44,6 +47,30 @@ def test_groups(weighted, first, second, seed):
     np.testing.assert_allclose(probe.run(graph, {"x": IMAGE})["y"], before, rtol=1e-4, atol=1e-3)
     one, two = layers(graph)
     np.testing.assert_allclose(one.output_range(), two.input_range(), rtol=1e-3)
+
+
+def test_mends_channels_of_uneven_range(weighted):
+    graph = weighted(CHAIN)
+    equalize(graph)
+    factor = np.geomspace(0.01, 100, 8)
+    first, second, *_ = layers(graph)
+    source(operand(second.node, 0), 1).divide(graph, factor)
+    second.scale_inputs(factor)
+    assert first.output_range().max() > 1000 * first.output_range().min()
+    expected = probe.run(graph, {"x": IMAGE})["y"]
+
+    def error(graph):
+        rounded = graph.clone()
+        for layer in layers(rounded):
+            assign(
+                layer.weight,
+                weight_parameters(constant(layer.weight), None, ir.DataType.INT8).round(constant(layer.weight)),
+            )
+        return np.square(probe.run(rounded, {"x": IMAGE})["y"] - expected).sum()
+
+    before = error(graph)
+    equalize(graph)
+    assert error(graph) < before / 100
 
 
 def test_dead_channels_keep_their_scale(weighted):
