@@ -74,8 +74,9 @@ class QuantizeDynamic(Pass):
         if not any(name.endswith("quantized") for name in run.changes):
             return PassResult(modified=False, refusals=tuple(run.refusals))
         RemoveUnusedNodesPass()(work.model)
+        details = {"weight_bytes": {"before": graph.weight_bytes, "after": work.weight_bytes}}
         graph.model = work.model
-        return PassResult(modified=True, changes=dict(run.changes), refusals=tuple(run.refusals))
+        return PassResult(modified=True, changes=dict(run.changes), refusals=tuple(run.refusals), details=details)
 
 
 class _Run:

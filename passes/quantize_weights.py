@@ -13,6 +13,7 @@ import collections
 import dataclasses
 from typing import ClassVar, Literal
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -43,6 +44,8 @@ class QuantizeWeights(Pass):
         block: rows that share a scale. None: 32 for 4 bits with ONNX Runtime, where 128 is 1.3 times faster and 3 dB
             worse; else 128, or less where a weight makes no whole blocks of it. TensorRT's INT8 has one scale a column.
         symmetric: no zero points. None: where the runtime takes none; they cost no time in ONNX Runtime, and gain 1 dB.
+        tables: store tables of Gather too, in INT8 with a scale for each row, a quarter of the memory. For ONNX Runtime, which
+            finds rows at 0.4 to 0.8 of the speed then.
         rounding: "gptq" rounds blocks so that products change least on calibration data; "nearest" needs no data.
         accuracy_level: how ONNX Runtime's CPU multiplies: 4 in int8, 0 in float, which is 20 times slower at 8 bits.
         keep: names or globs of nodes that stay float.
@@ -53,6 +56,7 @@ class QuantizeWeights(Pass):
     scheme: Scheme = "onnxruntime"
     block: int | None = None
     symmetric: bool | None = None
+    tables: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     accuracy_level: int = 4
     keep: tuple[str, ...] = ()
@@ -96,8 +100,9 @@ class QuantizeWeights(Pass):
         if not run.changes:
             return PassResult(modified=False, refusals=tuple(run.refusals))
         RemoveUnusedNodesPass()(work.model)
+        details = {"weight_bytes": {"before": graph.weight_bytes, "after": work.weight_bytes}}
         graph.model = work.model
-        return PassResult(modified=True, changes=dict(run.changes), refusals=tuple(run.refusals))
+        return PassResult(modified=True, changes=dict(run.changes), refusals=tuple(run.refusals), details=details)
 
 
 class _Run:
@@ -129,9 +134,35 @@ class _Run:
                 found.append(candidate)
         if calibration is not None:
             self._round(found, calibration)
+        self._tables()
         for one in found:
             self._weights.replace(one, self._options.block_size(len(one.weight)))
             self.changes[f"{one.node.op_type} quantized"] += 1
+
+    def _tables(self) -> None:
+        for node in list(self._graph.model.graph):
+            if node.op_type != "Gather" or node.domain or node.attributes.get_int("axis", 0) != 0:
+                continue
+            array = self._constants.array(node.inputs[0])
+            if (
+                array is None
+                or ir.DataType.from_numpy(array.dtype) not in _FLOATS
+                or array.ndim != 2
+                or too_small(array)
+            ):
+                continue
+            if reason := exempt(node, self._graph, self._keep) or self._not_stored(array):
+                self.refusals.append(Refusal(reason, label(node)))
+            else:
+                self._weights.table(node, array)
+                self.changes["tables quantized"] += 1
+
+    def _not_stored(self, table: np.ndarray) -> str | None:
+        if not self._options.tables:
+            return f"its table of {table.nbytes / 1e6:.0f} MB stays float: tables=true stores a quarter of it"
+        if self._options.scheme == "tensorrt":
+            return "its table stays float: TensorRT takes INT8 before DequantizeLinear alone"
+        return None if np.isfinite(table).all() else "its table holds NaN or Inf"
 
     def _round(self, found: list[Linear], calibration: Calibration) -> None:
         if self._options.scheme == "tensorrt" and self._options.bits == 8:

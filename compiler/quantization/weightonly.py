@@ -3,6 +3,8 @@
 onnxruntime   y = x @ W  ->  com.microsoft.MatMulNBits(x, codes, scales, zero points)
 tensorrt      y = x @ W  ->  x @ DequantizeLinear(W as INT4 in blocks, or as INT8 with one scale for each column)
 
+              T[i]       ->  Cast(T8[i]) * scale[i]             a table of Gather in INT8, one scale for each row
+
 TensorRT takes no zero points. Of INT8 in blocks it makes a float16 constant while building, so there blocks are for
 4 bits only.
 """
@@ -71,6 +73,25 @@ class WeightOnly:
                 bias = self._patcher.initializer(f"{patch.title}/bias", bias)
             (result,) = patch.add("Add", [result, bias], [(f"{patch.title}/sum", *outputs[0][1:])])
         patch.apply(result)
+
+    def table(self, node: ir.Node, array: np.ndarray) -> None:
+        """Replaces a Gather of rows of a table."""
+        patch = Patch(self._patcher, node)
+        table, index = node.inputs
+        assert table is not None
+        name, shape = table.name, node.outputs[0].shape
+        dtype = ir.DataType.from_numpy(array.dtype)
+        if table not in self._weights:
+            parameters = weight_parameters(array, 0, ir.DataType.INT8)
+            self._weights[table] = (
+                self._patcher.initializer(f"{name}/quantized", parameters.quantize(array)),
+                self._patcher.initializer(f"{name}/scale", parameters.scale[:, None].astype(array.dtype)),
+            )
+        numbers, scale = self._weights[table]
+        (rows,) = patch.add("Gather", [numbers, index], [(f"{patch.title}/rows", ir.DataType.INT8, shape)], main=True)
+        (scales,) = patch.add("Gather", [scale, index], [(f"{patch.title}/scales", dtype, None)])
+        (real,) = patch.add("Cast", [rows], [(f"{patch.title}/cast", dtype, shape)], {"to": dtype.value})
+        patch.apply(*patch.add("Mul", [real, scales], [(f"{patch.title}/product", dtype, shape)]))
 
     def _stored(self, found: Linear, block: int) -> tuple[ir.Value | None, ...]:
         if found.key not in self._weights:

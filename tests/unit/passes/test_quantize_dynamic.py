@@ -65,6 +65,7 @@ def test_matmul_takes_int8_columns_and_keeps_its_names(run):
     graph, result, before = run(MATMUL, w=weight(K, N))
     assert graph.operators() == {"DynamicQuantizeLinear": 1, "MatMulInteger": 1, "Cast": 1, "Mul": 2}
     assert result.changes == {"MatMul quantized": 1}
+    assert result.details == {"weight_bytes": {"before": before.weight_bytes, "after": graph.weight_bytes}}
     assert graph.model.graph.initializers["w/quantized"].dtype == ir.DataType.INT8
     assert graph.model.graph.initializers["w/scale"].shape == (N,)
     assert "w" not in graph.model.graph.initializers

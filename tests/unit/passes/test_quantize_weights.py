@@ -64,6 +64,7 @@ def test_onnxruntime_takes_matmulnbits(run, bits, symmetric):
     assert len(node.inputs) == (3 if symmetric else 4)
     assert result.changes == {"MatMul quantized": 1}
     assert graph.weight_bytes < before.weight_bytes / (3.5 if bits == 8 else 6)
+    assert result.details["weight_bytes"] == {"before": before.weight_bytes, "after": graph.weight_bytes}
     graph.infer()
     assert graph.model.graph.outputs[0].shape == before.model.graph.outputs[0].shape
     assert snr(before, graph, 2, 3, K) > LEAST[bits]
@@ -152,6 +153,46 @@ def test_opset_too_old_for_blocks(run):
     header = '<ir_version: 8, opset_import: ["": 17]>\n'
     _, result, _ = run(header + MATMUL, QuantizeWeights(bits=4, scheme="tensorrt"), w=weight(K, N))
     assert reasons(result) == {"opset 17 has no INT4 in blocks: run opset:least=21 first"}
+
+
+TABLE = "g (int64[A,B] i) => (float[A,B,64] y, float[A,64] z) { y = Gather(t, i)  o = ReduceMin<keepdims = 0>(i, a)"
+TABLE += "  z = Gather(t, o) }"
+
+
+def test_tables_are_stored_by_rows(run):
+    arrays = {"t": weight(1000, 64) * np.geomspace(1, 1e3, 1000, dtype=np.float32)[:, None], "a": np.array([1])}
+    graph, result, before = run(TABLE, QuantizeWeights(tables=True), **arrays)
+    assert result.changes == {"tables quantized": 2}
+    assert sorted(graph.model.graph.initializers) == ["a", "t/quantized", "t/scale"]
+    graph.infer()
+    indices = {"i": np.array([[0, 5, 999], [17, 17, 400]])}
+    expected, found = probe.run(before, indices), probe.run(graph, indices)
+    for name, array in expected.items():
+        assert (np.abs(found[name] - array).max(axis=-1) < 0.005 * np.abs(array).max(axis=-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (QuantizeWeights(), "its table of 1 MB stays float: tables=true stores a quarter of it"),
+        (
+            QuantizeWeights(scheme="tensorrt", tables=True),
+            "its table stays float: TensorRT takes INT8 before DequantizeLinear alone",
+        ),
+        (QuantizeWeights(tables=True, keep=("?",)), "kept by choice: '?'"),
+    ],
+)
+def test_tables_that_stay(run, rule, reason):
+    _, result, _ = run(TABLE, rule, t=weight(3000, 64), a=np.array([1]))
+    assert not result.modified
+    assert reasons(result) == {reason}
+
+
+def test_table_with_nan_stays(run):
+    broken = weight(3000, 64)
+    broken[4] = np.inf
+    _, result, _ = run(TABLE, QuantizeWeights(tables=True), t=broken, a=np.array([1]))
+    assert reasons(result) == {"its table holds NaN or Inf"}
 
 
 class Samples(list):
