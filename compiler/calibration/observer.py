@@ -106,14 +106,17 @@ class _Elements:
             elements = elements[np.abs(elements) <= HUGE]
         if not elements.size:
             return
-        bits = elements.view(np.int32) & 0x7FFFFFFF
+        counts = np.bincount((elements.view(np.int32) >> 23) & 0xFF, minlength=256)
         self._histogram.add(elements, weight)
-        self._exponents += weight * np.bincount(bits >> 23, minlength=256)
-        self._squares += weight * float(elements.astype(np.float64) @ elements)
+        self._exponents += weight * counts
+        self._squares += weight * _squares(elements)
         self._weight += weight * elements.size
-        self._zeros += weight * (elements.size - int(np.count_nonzero(bits)))
-        if (present := bits[bits > 0]).size:  # floats of one sign are ordered as their bits are
-            self._smallest = min(self._smallest, float(present.min().view(np.float32)))
+        zeros = elements.size - int(np.count_nonzero(elements))
+        self._zeros += weight * zeros
+        lowest = int(np.argmax(counts[1:] > 0)) + 1
+        if counts[0] > zeros or 2.0 ** (lowest - 127) < self._smallest:  # may hold a smaller one: a slow look
+            sizes = np.abs(elements[elements != 0])
+            self._smallest = min(self._smallest, float(sizes.min(initial=np.inf)))
 
     def result(self) -> dict[str, Any]:
         return {
@@ -123,3 +126,8 @@ class _Elements:
             "smallest": self._smallest,
             "rms": math.sqrt(self._squares / self._weight) if self._weight else 0.0,
         }
+
+
+def _squares(elements: np.ndarray) -> float:
+    total = float(elements @ elements)
+    return total if np.isfinite(total) else float(elements.astype(np.float64) @ elements)

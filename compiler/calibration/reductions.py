@@ -99,10 +99,13 @@ class Reduced:
         build = _Builder(main, copy.opset)
         positive = _positive(main)
         self._places: dict[str, dict[str, int]] = {}
+        self._planes: dict[str, int] = {}
         for name in reversed(self.names):
             axis = axes.get(name) if name not in guarded else None
-            if name in sampled and _is_image(values[name], axis):
-                outputs = build.image_probe(values[name], positive=values[name] in positive)
+            image = _image(values[name], axis)
+            if image is not None and name in sampled:
+                self._planes[name] = image[1] * image[2]
+                outputs = build.image_probe(values[name], image, positive=values[name] in positive)
             else:
                 outputs = build.probe(values[name], axis, sampled=name in sampled, guarded=name in guarded)
             self._places[name] = {key: len(main.outputs) + place for place, key in enumerate(outputs)}
@@ -121,12 +124,14 @@ class Reduced:
         own = {_PHASE: np.array(phase, np.float32), _MOST: np.array(most), _ALMOST: np.array(most - 1)}
         found = self._session({**inputs, **own})
         return {
-            name: _reading({key: found[place] for key, place in places.items()})
+            name: _reading({key: found[place] for key, place in places.items()}, self._planes.get(name, 1))
             for name, places in self._places.items()
         }
 
 
-def _reading(found: dict[str, np.ndarray]) -> Reading:
+def _reading(found: dict[str, np.ndarray], plane: int) -> Reading:
+    if "planes" in found:
+        found["size"] = found.pop("planes") * plane
     counts = {key: int(found.pop(key)) for key in ("size", "masked", "broken") if key in found}
     high = found["high"].reshape(-1)
     low = found["low"].reshape(-1) if "low" in found else np.zeros_like(high)
@@ -164,18 +169,21 @@ class _Builder:
             outputs["elements"] = self._typed(self._sample(value), ir.DataType.FLOAT)
         return outputs
 
-    def image_probe(self, value: ir.Value, *, positive: bool) -> dict[str, ir.Value]:
+    def image_probe(self, value: ir.Value, image: tuple[int, int, int], *, positive: bool) -> dict[str, ir.Value]:
         """As `probe`, for images (batch, channels, height, width)."""
         axes = [0, 2, 3]
-        outputs = {"size": self._typed(self._add("Size", value), ir.DataType.INT64)}
-        outputs["high"] = self._reduce("ReduceMax", self._add("GlobalMaxPool", value), axes)
+        pooled = self._add("GlobalMaxPool", value)
+        outputs = {"planes": self._typed(self._add("Size", pooled), ir.DataType.INT64)}  # that of `value` needs NCHW
+        outputs["high"] = self._reduce("ReduceMax", pooled, axes)
         outputs["mean"] = self._reduce("ReduceMean", self._add("GlobalAveragePool", value), axes)
         if not positive:
             outputs["low"] = self._reduce("ReduceMin", value, axes)
-        if (stride := _stride(value)) > 1:
+        stride, left = _thinned(image)
+        if stride > 1:
             value = self._add("MaxPool", value, kernel_shape=[1, 1], strides=[stride, stride])
-        outputs["elements"] = self._sample(value)
-        for key in outputs.keys() - {"size"}:
+        few = left <= 2 * SAMPLED
+        outputs["elements"] = self._add("Reshape", value, self._flat) if few else self._sample(value)
+        for key in outputs.keys() - {"planes"}:
             self._typed(outputs[key], ir.DataType.FLOAT)
         return outputs
 
@@ -233,16 +241,18 @@ def _others(value: ir.Value, axis: int | None) -> list[int] | None:
     return [other for other in range(rank) if other != axis % rank]
 
 
-def _is_image(value: ir.Value, axis: int | None) -> bool:
-    return axis == 1 and value.shape is not None and len(value.shape) == 4 and value.dtype == ir.DataType.FLOAT
+def _image(value: ir.Value, axis: int | None) -> tuple[int, int, int] | None:
+    """Channels, height and width of images whose size is known."""
+    sizes = tuple(size for size in (value.shape or ())[1:] if isinstance(size, int))
+    fits = axis == 1 and value.shape is not None and len(value.shape) == 4 and value.dtype == ir.DataType.FLOAT
+    return (sizes[0], sizes[1], sizes[2]) if fits and len(sizes) == 3 else None
 
 
-def _stride(value: ir.Value) -> int:
-    """Leaves about `SAMPLED` elements of an image whose size is known, and at least 4 rows and columns."""
-    sizes = [size for size in (value.shape or ())[1:] if isinstance(size, int)]
-    if len(sizes) < 3:
-        return 1
-    return max(1, min(math.isqrt(math.prod(sizes) // SAMPLED), sizes[1] // 4, sizes[2] // 4))
+def _thinned(image: tuple[int, int, int]) -> tuple[int, int]:
+    """A stride that leaves about `SAMPLED` elements of an image and at least 4 rows and columns; how many it leaves."""
+    channels, height, width = image
+    stride = max(1, min(math.isqrt(math.prod(image) // SAMPLED), height // 4, width // 4))
+    return stride, channels * -(-height // stride) * -(-width // stride)
 
 
 def _positive(graph: ir.Graph) -> set[ir.Value]:
