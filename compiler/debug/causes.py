@@ -95,7 +95,7 @@ def explain(row: Row, subject: Side, oracle: Side, inputs: Arrays) -> Explanatio
         *_kernel(row, plain),
     ]
     if not causes:
-        causes = [f"none of the known causes: rounding in {row.dtype} alone does not explain it"]
+        causes = [_rounding(row)]
     return Explanation(tuple(operands), *_range(truth), causes=tuple(dict.fromkeys(causes)))
 
 
@@ -300,6 +300,13 @@ def _kernel(row: Row, plain: Distance | None) -> list[str]:
     return [
         f"the runtime's own kernel: run plainly, the same nodes are off by {plain.size:.3g} only, here by {found:.3g}"
     ]
+
+
+def _rounding(row: Row) -> str:
+    once = ROUNDING.get(row.dtype, _INTEGER_ROUNDING)
+    if row.local is not None and row.local.size <= 4 * once:
+        return f"rounding: {row.dtype} is off by up to {once:.2g} each time; more precision is not in it"
+    return f"none of the known causes: rounding in {row.dtype} alone does not explain it"
 
 
 def _range(array: np.ndarray) -> tuple[float | None, float | None]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import InlinePass
 
 from ...errors import GraphError
 from ..graph import Graph
@@ -80,9 +80,25 @@ def part(graph: Graph, inputs: Arrays, outputs: Sequence[str]) -> Graph:
     for name, array in inputs.items():
         _as_input(main, values[name], array)
     main.outputs.extend(_as_output(main, values[name]) for name in outputs)
-    RemoveUnusedNodesPass()(copy.model)
-    main.inputs[:] = [value for value in main.inputs if value.uses() or value in main.outputs]
+    _drop_unused(main)
     return copy
+
+
+def _drop_unused(main: ir.Graph) -> None:
+    """Keeps what leads to the outputs. For onnx_ir's own pass, uses in the branches of a node that goes still count."""
+    used, todo = set(main.outputs), list(main.outputs)
+    nodes: set[ir.Node] = set()
+    while todo:
+        node = todo.pop().producer()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo += [value for value in reads(node, main) if value not in used]
+            used |= set(reads(node, main))
+    main.remove([node for node in main if node not in nodes])
+    main.inputs[:] = [value for value in main.inputs if value in used]
+    for name, value in list(main.initializers.items()):
+        if value not in used:
+            del main.initializers[name]
 
 
 def _as_input(main: ir.Graph, value: ir.Value, array: np.ndarray) -> None:

@@ -167,6 +167,15 @@ def test_cancellation_is_told(read) -> None:
     assert any(cause.startswith("cancellation: its terms are ") for cause in found.culprit.explanation.causes)
 
 
+def test_rounding_alone_is_told(read) -> None:
+    half = "x16 = Cast<to = 10>(x)  w16 = Cast<to = 10>(w)  h = MatMul(x16, w16)  h32 = Cast<to = 1>(h)"
+    found = looked_into(read, NET.replace("h = MatMul(x, w)", half).replace("Relu(h)", "Relu(h32)"), threshold=1e-5)
+    assert found.culprit is not None
+    assert found.culprit.row.name == "h"
+    (cause,) = found.culprit.explanation.causes
+    assert cause.startswith("rounding: float16 is off by up to 0.00049 each time")
+
+
 def test_an_error_inside_that_reaches_no_output_is_a_note(read) -> None:
     plain = "g (float[N, 3] x) => (float[N, 3] y) <float k = {-1000000}> { a = Add(x, k)  b = Exp(a)  y = Add(b, x) }"
     found = looked_into(read, plain.replace("-1000000", "-60000"), plain)

@@ -53,16 +53,21 @@ def test_a_tensor_that_is_not_there_is_an_error(read) -> None:
 def test_branches_read_what_is_taken(read) -> None:
     graph = read(
         """
-        g (float[2] x, bool c) => (float[2] y) {
+        g (float[2] x, bool c) => (float[2] z) {
           a = Neg(x)
           y = If (c) <then_branch = t () => (float[2] p) { p = Exp(a) },
                       else_branch = e () => (float[2] q) { q = Abs(a) }>
+          z = Sqrt(y)
         }
         """
     )
     (found,) = (s for s in segments(graph, {"a", "y", "x", "c"}) if s.name == "y")
     assert sorted(found.leaves) == ["a", "c"]
     given = {"a": np.array([1, 2], np.float32), "c": np.array(True)}
+    assert part(graph, given, ["y"]).input_names == ("c", "a")
+    after = part(graph, {"y": given["a"]}, ["z"])
+    assert [node.op_type for node in after.nodes()] == ["Sqrt"]  # the branches' uses of a do not keep it
+    assert after.input_names == ("y",)
     np.testing.assert_allclose(plainly(part(graph, given, ["y"]), given)["y"], np.exp([1, 2]), rtol=1e-6)
 
 
