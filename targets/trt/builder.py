@@ -198,18 +198,20 @@ def _weak_typing(trt: Any, network: Any, types: dict[str, str]) -> dict[str, Any
     that has no fp32 kernel is named in the log instead of failing the build.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    tensors = [[layer.get_output(i) for i in range(layer.num_outputs)] for layer in layers]
     int8 = any(layer.type.name in ("QUANTIZE", "DEQUANTIZE") for layer in layers)
-    fp16 = any(types.get(tensor.name, tensor.dtype.name) == "HALF" for row in tensors for tensor in row)
+    given = {tensor.name: types.get(tensor.name, tensor.dtype.name) for layer in layers for tensor in _outputs(layer)}
+    fp16 = "HALF" in given.values()
     flags: dict[str, Any] = {"fp16": fp16, "int8": int8}
     if not fp16:
         return flags
-    # What the parser made of parts of a node has no type in the model, and pins would keep layers from being int8.
-    outputs = [[types.get(t.name, "HALF" if int8 else t.dtype.name) for t in row] for row in tensors]
+    # With Q/DQ, pins on parts of a node would keep it from being int8.
+    parts = dict.fromkeys(given.keys() - types.keys(), "HALF") if int8 else _types_of_parts(layers, types)
+    given.update(parts)
     quantized = {name for layer in layers if layer.type.name == "DEQUANTIZE" for name in _output_names(layer)}
     pinned = []
-    for layer, row in zip(layers, outputs):  # noqa: B905 - Python 3.8
-        if layer.type.name in ARITHMETIC and row and set(row) == {"FLOAT"} and not quantized & _input_names(layer):
+    for layer in layers:
+        found = {given[name] for name in _output_names(layer)}
+        if layer.type.name in ARITHMETIC and found == {"FLOAT"} and not quantized & _input_names(layer):
             layer.precision = trt.DataType.FLOAT
             for index in range(layer.num_outputs):
                 layer.set_output_type(index, trt.DataType.FLOAT)
@@ -220,13 +222,32 @@ def _weak_typing(trt: Any, network: Any, types: dict[str, str]) -> dict[str, Any
     return flags
 
 
+def _types_of_parts(layers: list[Any], types: dict[str, str]) -> dict[str, str]:
+    """Types of what the parser made of parts of a node, such as the product inside a Gemm: those of the whole node.
+
+    TensorRT 8.6 tells FLOAT for all of them. A part is read by the node's next layer, and the last one has its name.
+    """
+    readers = {name: layer for layer in reversed(layers) for name in _input_names(layer)}
+    found: dict[str, str] = {}
+    for layer in reversed(layers):
+        for name in _output_names(layer) - types.keys() & readers.keys():
+            for whole in _output_names(readers[name]):
+                if kind := found.get(whole) or types.get(whole):
+                    found[name] = kind
+    return found
+
+
+def _outputs(layer: Any) -> list[Any]:
+    return [layer.get_output(index) for index in range(layer.num_outputs)]
+
+
 def _input_names(layer: Any) -> set[str]:
     inputs = (layer.get_input(index) for index in range(layer.num_inputs))
     return {tensor.name for tensor in inputs if tensor is not None}
 
 
 def _output_names(layer: Any) -> set[str]:
-    return {layer.get_output(index).name for index in range(layer.num_outputs)}
+    return {tensor.name for tensor in _outputs(layer)}
 
 
 def _load_timing_cache(config: Any, path: str | None) -> Any:

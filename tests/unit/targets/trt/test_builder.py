@@ -98,6 +98,17 @@ def test_a_network_of_fp16_arithmetic_alone_needs_no_pins():
     assert flags == {"fp16": True, "int8": False}
 
 
+@pytest.mark.parametrize(("kind", "pinned"), [("HALF", False), ("FLOAT", True)])
+def test_parts_of_a_node_have_the_type_of_the_whole(kind, pinned):
+    product = Layer("MATRIX_MULTIPLY", FLOAT)
+    weighted = Layer("SCALE", FLOAT).reading(product)
+    whole = Layer("ELEMENTWISE", FLOAT).reading(weighted)
+    softmax = Layer("SOFTMAX", FLOAT).reading(whole)
+    model = {"CAST.0": "HALF", "ELEMENTWISE.0": kind, "SOFTMAX.0": "FLOAT"}
+    _weak_typing(TRT, network(Layer("CAST", HALF), product, weighted, whole, softmax), model)
+    assert [layer.precision is FLOAT for layer in (product, weighted, whole, softmax)] == [pinned] * 3 + [True]
+
+
 def test_layers_that_read_quantized_values_are_not_pinned():
     dequantize = Layer("DEQUANTIZE", HALF)
     convolution, softmax = Layer("CONVOLUTION", FLOAT).reading(dequantize), Layer("SOFTMAX", FLOAT)
