@@ -16,16 +16,17 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
 from ..compiler.calibration import Calibration, Method, Statistics
 from ..compiler.graph import Graph
 from ..compiler.graph.selection import label, select
 from ..compiler.machine.environment import cpu_flags
 from ..compiler.quantization import onnxruntime, tensorrt
+from ..compiler.quantization.attention import drop_guards
 from ..compiler.quantization.bias import correct
 from ..compiler.quantization.equalize import equalize
-from ..compiler.quantization.forms import prepare
+from ..compiler.quantization.forms import fold_weights, prepare
 from ..compiler.quantization.plan import Plan, constant
 from ..compiler.quantization.qdq import insert, quantized_nodes
 from ..compiler.quantization.ranges import activation_ranges, unknown
@@ -163,6 +164,8 @@ class _Run:
     def _prepare(self, asked: Collection[str]) -> None:
         if self.options.scheme == "onnxruntime":
             self.changes.update(prepare(self.graph, asked))
+        elif guards := drop_guards(self.graph):
+            self.changes["guards dropped"] = guards
         if self.options.equalize:
             self._note(*equalize(self.graph))
         if self.options.smooth:
@@ -199,6 +202,8 @@ def _flat(graph: Graph) -> Graph:
         work.model.functions.clear()
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(work.model)
     work.infer()
+    if fold_weights(work):
+        RemoveUnusedNodesPass()(work.model)
     return work
 
 

@@ -158,6 +158,8 @@ class _Planner:
                 return self._keep[node]
         if not self._attention:
             return "attention stays in fp16, one kernel with its softmax"
+        if attention.guarded:
+            return "its softmax is guarded against rows without any key, and would not be one 8-bit kernel"
         longest = LONGEST_INT8_ATTENTION if self._dtype == ir.DataType.INT8 else attention.keys
         if attention.keys is not None and longest is not None and attention.keys > longest:
             return f"attention over {attention.keys} keys; the fused 8-bit kernel takes {longest}"

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from enginesmith.compiler.graph import Graph
+from enginesmith.compiler.quantization.attention import drop_guards
 from enginesmith.compiler.quantization.tensorrt import plan
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
@@ -31,11 +32,16 @@ g (float[n,4,16,32] q, float[n,4,32,16] k, float[n,4,16,32] v, float[n,1,16,16] 
   scores = MatMul(scaled, k)
   masked = Add(scores, mask)
   p = Softmax<axis=-1>(masked)
-  bad = IsNaN(p)
-  guarded = Where(bad, mask, p)
-  y = MatMul(guarded, v)
+  y = MatMul(p, v)
 }
 """
+
+
+def guarded(text):
+    """Attention with torch's guard."""
+    return text.replace("  y =", "  bad = IsNaN(p)\n  g = Where(bad, mask, p)\n  y =").replace(
+        "MatMul(p, v)", "MatMul(g, v)"
+    )
 
 
 def graph(text):
@@ -157,9 +163,38 @@ def test_attention_stays_in_fp16():
 
 def test_attention_is_quantized_as_a_whole():
     found = plan(graph(ATTENTION), attention=True)
-    assert reads(found) == {"scaled": ["scores:0"], "k": ["scores:1"], "guarded": ["y:0"], "v": ["y:1"]}
+    assert reads(found) == {"scaled": ["scores:0"], "k": ["scores:1"], "p": ["y:0"], "v": ["y:1"]}
     assert found.weights == ()
     assert len(found.nodes) == 2
+
+
+def test_attention_with_a_guard_would_not_be_one_kernel():
+    found = plan(graph(guarded(ATTENTION)), attention=True)
+    assert reads(found) == {}
+    assert "guarded against rows without any key" in str(refused(found))
+
+
+@pytest.mark.parametrize(
+    ("mask", "dropped"),
+    [
+        ("float minus = {-3.4e38}", 1),
+        ("float minus = {-inf}", 0),
+    ],
+)
+def test_guards_are_dropped_where_masks_are_finite(mask, dropped):
+    text = guarded(ATTENTION).replace("float[n,1,16,16] mask", "bool[n,1,16,16] seen")
+    text = text.replace("<float scale>", f"<float scale, {mask}, float zero = {{0}}>")
+    text = text.replace("  masked", "  mask = Where(seen, zero, minus)\n  masked")
+    made = graph(text)
+    assert drop_guards(made) == dropped
+    made.verify()
+    assert made.operators()["IsNaN"] == 1 - dropped
+    assert bool(plan(made, attention=True).nodes) == bool(dropped)
+
+
+def test_guards_stay_where_a_caller_gives_the_mask():
+    made = graph(guarded(ATTENTION))
+    assert drop_guards(made) == 0
 
 
 def test_attention_that_no_kernel_takes_or_that_is_kept():
