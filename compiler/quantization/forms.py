@@ -1,6 +1,7 @@
 """Gives nodes the form that ONNX Runtime on the CPU has an integer kernel for; what they compute stays the same.
 
     ReduceMean over all positions       ->  GlobalAveragePool                  (Flatten where the axes go)
+    BatchNormalization before Conv      ->  Conv 1x1 of one channel each       where no Conv before it takes it in
     Conv of stride 2 over few channels  ->  stride 1 over four times as many   see `stem`
     MatMul of matrices, + bias          ->  Gemm                               whose kernel takes an int32 bias
     MatMul of more dimensions, + b[N]   ->  the same, + b[1, N]
@@ -19,9 +20,13 @@ import onnx_ir as ir
 
 from ..graph import Graph
 from ..graph.selection import label
+from .constants import Constants
 from .layers import free_name, initializer
 from .plan import constant
 from .stem import widen_stem
+
+_WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+_INTEGER = frozenset(("Add", "AveragePool", "Concat", "Conv", "MaxPool", "Mul", "Relu"))
 
 
 def prepare(graph: Graph, keep: Collection[str] = ()) -> dict[str, int]:
@@ -37,6 +42,9 @@ def prepare(graph: Graph, keep: Collection[str] = ()) -> dict[str, int]:
         if node.op_type == "ReduceMean" and _is_over_positions(node):
             _pool(graph, node)
             changes["ReduceMean to GlobalAveragePool"] += 1
+        elif node.op_type == "BatchNormalization" and _is_between(node):
+            _to_conv(graph, node)
+            changes["BatchNormalization to Conv"] += 1
         elif node.op_type == "Conv" and widen_stem(graph, node):
             changes["Conv of stride 2 to stride 1"] += 1
         elif node.op_type == "MatMul" and _has_matrix(node):
@@ -47,6 +55,21 @@ def prepare(graph: Graph, keep: Collection[str] = ()) -> dict[str, int]:
                 _widen_bias(graph, node, add)
                 changes["biases given two dimensions"] += 1
     return dict(changes)
+
+
+def fold_weights(graph: Graph) -> int:
+    """Makes initializers of weights and biases that nodes compute from constants alone; returns how many."""
+    constants = Constants(graph)
+    folded = 0
+    for node in graph.model.graph:
+        if node.domain or node.op_type not in _WEIGHTED:
+            continue
+        for place, value in enumerate(node.inputs[1:], start=1):
+            if value is None or value.is_initializer() or (array := constants.array(value)) is None:
+                continue
+            node.replace_input_with(place, initializer(graph, f"{value.name}/folded", array))
+            folded += 1
+    return folded
 
 
 def _is_over_positions(node: ir.Node) -> bool:
@@ -78,6 +101,30 @@ def _pool(graph: Graph, node: ir.Node) -> None:
             pooled.shape = ir.Shape([*source.shape[:2], *(1 for _ in source.shape[2:])])
         new.append(ir.node("Flatten", [pooled], name=f"{node.name or result.name}/flatten"))
     _replace(graph, node, new)
+
+
+def _is_between(node: ir.Node) -> bool:
+    """Whether a Conv, perhaps behind a Relu, reads the result, and an operator of integers gives the input."""
+    x, result = node.inputs[0], node.outputs[0]
+    producer = x.producer() if x is not None else None
+    if producer is None or producer.op_type not in _INTEGER or len(node.outputs) > 1 or (_rank(x) or 0) < 3:
+        return False
+    readers = [user for user, _ in result.uses()]
+    readers += [user for relu in readers if relu.op_type == "Relu" for user, _ in relu.outputs[0].uses()]
+    trains = node.attributes.get_int("training_mode", 0) == 1
+    return not trains and all(map(constant, node.inputs[1:])) and any(user.op_type == "Conv" for user in readers)
+
+
+def _to_conv(graph: Graph, node: ir.Node) -> None:
+    """By scale and shift: (x - mean) / sqrt(variance + epsilon) * scale + shift."""
+    x = node.inputs[0]
+    scale, shift, mean, variance = (v.const_value.numpy() for v in node.inputs[1:] if v is not None and v.const_value)
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    factor = scale / np.sqrt(variance.astype(np.float64) + epsilon)
+    title = node.name or node.outputs[0].name
+    weight = initializer(graph, f"{title}/weight", factor.reshape(-1, *[1] * ((_rank(x) or 0) - 1)))
+    bias = initializer(graph, f"{title}/bias", shift - mean * factor)
+    _replace(graph, node, [ir.node("Conv", [x, weight, bias], {"group": len(factor)}, name=node.name)])
 
 
 def _has_matrix(node: ir.Node) -> bool:

@@ -98,8 +98,13 @@ class _Planner:
                 self._chosen.add(node)
             elif reason is not None:
                 self._refuse(node, reason)
+        moving: set[ir.Node] = set()
         while edge := [node for node in self._chosen if node.op_type not in _HEAVY and not self._is_inside(node)]:
             self._chosen.difference_update(edge)
+            moving.update(node for node in edge if node.op_type in _MOVING)
+        for node in self._graph.model.graph:  # what is integer anyway is moved as such, whoever reads it
+            if node in moving and self._gives_integers(self._source(_read(_data(node)[0]))):
+                self._chosen.add(node)
 
     def _why_not(self, node: ir.Node) -> str | None:
         """Why a node cannot be integer; empty where it can, None where that is nothing to tell."""
@@ -127,16 +132,18 @@ class _Planner:
     def _is_inside(self, node: ir.Node) -> bool:
         """Whether all that a node reads comes from chosen nodes, and a chosen node reads what it makes.
 
-        What only moves data to chosen nodes may come from anywhere: bytes are moved faster than floats.
+        What only moves data to chosen nodes may take it from anywhere: bytes are moved faster than floats.
         """
-        if node.op_type in _PERMUTING and not self._integer_source(node):
-            return all(use.node in self._chosen and use in _data(use.node) for use in _uses(node.outputs[0]))
         if not self._integer_source(node):
-            return False
+            readers = _uses(node.outputs[0]) if node.op_type in _PERMUTING else []
+            return bool(readers) and all(u.node in self._chosen and u in _data(u.node) for u in readers)
         return any(self._is_read(self._result(output)) for output in node.outputs)
 
     def _integer_source(self, node: ir.Node) -> bool:
         return all(self._source(_read(use)) in self._chosen for use in _data(node))
+
+    def _gives_integers(self, node: ir.Node | None) -> bool:
+        return node in self._chosen and any(self._integer(node, self._result(output)) for output in node.outputs)
 
     def _integer(self, node: ir.Node, result: ir.Value) -> bool:
         return node.op_type not in _FLOAT_RESULT or self._is_read(result)

@@ -42,7 +42,7 @@ class Limit:
 
 
 def unknown(graph: Graph, plan: Plan, statistics: Statistics) -> dict[ir.Node, str]:
-    """Nodes of the plan that read or give an activation without a range, and why."""
+    """Nodes that read an activation without a range through Q/DQ, or give it, and why."""
     found: dict[ir.Node, str] = {}
     main = graph.model.graph
     for value in (*main.inputs, *(output for node in main for output in node.outputs)):
@@ -50,10 +50,8 @@ def unknown(graph: Graph, plan: Plan, statistics: Statistics) -> dict[ir.Node, s
         if name not in plan.activations or name in statistics:
             continue
         reason = "has no finite value" if name in statistics.empty else "holds a mask, NaN or infinite values"
-        around = [*(use.node for use in plan.activations[name]), *_behind(value.producer())]
-        found.update(
-            {node: f"{name!r} {reason} on the data" for node in around if node is not None and node in plan.nodes}
-        )
+        around = {use.node for use in plan.activations[name]} | (set(_behind(value.producer())) & plan.nodes)
+        found.update({node: f"{name!r} {reason} on the data" for node in around if node is not None})
     return found
 
 

@@ -356,6 +356,35 @@ def test_constant_nodes_and_functions_are_seen_through(build):
     assert snr_db(before, graph, samples) > 30
 
 
+def test_weights_that_nodes_compute_are_folded(build):
+    text = """g (float[N,4] x, float[6,4] w) => (float[N,6] y) { t = Transpose(w) y = MatMul(x, t) }"""
+    graph, context, samples = build(text)
+    before = graph.clone()
+    assert STATIC(graph, context).changes["weights quantized"] == 1
+    assert graph.operators()["Transpose"] == 0
+    assert snr_db(before, graph, samples) > 30
+
+
+def test_a_dense_block_is_fused_with_its_normalization(build, tmp_path):
+    text = """g (float[N,8,8,8] x, float[8,8,3,3] w, float[8,16,3,3] v, float[16] m, float[16] b, float[8] c)
+        => (float[N,8,8,8] y) <float[16] s = {1,2,3,4,5,6,7,8,1,2,3,4,5,6,7,8}> {
+        h = Conv<pads=[1,1,1,1]>(x, w)
+        r = Relu(h)
+        k = Conv<pads=[1,1,1,1]>(r, w)
+        j = Concat<axis=1>(r, k)
+        n = BatchNormalization(j, s, b, m, s)
+        q = Relu(n)
+        y = Conv<pads=[1,1,1,1]>(q, v, c) }"""
+    graph, context, samples = build(text)
+    before = graph.clone()
+    assert STATIC(graph, context).changes["BatchNormalization to Conv"] == 1
+    found = optimized(graph, tmp_path)
+    kernels = operators(found)
+    assert kernels.pop("Transpose") == 2
+    assert kernels == {"QuantizeLinear": 1, "QLinearConv": 4, "QLinearConcat": 1, "DequantizeLinear": 1}
+    assert snr_db(before, graph, samples) > 30
+
+
 @pytest.mark.parametrize(("flags", "largest"), [({"avx512_vnni"}, 127), ({"avx2"}, 64)])
 def test_weights_have_seven_bits_where_sums_would_saturate(build, monkeypatch, flags, largest):
     monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(flags))

@@ -51,6 +51,30 @@ def test_other_means_stay(read, axes):
     assert prepare(graph) == {}
 
 
+NORM = """g (float[N,3,4,6] x, float[2,3,1,1] w, float[3] b, float[3] m) => (float[N,2,4,6] y)
+    <float[3] s = {1, 2, 3}, float[3] v = {0.5, 1, 2}>
+    { a = Add(x, x) n = BatchNormalization<epsilon=0.1>(a, s, b, m, v) r = Relu(n) y = Conv(r, w) }"""
+
+
+@pytest.mark.parametrize("reader", ["r = Relu(n) y = Conv(r, w)", "y = Conv(n, w)"])
+def test_a_normalization_becomes_a_conv_of_single_channels(weighted, reader):
+    graph = weighted(NORM.replace("r = Relu(n) y = Conv(r, w)", reader))
+    operators = {"Add": 1, "Conv": 2} | ({"Relu": 1} if "Relu" in reader else {})
+    check(graph, operators, {"BatchNormalization to Conv": 1}, X)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Relu(n)", "Erf(n)"),  # no Conv reads it
+        ("Add(x, x)", "Erf(x)"),  # floats come in
+        ("(a, s, b, m, v)", "(a, s, b, s2, v)"),
+    ],
+)
+def test_other_normalizations_stay(weighted, old, new):
+    assert prepare(weighted(NORM.replace(old, new).replace("a = ", "s2 = Neg(s) a = "))) == {}
+
+
 @pytest.mark.parametrize("add", ["Add(h, b)", "Add(b, h)"])
 def test_a_product_of_matrices_takes_its_bias_along(weighted, add):
     text = f"g (float[N,6] x, float[6,5] w, float[5] b) => (float[N,5] y) {{ h = MatMul(x, w) y = {add} }}"

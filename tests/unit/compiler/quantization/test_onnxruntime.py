@@ -156,6 +156,22 @@ def test_data_that_floats_read_too_is_moved_as_floats(weighted):
     assert "x" not in plan(weighted(text)).activations
 
 
+def test_integers_are_moved_as_bytes_whoever_reads_them(weighted):
+    text = """g (float[N,4,8] x, float[4,4,1] w) => (float[N,32] y)
+        { c = Conv(x, w) t = Transpose<perm=[0,2,1]>(c) f = Flatten(t) y = Erf(f) }"""
+    found = plan(weighted(text))
+    assert results(found) == {"c", "t", "f"}
+    assert found.groups == (frozenset("ctf"),)
+
+
+def test_the_result_of_a_product_is_moved_as_it_is_read(weighted):
+    text = """g (float[N,4] x, float[4,4] w, float[4,4] v) => (float[N,2,2] y)
+        { h = Gemm(x, w) u = Unsqueeze(h, one) t = Squeeze(u, one) MOVED }"""
+    text = text.replace("=> (float[N,2,2] y)", "=> (float[N,4] y) <int64[1] one = {1}>")
+    assert results(plan(weighted(text.replace("MOVED", "y = Erf(t)")))) == {"h"}
+    assert results(plan(weighted(text.replace("MOVED", "y = Gemm(t, v)")))) == {"h", "u", "t", "y"}
+
+
 def test_max_pooling_of_bytes_needs_opset_12(weighted):
     header = '<ir_version: 8, opset_import: ["": 11]>\n'
     assert "p1" not in results(plan(weighted(header + RESIDUAL), per_channel=False))
