@@ -42,7 +42,7 @@ class Constants:
                 waiting.pop()
                 continue
             node = current.producer()
-            if node is None or not _foldable(node):
+            if node is None or node.graph is not self._graph.model.graph or not _foldable(node):
                 self._constant[current] = current.is_initializer() and not current.is_graph_input()
                 continue
             inputs = [used for used in node.inputs if used is not None]
