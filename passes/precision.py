@@ -14,6 +14,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import ClassVar, Literal, Protocol
 
+from onnx_ir.passes.common import InlinePass
+
 from ..compiler.budget import Budget
 from ..compiler.graph import Graph
 from ..compiler.graph.cost import costs, share
@@ -69,7 +71,7 @@ class Precision(QuantizeStatic):
                 hint=f"give --data, or cast by rule alone: cast:to={self.to}",
             )
         budget = context.budget or Budget.default(self.to)
-        evaluation = Evaluation(way.reference, samples, budget, batches=self.samples)
+        evaluation = Evaluation(emulate(way.reference), samples, budget, batches=self.samples)
         units = split(way.reference, way.among, most=self.units)
         table = costs(way.reference, context.signature.sizes())
 
@@ -132,8 +134,7 @@ class _Cast:
         self._prepared = self._cast.prepare(graph, context)
         self.reference = self._prepared.graph
         lowering = self._cast.lowering(self.reference)
-        nodes = [node for node in self.reference.nodes() if node.op_type != "Cast" and lowering.takes(node)]
-        self.among = frozenset(map(label, nodes))
+        self.among = frozenset(label(node) for node in self.reference.nodes() if lowering.takes(node))
         self.refusals = refused(self.reference)
 
     def lowered_alone(self, kept: Collection[str]) -> Graph:
@@ -172,10 +173,14 @@ class _Quantized:
         self._plain = dataclasses.replace(self._quantize, rounding="nearest", bias_correction=False)
         self._context = context
         self.reference = graph.clone()
+        if graph.model.functions:
+            InlinePass()(self.reference.model)
+            self.reference.model.functions.clear()
         _, result = self._lower(self._plain, ())
         self.refusals = result.refusals
         stay = {refusal.node for refusal in result.refusals}
-        labels = frozenset(label(node) for node in graph.model.graph if node.op_type != "Constant")
+        main = self.reference.model.graph
+        labels = frozenset(label(node) for node in main if node.op_type != "Constant")
         self.among = labels - stay if result.modified else frozenset()
 
     def lowered_alone(self, kept: Collection[str]) -> Graph:

@@ -65,11 +65,13 @@ class Lowering:
         return any(allowed) if allowed else None
 
     def pending(self) -> bool:
-        """Whether `apply` has anything to lower. Casts alone do not count: an earlier run put them in."""
-        return any(node.op_type != "Cast" and self.takes(node) for node in self._graph.nodes())
+        """Whether `apply` has anything to lower."""
+        return any(map(self.takes, self._graph.nodes()))
 
     def takes(self, node: ir.Node) -> bool:
-        """Whether any operand of a node becomes the lower type."""
+        """Whether any operand of a node becomes the lower type. Casts are put in; Shape and Size read either type."""
+        if node.op_type in _TAKES_ANY and node.domain == "":
+            return False
         return any(self.lowers(node, index, output=output) for index, output in _float_operands(node))
 
     def _allows(self, node: ir.Node, index: int, *, output: bool) -> bool:

@@ -1,9 +1,9 @@
 """Cuts a graph into units: what is lowered, or stays, together.
 
 Each heavy node (convolution, matrix product, recurrence) is a unit with the light nodes after it, as far as their
-latest data comes from it; the light nodes before the first heavy node join that. Where there would be more than `MOST`
-units, those between two places where a single tensor carries all data become one: residual blocks, attention,
-feed-forward.
+latest data comes from it; the light nodes before the first heavy node join that. Branches and bodies are cut likewise.
+Where there would be more than `MOST` units, those between two places where a single tensor carries all data become one:
+residual blocks, attention, feed-forward.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def split(graph: Graph, among: Collection[str], *, most: int = MOST) -> list[Uni
         most: with more units than that, blocks are taken.
     """
     allowed = frozenset(among)
-    groups = _groups(graph.model.graph)
-    if sum(bool(_labels(group, allowed)) for group in groups) > most:
-        groups = _merged(graph, groups)
-    return [_unit(group, allowed) for group in groups if _labels(group, allowed)]
+    scopes = [scope for scope in graph.graphs() if scope is graph.model.graph or any(map(_is_heavy, scope))]
+    groups = [(scope, [group for group in _groups(scope) if _labels(group, allowed)]) for scope in scopes]
+    if sum(len(found) for _, found in groups) > most:
+        groups = [(scope, _merged(scope, found)) for scope, found in groups]
+    return [_unit(group, allowed) for _, found in groups for group in found]
 
 
 def _unit(group: list[ir.Node], allowed: frozenset[str]) -> Unit:
@@ -52,8 +53,21 @@ def _unit(group: list[ir.Node], allowed: frozenset[str]) -> Unit:
 
 
 def _labels(group: list[ir.Node], allowed: frozenset[str]) -> tuple[str, ...]:
-    found = (label(inner) for node in group for inner in _with_inner(node))
+    found = (label(inner) for node in group for inner in _taken_along(node))
     return tuple(dict.fromkeys(name for name in found if name in allowed))
+
+
+def _is_heavy(node: ir.Node) -> bool:
+    return node.op_type in HEAVY
+
+
+def _taken_along(node: ir.Node) -> Iterator[ir.Node]:
+    """A node, and those in its branches and bodies without heavy nodes, which are no units of their own."""
+    yield node
+    for graph in subgraphs(node):
+        if not any(map(_is_heavy, graph)):
+            for inner in graph:
+                yield from _taken_along(inner)
 
 
 def _with_inner(node: ir.Node) -> Iterator[ir.Node]:
@@ -61,10 +75,6 @@ def _with_inner(node: ir.Node) -> Iterator[ir.Node]:
     for graph in subgraphs(node):
         for inner in graph:
             yield from _with_inner(inner)
-
-
-def _is_heavy(node: ir.Node) -> bool:
-    return any(inner.op_type in HEAVY for inner in _with_inner(node))
 
 
 def _groups(graph: ir.Graph) -> list[list[ir.Node]]:
@@ -88,12 +98,12 @@ def _groups(graph: ir.Graph) -> list[list[ir.Node]]:
     return groups
 
 
-def _merged(graph: Graph, groups: list[list[ir.Node]]) -> list[list[ir.Node]]:
+def _merged(graph: ir.Graph, groups: list[list[ir.Node]]) -> list[list[ir.Node]]:
     """Joins the groups between places where a single tensor that depends on a heavy node is alive.
 
     Others are not counted: a mask goes to every attention.
     """
-    order = {node: place for place, node in enumerate(graph.model.graph)}
+    order = {node: place for place, node in enumerate(graph)}
     owner = {inner: node for node in order for inner in _with_inner(node)}
     depends: set[ir.Node] = set()
     changes = [0] * (len(order) + 1)

@@ -39,15 +39,15 @@ def test_nodes_that_cannot_be_lowered_belong_to_none(read):
     assert [(unit.name, unit.nodes) for unit in units] == [("r1", ("r1",)), ("b1", ("b1",)), ("b2", ("b2",))]
 
 
-def test_a_branch_goes_with_its_node(read):
+def test_branches(read):
     graph = read(f"""g (float[N,2] x, bool c) => (float[N,2] y) <{WEIGHT}> {{
         [before] a = MatMul(x, w)
-        [if] b = If (c) <then_branch = t () => (float[N,2] p) {{ [inner] p = MatMul(a, w) }},
+        [if] b = If (c) <then_branch = t () => (float[N,2] p) {{ [inner] q = MatMul(a, w)  [exp] p = Exp(q) }},
                          else_branch = e () => (float[N,2] r) {{ [other] r = Neg(a) }}>
         [after] y = Neg(b) }}""")
     units = split(graph, names(graph))
-    assert [unit.nodes for unit in units] == [("before",), ("if", "inner", "other", "after")]
-    assert split(graph, names(graph), most=1)[1].name == "if"
+    assert [unit.nodes for unit in units] == [("before", "if", "other", "after"), ("inner", "exp")]
+    assert [unit.name for unit in split(graph, names(graph), most=1)] == ["before", "inner"]
 
 
 def test_graphs_of_light_nodes(read):
