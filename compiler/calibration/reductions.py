@@ -25,13 +25,14 @@ from ..graph.probe import Arrays, Session
 HUGE = 1e30
 """Beyond this a value stands for infinity."""
 
-SAMPLED = 2048
-"""How many elements of a tensor are given for each sample of a batch."""
+SAMPLED = 4096
+SAMPLED_OF_IMAGE = 1024
+"""How many elements of a tensor are given at most for each sample of a batch."""
 
 _POSITIVE = frozenset(("Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"))
 _CARRIES_SIGN = frozenset(("Add", "AveragePool", "Concat", "GlobalAveragePool", "Identity", "MaxPool", "Mul"))
 
-_PHASE, _MOST, _ALMOST = (f"enginesmith/{name}" for name in ("phase", "most", "almost"))
+_PHASE, _MOST, _MOST_OF_IMAGE = (f"enginesmith/{name}" for name in ("phase", "most", "most-of-image"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +121,8 @@ class Reduced:
             samples: how many samples that is.
             phase: in [0, 1): which of the evenly spaced elements to give.
         """
-        most = SAMPLED * max(samples, 1)
-        own = {_PHASE: np.array(phase, np.float32), _MOST: np.array(most), _ALMOST: np.array(most - 1)}
-        found = self._session({**inputs, **own})
+        own = {_PHASE: phase, _MOST: SAMPLED * samples, _MOST_OF_IMAGE: SAMPLED_OF_IMAGE * samples}
+        found = self._session({**inputs, **{name: np.array(number, np.float32) for name, number in own.items()}})
         return {
             name: _reading({key: found[place] for key, place in places.items()}, self._planes.get(name, 1))
             for name, places in self._places.items()
@@ -134,7 +134,7 @@ def _reading(found: dict[str, np.ndarray], plane: int) -> Reading:
         found["size"] = found.pop("planes") * plane
     counts = {key: int(found.pop(key)) for key in ("size", "masked", "broken") if key in found}
     high = found["high"].reshape(-1)
-    low = found["low"].reshape(-1) if "low" in found else np.zeros_like(high)
+    low = found["low"].reshape(-1, high.size).min(0) if "low" in found else np.zeros_like(high)
     mean = found["mean"].reshape(-1) if "mean" in found else low
     return Reading(**counts, low=low, high=high, mean=mean, elements=found.get("elements"))
 
@@ -145,14 +145,15 @@ class _Builder:
     def __init__(self, graph: ir.Graph, opset: int) -> None:
         self._graph = graph
         self._opset = opset
-        self._phase, self._most, self._almost = (
-            ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([]))
-            for name, dtype in ((_PHASE, ir.DataType.FLOAT), (_MOST, ir.DataType.INT64), (_ALMOST, ir.DataType.INT64))
+        self._phase, self._most, self._most_of_image = (
+            ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
+            for name in (_PHASE, _MOST, _MOST_OF_IMAGE)
         )
-        graph.inputs.extend([self._phase, self._most, self._almost])
+        graph.inputs.extend([self._phase, self._most, self._most_of_image])
         self._zero = self._constant(np.array([0]))
         self._end = self._constant(np.array([np.iinfo(np.int64).max]))
         self._flat = self._constant(np.array([-1]))
+        self._one = self._constant(np.array([1]))
 
     def probe(self, value: ir.Value, axis: int | None, *, sampled: bool, guarded: bool) -> dict[str, ir.Value]:
         """The outputs that make a reading, by its fields."""
@@ -166,7 +167,7 @@ class _Builder:
             for key, operator in (("low", "ReduceMin"), ("high", "ReduceMax"), ("mean", "ReduceMean")):
                 outputs[key] = self._typed(self._reduce(operator, value, axes), ir.DataType.FLOAT)
         if sampled:
-            outputs["elements"] = self._typed(self._sample(value), ir.DataType.FLOAT)
+            outputs["elements"] = self._typed(self._sample(value, self._most), ir.DataType.FLOAT)
         return outputs
 
     def image_probe(self, value: ir.Value, image: tuple[int, int, int], *, positive: bool) -> dict[str, ir.Value]:
@@ -177,12 +178,14 @@ class _Builder:
         outputs["high"] = self._reduce("ReduceMax", pooled, axes)
         outputs["mean"] = self._reduce("ReduceMean", self._add("GlobalAveragePool", value), axes)
         if not positive:
-            outputs["low"] = self._reduce("ReduceMin", value, axes)
+            outputs["low"] = self._reduce("ReduceMin", value, [2, 3])
         stride, left = _thinned(image)
         if stride > 1:
             value = self._add("MaxPool", value, kernel_shape=[1, 1], strides=[stride, stride])
-        few = left <= 2 * SAMPLED
-        outputs["elements"] = self._add("Reshape", value, self._flat) if few else self._sample(value)
+        few = left <= 2 * SAMPLED_OF_IMAGE
+        outputs["elements"] = (
+            self._add("Reshape", value, self._flat) if few else self._sample(value, self._most_of_image)
+        )
         for key in outputs.keys() - {"planes"}:
             self._typed(outputs[key], ir.DataType.FLOAT)
         return outputs
@@ -200,16 +203,16 @@ class _Builder:
             outputs[key] = self._typed(self._reduce("ReduceSum", counted, None), ir.DataType.INT64)
         return outputs
 
-    def _sample(self, value: ir.Value) -> ir.Value:
-        """Every step-th element, so that `_MOST` are given or a few less; from a start that the phase decides."""
+    def _sample(self, value: ir.Value, most: ir.Value) -> ir.Value:
+        """Every step-th element, so that `most` are given or a few less; from a start that the phase decides."""
         flat = self._add("Reshape", value, self._flat)
         if self._opset < 10:  # Slice takes no steps
             return flat
-        step = self._add("Div", self._add("Add", self._add("Size", value), self._almost), self._most)
-        scaled = self._add("Mul", self._add("Cast", step, to=ir.DataType.FLOAT.value), self._phase)
-        start = self._add("Cast", scaled, to=ir.DataType.INT64.value)
-        one = self._constant(np.array([1]))
-        start, step = (self._add("Reshape", scalar, one) for scalar in (start, step))
+        size = self._add("Cast", self._add("Size", value), to=ir.DataType.FLOAT.value)
+        step = self._add("Ceil", self._add("Div", size, most))
+        start = self._add("Mul", step, self._phase)
+        vectors = (self._add("Reshape", scalar, self._one) for scalar in (start, step))
+        start, step = (self._add("Cast", vector, to=ir.DataType.INT64.value) for vector in vectors)
         return self._add("Slice", flat, start, self._end, self._zero, step)
 
     def _reduce(self, operator: str, value: ir.Value, axes: list[int] | None) -> ir.Value:
@@ -249,9 +252,9 @@ def _image(value: ir.Value, axis: int | None) -> tuple[int, int, int] | None:
 
 
 def _thinned(image: tuple[int, int, int]) -> tuple[int, int]:
-    """A stride that leaves about `SAMPLED` elements of an image and at least 4 rows and columns; how many it leaves."""
+    """A stride that leaves about `SAMPLED_OF_IMAGE` elements and at least 4 rows and columns; how many it leaves."""
     channels, height, width = image
-    stride = max(1, min(math.isqrt(math.prod(image) // SAMPLED), height // 4, width // 4))
+    stride = max(1, min(math.isqrt(math.prod(image) // SAMPLED_OF_IMAGE), height // 4, width // 4))
     return stride, channels * -(-height // stride) * -(-width // stride)
 
 
