@@ -1,7 +1,7 @@
 """Finds attention: two products of activations with Softmax between them, q k^T - scale - mask - Softmax - p v.
 
-torch lets ``Where(IsNaN(p), 0, p)`` follow Softmax, for rows whose keys are all masked by minus infinity. It would stand
-between Softmax and QuantizeLinear, and TensorRT then makes three kernels of what may be a single 8-bit one.
+torch lets ``Where(IsNaN(p), 0, p)`` follow Softmax, for rows whose keys are all masked by minus infinity. It would
+stand between Softmax and QuantizeLinear, and TensorRT then makes three kernels of what may be a single 8-bit one.
 """
 
 from __future__ import annotations
