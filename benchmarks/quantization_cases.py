@@ -21,7 +21,7 @@ Metric = Callable[[np.ndarray, Sequence[Arrays], np.ndarray], Scores]
 """Takes the outputs of all held-out rows, the held-out batches and the outputs of fp32; gives percentages."""
 
 SAMPLES = Path(__file__).parents[1] / "samples"
-PARAGRAPHS_A_TOPIC = range(5, 13)
+PARAGRAPHS_A_TOPIC = range(5, 41)
 
 
 class Batches(list[Arrays]):
@@ -146,7 +146,10 @@ def minilm_data() -> Data:
 
 
 def retrieval(found: np.ndarray, held_out: Sequence[Arrays], expected: np.ndarray) -> Scores:
-    """How well the nearest paragraphs are those of the same topic, and how far the order is that of fp32."""
+    """How well a paragraph finds those of its topic among all others, and how far the order is that of fp32.
+
+    nDCG is the normalized discounted cumulative gain of the whole ranking (Jarvelin and Kekalainen, 2002).
+    """
     topic = column(held_out, "topic")
     others = ~np.eye(len(topic), dtype=bool)
     same = (topic[:, None] == topic)[others].reshape(len(topic), -1)
@@ -156,10 +159,11 @@ def retrieval(found: np.ndarray, held_out: Sequence[Arrays], expected: np.ndarra
     ranked = np.take_along_axis(same, np.argsort(-similar, axis=1, kind="stable"), axis=1)
     nearest, nearest_fp32 = (np.argsort(-s, axis=1, kind="stable")[:, :5] for s in (similar, reference))
     shared = [len(set(a) & set(b)) / 5 for a, b in zip(nearest.tolist(), nearest_fp32.tolist(), strict=True)]
-    precision = np.cumsum(ranked, axis=1) / np.arange(1, ranked.shape[1] + 1)
+    gain = 1 / np.log2(np.arange(2, ranked.shape[1] + 2))
+    best = np.cumsum(gain)[ranked.sum(1) - 1]
     order = [kendalltau(a, b).statistic for a, b in zip(similar, reference, strict=True)]
     return {
-        "mean average precision": 100 * float(((precision * ranked).sum(1) / ranked.sum(1)).mean()),
+        "nDCG": 100 * float(((ranked * gain).sum(1) / best).mean()),
         "shared of the 5 nearest": 100 * float(np.mean(shared)),
         "Kendall tau": 100 * float(np.mean(order)),
         "lowest cosine": 100 * float((normalized(found) * normalized(expected)).sum(1).min()),
