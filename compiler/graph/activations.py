@@ -1,7 +1,7 @@
 """What the data says about the smaller type: nodes whose tensors it cannot hold stay in float32.
 
 A tensor's producer and consumers stay where it
-- overflows;
+- overflows, or might on other data;
 - is so small that it has at most 8 bits (below 7.6e-6 in float16);
 - has magnitudes that round to zero and no zeros by itself, and leads to a logarithm or a division by it;
 - is the argument of Sin or Cos, and so large that it is rounded by more than 2 ** -8.
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 BATCHES = 32
 """How many batches of data are run where there is no calibration."""
 
+HEADROOM = 2.0
+"""How much larger than on this data values may get elsewhere. Negative ones have none: clamped masks lie there."""
+
 _ANGLE = 2.0**-8
 _LOST = 2.0**3
 
@@ -39,11 +42,18 @@ class Measured:
     """What a tensor held.
 
     Attributes:
+        low, high: of all finite values.
         smallest: smallest magnitude, 0 where there are zeros; infinite where that was not measured.
     """
 
-    peak: float
+    low: float
+    high: float
     smallest: float = np.inf
+
+    @property
+    def peak(self) -> float:
+        """The largest magnitude."""
+        return max(abs(self.low), abs(self.high))
 
 
 def measure(graph: Graph, samples: Samples, calibration: Calibration | None) -> dict[str, Measured]:
@@ -54,9 +64,9 @@ def measure(graph: Graph, samples: Samples, calibration: Calibration | None) -> 
     """
     if calibration is None:
         found = ranges(graph, itertools.islice(samples, BATCHES))
-        return {name: Measured(max(abs(low), abs(high))) for name, (low, high) in found.items()}
+        return {name: Measured(low, high) for name, (low, high) in found.items()}
     everything = calibration.statistics(graph).everything()
-    return {name: Measured(s.peak, 0.0 if s.zeros else s.smallest) for name, s in everything.items()}
+    return {name: Measured(s.low, s.high, 0.0 if s.zeros else s.smallest) for name, s in everything.items()}
 
 
 def keep_activations(graph: Graph, to: Format, measured: Mapping[str, Measured]) -> None:
@@ -79,7 +89,7 @@ def keep_activations(graph: Graph, to: Format, measured: Mapping[str, Measured])
 
 
 def _unfit(value: ir.Value, found: Measured, to: Format) -> str | None:
-    if found.peak > to.largest:
+    if found.high > to.largest / HEADROOM or found.low < -to.largest:
         return f"tensor {value.name!r} reaches {found.peak:.3g} on the data, {to.name} ends at {to.largest:.5g}"
     if 0 < found.peak < to.normal / _LOST:
         return f"tensor {value.name!r} stays below {found.peak:.1g} on the data, where {to.name} loses digits"

@@ -79,6 +79,14 @@ def test_powers(stay, exponent, kept):
     assert stay(text, {"x": [1, 2], "k": [1, 1]}).keys() == kept
 
 
+@pytest.mark.parametrize(("largest", "kept"), [(40000, True), (30000, False), (-40000, False), (-70000, True)])
+def test_overflow_has_some_room(stay, largest, kept):
+    text = "g (float[N] x) => (float[N] y) <float k = {2}> { [twice] n = Mul(x, k)  [tanh] y = Tanh(n) }"
+    found = stay(text, {"x": [1, largest / 2]})
+    assert found.keys() == ({"twice", "tanh"} if kept else set())
+    assert not kept or found["tanh"] == f"tensor 'n' reaches {abs(largest):.3g} on the data, float16 ends at 65504"
+
+
 def test_tensors_without_digits(stay):
     text = (
         "g (float[N] x) => (float[N] y) <float k = {0.000002}> { [tiny] t = Mul(x, k)  [neg] n = Neg(t)  y = Exp(n) }"
@@ -94,7 +102,7 @@ def test_tensors_without_digits(stay):
     ("end", "kept"), [("Log(r)", True), ("Div(k, r)", True), ("Div(r, k)", False), ("Neg(r)", False)]
 )
 def test_divisors_that_round_to_zero(stay, end, kept):
-    text = f"""g (float[N] x) => (float[N] y) <float k = {{2}}> {{
+    text = f"""g (float[N] x) => (float[N] y) <float k = {{0.5}}> {{
         [abs] a = Abs(x)  [root] r = Sqrt(a)  [end] e = {end}  y = Atan(e) }}"""
     found = stay(text, {"x": [1e-9, 1]})
     assert found.keys() == ({"abs", "root", "end"} if kept else set())
