@@ -26,7 +26,9 @@ def show_debugged(debugged: Debugged) -> None:
     found = debugged.findings
     console = _console()
     _show_rows(console, found)
-    outputs = ", ".join(f"{escape(name)} {_text(error)}" for name, error in debugged.outputs.items())
+    outputs = ", ".join(
+        f"{escape(name)} {'not finite' if error is None else _text(error)}" for name, error in debugged.outputs.items()
+    )
     console.print(
         f"{debugged.engine} against {debugged.against}, run by {debugged.runs_on}, sample {debugged.sample} (the worst "
         f"of {debugged.samples}): relative L2 of the outputs {outputs}; {found.threshold:g} is allowed",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import GraphError
+from ...errors import EngineError, GraphError
 from .distance import Distance, distance
 from .parts import UNQUANTIZED, Segment, tensors
 from .runtimes import plainly
@@ -149,7 +149,7 @@ def _values(side: Side, inputs: Arrays, names: Sequence[str]) -> dict[str, np.nd
     known |= {name: t.numpy() for name in names if name not in known and (t := constants.get(name)) is not None}
     try:
         return {**known, **side.values(inputs, [name for name in names if name not in known])}
-    except GraphError:
+    except (EngineError, GraphError):
         return known
 
 

@@ -155,16 +155,20 @@ def _candidates(rows: Sequence[Row], threshold: float) -> list[Row]:
 
 
 def _effects(subject: Side, oracle: Side, inputs: Arrays, truth: Arrays, candidates: Sequence[Row]) -> dict[str, float]:
-    effects = {}
-    for row in candidates:
-        leaves = [name for name in row.segment.leaves if name not in inputs]
+    found = ((row.name, _effect(subject, oracle, inputs, truth, row)) for row in candidates)
+    return {name: effect for name, effect in found if effect is not None}
+
+
+def _effect(subject: Side, oracle: Side, inputs: Arrays, truth: Arrays, row: Row) -> float | None:
+    """Error of the outputs where this node alone is as in the engine; None where a target refuses a part."""
+    try:
         right = {name: inputs[name] for name in row.segment.leaves if name in inputs}
-        right |= oracle.values(inputs, leaves)
+        right |= oracle.values(inputs, [name for name in row.segment.leaves if name not in inputs])
         made = subject.values(right, [row.name])
-        given = {**inputs, **made}
-        found = {**oracle.values(given, [name for name in truth if name not in made]), **made}
-        effects[row.name] = worst([distance(array, found[name]) for name, array in truth.items()])
-    return effects
+        found = {**oracle.values({**inputs, **made}, [name for name in truth if name not in made]), **made}
+    except (EngineError, GraphError):
+        return None
+    return worst([distance(array, found[name]) for name, array in truth.items()])
 
 
 def _choose(rows: Sequence[Row], effects: Mapping[str, float], error: float, threshold: float) -> Row | None:
@@ -203,9 +207,13 @@ def _notes(rows: Sequence[Row], changed: Sequence[Tapped], diverges: bool, thres
     flagged = [row.name for row in rows if _own(row) > threshold]
     if flagged and not diverges:
         notes.append(
-            f"{len(flagged)} tensors inside are off by more than {threshold:g}, but their errors do not reach the "
-            f"outputs: {', '.join(flagged[:5])}"
+            f"inside, {', '.join(flagged[:5])}{', ...' if len(flagged) > 5 else ''} (of {len(rows)} tensors) "
+            f"off by more than {threshold:g}, which does not reach the outputs"
         )
+    failed = [row for row in rows if row.total is None and row.local is None]
+    if failed:
+        why = next((row.reason for row in failed if row.reason), "the target refused the graph that gives them")
+        notes.append(f"{len(failed)} of {len(rows)} tensors could not be compared: {why}")
     if diverges and not flagged:
         notes.append(
             f"no node alone is off by more than {threshold:g}: the error adds up over many nodes, or the runtime makes "

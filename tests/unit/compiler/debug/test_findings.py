@@ -13,7 +13,7 @@ from enginesmith.compiler.debug.parts import prepared
 from enginesmith.compiler.debug.runtimes import AsEngine, plainly
 from enginesmith.compiler.debug.trace import Side
 from enginesmith.compiler.graph import Graph
-from enginesmith.errors import GraphError
+from enginesmith.errors import BuildError, GraphError
 from enginesmith.targets import get_target
 
 X = {"x": np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)}
@@ -182,7 +182,10 @@ def test_an_error_inside_that_reaches_no_output_is_a_note(read) -> None:
     assert not found.diverges
     assert found.culprit is None
     assert [found.verdict(row) for row in found.rows] == ["makes", "ok", "ok"]
-    assert any("do not reach the outputs: a" in note for note in found.notes)
+    assert any(
+        note.startswith("inside, a (of 3 tensors) off by more than") and "does not reach the outputs" in note
+        for note in found.notes
+    )
 
 
 def wrong_when_fused(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -202,6 +205,18 @@ def test_an_error_that_vanishes_while_tensors_are_looked_at_is_bisected(read) ->
     assert found.region is not None
     assert (found.region.before, found.region.after) == (("r",), ("m",))
     assert found.region.error == pytest.approx(0.5, rel=1e-3)
+
+
+def test_tensors_that_the_target_does_not_give_are_counted(read) -> None:
+    def refusing(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if graph.output_names != ("y",):
+            raise BuildError("one output only")
+        return plainly(graph, inputs)
+
+    graph = prepared(read(NET))
+    found = judged(Side(graph, refusing), Side(graph, plainly), 1e-3)
+    assert {found.verdict(row) for row in found.rows} == {"unknown"}
+    assert found.notes == ("4 of 4 tensors could not be compared: one output only",)
 
 
 def test_the_findings_are_json(read) -> None:
