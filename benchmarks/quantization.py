@@ -323,7 +323,7 @@ def main() -> int:
         results[name]["broken"] = broken(name, results[name])
         for promise in results[name]["broken"]:
             print(f"  BROKEN: {promise}")
-    write("quantization", results, options.out)
+        write("quantization", results, options.out)
     return int(any(results[name]["broken"] for name in options.models))
 
 
