@@ -4,7 +4,8 @@
 
 (Xiao et al. 2022, "SmoothQuant", equation 4.) All layers that read x share one s, from the maximum over their weights:
 a query, key and value projection for instance. 1 / s is folded into what makes x, see `channels`; where x has other
-uses too, such as a residual, or nothing takes the factor, one Mul is put before the layers, if asked for.
+uses too, such as a residual, or nothing takes the factor, one Mul is put before the layers, if asked for and if it
+gains enough.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from .plan import title
 if TYPE_CHECKING:
     from ..calibration import TensorStatistics
 
+WORTH_DB = 6.0
+"""What a Mul must gain: as much as one more bit for the activation. It costs time, and smaller gains are lost in the
+error of the weights, which grows.
+"""
+
 _SMALLEST = 1e-5
 """Below this a range counts as dead, and its channel keeps its scale."""
 
@@ -37,7 +43,7 @@ def smooth(
     Args:
         statistics: of the inputs of these layers, with ranges of their channels.
         alpha: how much moves, from 0 (activations keep their ranges, weights become even) to 1 (the reverse).
-        insert: whether to put in a Mul where the factor cannot be folded.
+        insert: whether to put in a Mul where the factor cannot be folded and it gains `WORTH_DB`.
 
     Returns counts by kind of change, and for each input left as it was, or that took a Mul, why.
     """
@@ -50,14 +56,17 @@ def smooth(
             continue
         if (reason := _fold(graph, value, readers, scale)) is None:
             changes["inputs smoothed"] += 1
-        elif insert:
+        else:
+            gain = _gain_db(statistics[value.name or ""], readers, scale)
+            worth = insert and gain >= WORTH_DB
+            what = "it takes a Mul: " if worth else f"a Mul would gain {gain:.1f} dB, too little: " if insert else ""
+            refusals.append(Refusal(what + reason, readers[0].name))
+            if not worth:
+                continue
             _insert(graph, value, readers, scale)
             changes["inputs smoothed by a Mul"] += 1
-        if reason is not None:
-            refusals.append(Refusal(f"it takes a Mul: {reason}" if insert else reason, readers[0].name))
-        if reason is None or insert:
-            for reader in readers:
-                reader.scale_inputs(scale)
+        for reader in readers:
+            reader.scale_inputs(scale)
     return dict(changes), refusals
 
 
@@ -87,6 +96,18 @@ def _scale(
     with np.errstate(divide="ignore"):
         scale: np.ndarray = np.where(alive, activations**alpha / weights ** (1 - alpha), 1)
     return scale
+
+
+def _gain_db(statistics: TensorStatistics, readers: list[Layer], scale: np.ndarray) -> float:
+    """By how much less noise quantized inputs cause behind the layers: steps follow the range, weights carry them."""
+    if statistics.channel_low is None or statistics.channel_high is None:
+        raise ValueError("the ranges of the channels are not known")
+    low, high = statistics.channel_low, statistics.channel_high
+    power = sum(np.square(reader.load(), dtype=np.float64).sum(axis=0) for reader in readers)
+    before = max(high.max(), 0) - min(low.min(), 0)
+    after = max((high / scale).max(), 0) - min((low / scale).min(), 0)
+    noise = [before**2 * np.sum(power), after**2 * np.sum(scale**2 * power)]
+    return float(10 * np.log10(noise[0] / noise[1])) if min(noise) > 0 else 0.0
 
 
 def _fold(graph: Graph, value: ir.Value, readers: list[Layer], scale: np.ndarray) -> str | None:

@@ -45,19 +45,32 @@ def test_folds_one_scale_for_all_readers(weighted, normal):
     np.testing.assert_allclose(activations, weights, rtol=1e-4)  # alpha one half: both become sqrt(x w)
 
 
+WIDE = (np.random.default_rng(0).standard_normal((2, 3, 32)) * ([60] + [1] * 31)).astype(np.float32)
+WIDE_RESIDUAL = """g (float[2,3,32] x, float[32,32] w, float[32,32] u) => (float[2,3,32] y) {
+    n = Abs(x)  a = MatMul(n, w)  c = MatMul(n, u)  d = Add(a, c)  y = Add(d, n) }"""
 RESIDUAL = """g (float[2,3,4] x, float[4,4] w, float[4,4] u) => (float[2,3,4] y) {
     n = Tanh(x)  a = MatMul(n, w)  c = MatMul(n, u)  d = Add(a, c)  y = Add(d, n) }"""
 
 
 def test_a_residual_takes_a_mul(weighted):
-    graph = weighted(RESIDUAL)
-    before = probe.run(graph, {"x": TOKENS})["y"]
-    changes, refusals = smooth(graph, statistics(graph, TOKENS), 0.5)
+    graph = weighted(WIDE_RESIDUAL)
+    before = probe.run(graph, {"x": WIDE})["y"]
+    changes, refusals = smooth(graph, statistics(graph, WIDE), 0.8)
     graph.verify()
     assert changes == {"inputs smoothed by a Mul": 1}
     assert [r.reason for r in refusals] == ["it takes a Mul: 'n' is read by Add 'y' too"]
-    assert graph.operators() == {"Tanh": 1, "Mul": 1, "MatMul": 2, "Add": 2}
-    np.testing.assert_allclose(probe.run(graph, {"x": TOKENS})["y"], before, rtol=1e-4, atol=1e-4)
+    assert graph.operators() == {"Abs": 1, "Mul": 1, "MatMul": 2, "Add": 2}
+    np.testing.assert_allclose(probe.run(graph, {"x": WIDE})["y"], before, rtol=1e-4, atol=1e-2)
+
+
+def test_a_mul_must_gain_enough(weighted):
+    graph = weighted(RESIDUAL)
+    before = graph.fingerprint()
+    changes, refusals = smooth(graph, statistics(graph, TOKENS), 0.5)
+    assert changes == {}
+    assert [r.reason[:12] for r in refusals] == ["a Mul would "]
+    assert "dB, too little: 'n' is read by Add 'y' too" in refusals[0].reason
+    assert graph.fingerprint() == before
 
 
 def test_a_residual_is_refused_a_mul(weighted):
