@@ -30,6 +30,8 @@ from .base import Context, PassResult, Refusal
 from .cast import Cast, refused
 from .quantize_static import QuantizeStatic
 
+_MORE = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Precision(QuantizeStatic):
@@ -39,7 +41,8 @@ class Precision(QuantizeStatic):
 
     Attributes:
         to: the smaller type.
-        samples: how many batches of data are measured on.
+        samples: how many batches of data errors are measured on; a budget on agreement or on the metric, of which a few
+            rows tell little, is held on sixteen times as many.
         units: with more units than that, blocks of nodes are measured in place of single heavy nodes.
     """
 
@@ -64,22 +67,27 @@ class Precision(QuantizeStatic):
         way: _Way = _Quantized(self, graph, context) if self.to == "int8" else _Cast(self, graph, context)
         if not way.among:
             return PassResult(modified=False, refusals=way.refusals)
-        samples = context.samples if context.calibration is None else context.calibration.samples
+        samples = context.samples
+        if samples is None and context.calibration is not None:
+            samples = context.calibration.samples
         if samples is None:
             raise RecipeError(
                 f"{self.name} measures errors on data, and there is none",
                 hint=f"give --data, or cast by rule alone: cast:to={self.to}",
             )
         budget = context.budget or Budget.default(self.to)
-        evaluation = Evaluation(emulate(way.reference), samples, budget, batches=self.samples)
+        reference = emulate(way.reference)
+        few = many = Evaluation(reference, samples, budget, batches=self.samples)
+        if budget.counts_rows:
+            many = Evaluation(reference, samples, budget, batches=self.samples * _MORE)
         units = split(way.reference, way.among, most=self.units)
         table = costs(way.reference, context.signature.sizes())
 
         def cost(labels: Collection[str]) -> float:
             return share(table, labels)
 
-        ranking = rank(way.lowered_alone, units, evaluation, cost)
-        choice = choose(way.lowered_but, ranking, evaluation, cost)
+        ranking = rank(way.lowered_alone, units, few, cost)
+        choice = choose(way.lowered_but, ranking, many, cost)
         reasons = {name: _reason(entry, budget) for entry in ranking for name in entry.unit.nodes}
         result = way.finish(graph, {name: reasons[name] for name in choice.chosen.kept})
         notes = (Refusal(f"errors were measured on {samples.description}"),) if samples.random else ()
@@ -91,8 +99,9 @@ class Precision(QuantizeStatic):
                 **result.details,
                 "precision": self.to,
                 "budget": str(budget),
-                "samples": evaluation.batches,
-                "runs": evaluation.runs,
+                "samples": few.batches,
+                "budget_samples": many.batches,
+                "runs": few.runs + (many.runs if many is not few else 0),
                 "sensitivity": [entry.record() for entry in ranking],
                 "curve": [point.record() for point in choice.curve],
                 "chosen": {**choice.chosen.record(), "names": sorted(choice.chosen.kept)},

@@ -107,12 +107,18 @@ def test_nothing_is_lowered_where_the_budget_has_no_room(run):
 def test_default_budget(run):
     _, result = run(Precision(), CANCELS, batches())
     assert result.details["budget"] == "relative_l2=0.0025"
-    assert result.details["samples"] == 3  # there are no more
+    assert result.details["samples"] == result.details["budget_samples"] == 3  # there are no more
 
 
 def test_budget_on_agreement(run):
-    _, result = run(Precision(to="bf16"), CANCELS, batches(), "top1=1")
+    _, result = run(Precision(to="bf16", samples=1), CANCELS, batches(6), "top1=1")
     assert result.details["chosen"]["value"] == 1
+    assert (result.details["samples"], result.details["budget_samples"]) == (1, 6)
+
+
+def test_twice_the_same(run):
+    samples = batches()
+    assert len({str(run(Precision(), CANCELS, samples, "relative_l2=0.02")[1].details) for _ in range(2)}) == 1
 
 
 def test_nodes_stay_by_choice(run):
