@@ -4,7 +4,7 @@ TensorRT runs a layer on 8-bit numbers where DequantizeLinear stands before it, 
 nothing but QuantizeLinear follows. It moves QuantizeLinear back to where data comes from, and DequantizeLinear on to
 where it goes, across layers that only move data. So Q/DQ stands, and stands nowhere else,
 
-    x - Q/DQ - Conv, ConvTranspose, Gemm, MatMul        before what multiplies a constant
+    x - Q/DQ - Conv, Gemm, MatMul                       before what multiplies a constant
     skip - Q/DQ - Add - Relu, Conv - Add                none between Conv and Add, so that the three are one kernel
     x - Q/DQ - AveragePool, GlobalAveragePool           between 8-bit layers
     a, b - Q/DQ - Concat - Q/DQ                         with one scale, so that a and b are written in place
@@ -29,7 +29,7 @@ from ..graph import Graph
 from ..graph.verifier import subgraphs
 from .attention import Attention, attentions
 from .plan import Plan, Use, Weight, constant, merge_groups, title
-from .tensorrt_limits import PRODUCTS, channel_axis, why_not
+from .tensorrt_limits import NO_KERNEL, PRODUCTS, channel_axis, why_not
 
 LONGEST_INT8_ATTENTION = 512
 """Keys that the fused int8 kernel of attention takes."""
@@ -98,6 +98,8 @@ class _Planner:
         for node in self._nodes:
             if any(True for _ in subgraphs(node)):
                 self._refuse(node, f"the bodies of {node.op_type} stay float")
+            elif node.op_type in NO_KERNEL and not node.domain:
+                self._refuse(node, NO_KERNEL[node.op_type])
             elif node.op_type in PRODUCTS and not node.domain and node not in parts:
                 self._product(node)
         for attention in found:
@@ -170,7 +172,7 @@ class _Planner:
         if value is None or value.is_graph_output() or len(value.uses()) != 1:
             return False
         producer = value.producer()
-        return producer in self._chosen and producer.op_type in ("Conv", "ConvTranspose")
+        return producer in self._chosen and producer.op_type == "Conv"
 
     def _depths(self) -> Mapping[ir.Value | None, int]:
         """How many products lie on the longest way to a value."""

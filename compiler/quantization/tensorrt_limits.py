@@ -32,11 +32,19 @@ class Product(NamedTuple):
 
 
 PRODUCTS = {
-    "Conv": Product((4, 5), axis=0),
-    "ConvTranspose": Product((4, 5), axis=1),
+    "Conv": Product((3, 4, 5), axis=0),
     "Gemm": Product((2,), axis=1),
     "MatMul": Product((2,), axis=1),
 }
+
+
+NO_KERNEL = {
+    "ConvTranspose": "TensorRT computes ConvTranspose in fp16, and would dequantize its weight at every call",
+    "GRU": "TensorRT has no 8-bit kernel for GRU",
+    "LSTM": "TensorRT has no 8-bit kernel for LSTM",
+    "RNN": "TensorRT has no 8-bit kernel for RNN",
+}
+"""Operators with weights that stay float, and why."""
 
 
 def channel_axis(node: ir.Node) -> int:
@@ -58,10 +66,6 @@ def why_not(node: ir.Node, dtype: ir.DataType) -> str:
         return f"its weight has {len(shape)} axes; there are 8-bit kernels for {' or '.join(map(str, ranks))}"
     if node.op_type in ("Gemm", "MatMul"):
         return _why_not_matrix(source, shape)
-    if node.op_type == "ConvTranspose":
-        if _group(node) > 1:
-            return "there is no 8-bit kernel for a grouped ConvTranspose"
-        shape[:2] = shape[1::-1]
     if dtype == ir.DataType.INT8:
         return _why_not_int8_filter(node, *shape)
     return _why_not_fp8_filter(*shape)

@@ -62,10 +62,23 @@ branches (float[n,32,16,16] x) => (float[n,32,16,16] y)
 }
 """
 
+SIGNAL = """
+<ir_version: 8, opset_import: ["" : 17]>
+signal (float[n,32,64] x) => (float[n,32,64] y) <float[64,32,3] w1, float[32,64,3] w2>
+{
+  a = Conv<pads=[1,1]>(x, w1)
+  b = Relu(a)
+  c = Conv<pads=[1,1]>(b, w2)
+  s = Add(c, x)
+  y = Relu(s)
+}
+"""
+
 CASES = {
     "residual": (networks["RESNET"], ["image:1x3x32x32"], ("logits", (32,))),
     "bottlenecks": (LINEAR_BOTTLENECKS, ["x:1x32x16x16"], ("y", (32,))),
     "branches": (BRANCHES, ["x:1x32x16x16"], ("y", (32, 16, 16))),
+    "signal": (SIGNAL, ["x:1x32x64"], ("y", (32, 64))),
     "transformer": (networks["TRANSFORMER"], ["x:1x32x64", "mask:1x1x1x32"], ("y", (32, 64))),
 }
 
