@@ -86,7 +86,7 @@ def test_an_engine_is_built_without_a_gpu(request_for):
     assert info.details["flags"] == ["STRONGLY_TYPED"]
     assert info.details["layers"]["source"] == "log of the build"
     assert info.details["layers"]["types"]["correlation"] == 1
-    assert len(info.details["layers"]["wide"]) == 1  # the convolution; so small a matrix product is pointwise
+    assert len(info.details["layers"]["wide"]) == 2  # the convolution and the matrix product
     assert any("Engine generation completed" in line for line in log)
     assert progress[0] == (0.0, "reading the graph")
     assert progress[-1] == (1.0, "done")
