@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from onnx_ir.passes.common import InlinePass
 
 from ..compiler.budget import Budget
+from ..compiler.data import Samples
 from ..compiler.graph import Graph
 from ..compiler.graph.cost import costs, share
 from ..compiler.graph.emulation import emulate
@@ -75,6 +76,17 @@ class Precision(QuantizeStatic):
                 f"{self.name} measures errors on data, and there is none",
                 hint=f"give --data, or cast by rule alone: cast:to={self.to}",
             )
+        found = self._measured(way, samples, context)
+        result = way.finish(graph, found.reasons())
+        notes = (Refusal(f"errors were measured on {samples.description}"),) if samples.random else ()
+        return dataclasses.replace(
+            result,
+            changes={**result.changes, "units kept": found.units_kept()} if result.modified else {},
+            refusals=notes + result.refusals,
+            details={**result.details, "precision": self.to, **found.record()},
+        )
+
+    def _measured(self, way: _Way, samples: Samples, context: Context) -> _Found:
         budget = context.budget or Budget.default(self.to)
         reference = emulate(way.reference)
         few = many = Evaluation(reference, samples, budget, batches=self.samples)
@@ -87,34 +99,43 @@ class Precision(QuantizeStatic):
             return share(table, labels)
 
         ranking = rank(way.lowered_alone, units, few, cost)
-        choice = choose(way.lowered_but, ranking, many, cost)
-        reasons = {name: _reason(entry, budget) for entry in ranking for name in entry.unit.nodes}
-        result = way.finish(graph, {name: reasons[name] for name in choice.chosen.kept})
-        notes = (Refusal(f"errors were measured on {samples.description}"),) if samples.random else ()
-        return dataclasses.replace(
-            result,
-            changes={**result.changes, "units kept": _units_kept(ranking, choice)} if result.modified else {},
-            refusals=notes + result.refusals,
-            details={
-                **result.details,
-                "precision": self.to,
-                "budget": str(budget),
-                "samples": few.batches,
-                "budget_samples": many.batches,
-                "runs": few.runs + (many.runs if many is not few else 0),
-                "sensitivity": [entry.record() for entry in ranking],
-                "curve": [point.record() for point in choice.curve],
-                "chosen": {**choice.chosen.record(), "names": sorted(choice.chosen.kept)},
-            },
-        )
+        return _Found(budget, ranking, choose(way.lowered_but, ranking, many, cost), few, many)
 
 
-def _reason(entry: Sensitivity, budget: Budget) -> str:
-    return f"kept for the budget {budget}: alone, {entry.unit.name!r} makes an error of {entry.error:.2g}"
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What was measured on few batches, and chosen on many; these may be the same."""
 
+    budget: Budget
+    ranking: list[Sensitivity]
+    choice: Choice
+    few: Evaluation
+    many: Evaluation
 
-def _units_kept(ranking: list[Sensitivity], choice: Choice) -> int:
-    return sum(not choice.chosen.kept.isdisjoint(entry.unit.nodes) for entry in ranking)
+    def reasons(self) -> dict[str, str]:
+        """Why each kept node stays."""
+        return {
+            name: f"kept for the budget {self.budget}: alone, {e.unit.name!r} makes an error of {e.error:.2g}"
+            for e in self.ranking
+            for name in e.unit.nodes
+            if name in self.choice.chosen.kept
+        }
+
+    def units_kept(self) -> int:
+        return sum(not self.choice.chosen.kept.isdisjoint(entry.unit.nodes) for entry in self.ranking)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        chosen = self.choice.chosen
+        return {
+            "budget": str(self.budget),
+            "samples": self.few.batches,
+            "budget_samples": self.many.batches,
+            "runs": self.few.runs + (self.many.runs if self.many is not self.few else 0),
+            "sensitivity": [entry.record() for entry in self.ranking],
+            "curve": [point.record() for point in self.choice.curve],
+            "chosen": {**chosen.record(), "names": sorted(chosen.kept)},
+        }
 
 
 class _Way(Protocol):

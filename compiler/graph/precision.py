@@ -234,4 +234,5 @@ def _redirect(value: ir.Value, replacement: ir.Value, uses: list[_Use | int]) ->
 
 def _converted(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
     """Rounds to nearest; what is beyond the range becomes infinite."""
-    return ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=tensor.name)
+    with np.errstate(over="ignore"):
+        return ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=tensor.name)
