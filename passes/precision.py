@@ -25,6 +25,7 @@ from ..compiler.graph.float16 import settle
 from ..compiler.graph.precision import keep
 from ..compiler.graph.selection import label
 from ..compiler.sensitivity import Choice, Evaluation, Sensitivity, choose, rank, split
+from ..compiler.sensitivity.evaluation import labelled
 from ..compiler.sensitivity.units import MOST
 from ..errors import RecipeError
 from .base import Context, PassResult, Refusal
@@ -68,15 +69,14 @@ class Precision(QuantizeStatic):
         way: _Way = _Quantized(self, graph, context) if self.to == "int8" else _Cast(self, graph, context)
         if not way.among:
             return PassResult(modified=False, refusals=way.refusals)
-        samples = context.samples
-        if samples is None and context.calibration is not None:
-            samples = context.calibration.samples
+        budget = context.budget or Budget.default(self.to)
+        samples = _samples(context, budget)
         if samples is None:
             raise RecipeError(
                 f"{self.name} measures errors on data, and there is none",
                 hint=f"give --data, or cast by rule alone: cast:to={self.to}",
             )
-        found = self._measured(way, samples, context)
+        found = self._measured(way, samples, budget, context)
         result = way.finish(graph, found.reasons())
         notes = (Refusal(f"errors were measured on {samples.description}"),) if samples.random else ()
         return dataclasses.replace(
@@ -86,8 +86,7 @@ class Precision(QuantizeStatic):
             details={**result.details, "precision": self.to, **found.record()},
         )
 
-    def _measured(self, way: _Way, samples: Samples, context: Context) -> _Found:
-        budget = context.budget or Budget.default(self.to)
+    def _measured(self, way: _Way, samples: Samples, budget: Budget, context: Context) -> _Found:
         reference = emulate(way.reference)
         few = many = Evaluation(reference, samples, budget, batches=self.samples)
         if budget.counts_rows:
@@ -100,6 +99,17 @@ class Precision(QuantizeStatic):
 
         ranking = rank(way.lowered_alone, units, few, cost)
         return _Found(budget, ranking, choose(way.lowered_but, ranking, many, cost), few, many)
+
+
+def _samples(context: Context, budget: Budget) -> Samples | None:
+    """The data of the calibration, so that engines are judged on other data; for a metric, data that has its labels."""
+    if context.calibration is None:
+        return context.samples
+    given = context.calibration.samples
+    if budget.kind != "metric" or context.samples is None:
+        return given
+    names = {spec.name for spec in context.signature.inputs}
+    return given if next(labelled(given), {}).keys() - names else context.samples
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Evaluation:
         self.runs = 0
         self._names = reference.input_names
         self._outputs = reference.output_names
-        self._samples = [dict(sample) for sample in itertools.islice(_labelled(samples), batches)]
+        self._samples = [dict(sample) for sample in itertools.islice(labelled(samples), batches)]
         self._reference = list(self._run(reference))
         self._known = {reference.fingerprint(): self._compared(self._reference)}
 
@@ -69,7 +69,7 @@ def number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _labelled(samples: Samples) -> Iterator[dict[str, Any]]:
+def labelled(samples: Samples) -> Iterator[dict[str, Any]]:
     """Batches with what a metric reads beside the model's inputs, where the samples hold such."""
     read = getattr(samples, "labelled", None)
     return iter(samples) if read is None else read()

@@ -189,3 +189,16 @@ def test_int8_and_float16_in_series(read, run, context):
     assert not [node for node in casts if node.inputs[0].const_value is not None]
     expected, found = probe.run(read(OUTLIER), samples[0])["y"], probe.run(emulate(graph), samples[0])["y"]
     assert np.linalg.norm(found - expected) <= 0.12 * np.linalg.norm(expected)
+
+
+def test_a_metric_is_measured_where_its_labels_are(read, context):
+    class Labelled(Samples):
+        def labelled(self):
+            return ({**sample, "label": np.int64(0)} for sample in self)
+
+    seen = []
+    budget = Budget("metric", 1.0, lambda outputs, inputs: seen.append("label" in inputs) or 1.0)
+    graph, calibration = read(CANCELS), Calibration(batches())
+    given = context(graph, Labelled(batches()))
+    Precision()(graph, dataclasses.replace(given, calibration=calibration, budget=budget))
+    assert set(seen) == {True}
