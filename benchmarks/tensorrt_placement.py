@@ -33,10 +33,12 @@ from enginesmith.targets.base import BuildRequest, Runner, Target
 
 SENTENCES = ["input_ids:1x128:int64", "attention_mask:1x128:int64"]
 MODELS = {
-    "resnet50": (["image:1x3x224x224"], models.resnet50_inputs),
-    "minilm": (SENTENCES, models.minilm_inputs),
-    "bert_base": (SENTENCES, models.minilm_inputs),
+    "resnet50": (["image:1x3x224x224"], models.resnet50_inputs, ["fp16", "int8"]),
+    "minilm": (SENTENCES, models.minilm_inputs, ["fp16", "int8-minmax", "int8-attention"]),
+    "bert_base": (SENTENCES, models.minilm_inputs, ["fp16", "int8-minmax", "int8-attention"]),
 }
+"""Name: inputs, what makes them, and the variants to try by default."""
+
 VARIANTS = {
     "fp16": ("fp16", ""),
     "int8": ("int8", ""),
@@ -71,7 +73,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "tensorrt_placement.json")
     parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--models", type=several, default=["resnet50", "bert_base"])
-    parser.add_argument("--variants", type=several, default=["fp16", "int8-minmax", "int8-attention"])
+    parser.add_argument("--variants", type=several, help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--keep", default="", help="globs of nodes that stay fp16, joined by +, in every variant")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS", help="begin no engine after this")
@@ -81,7 +83,7 @@ def parse_options() -> argparse.Namespace:
 def measure(
     name: str, target: Target, options: argparse.Namespace, deadline: float, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    inputs, make_inputs = MODELS[name]
+    inputs, make_inputs, variants = MODELS[name]
     dynamic = [f"{text.partition(':')[0]}:0={options.batch}..{options.batch}..{options.batch}" for text in inputs]
     model = load_model(f"{Path(models.__file__).resolve()}:{name}", inputs=parse_inputs(inputs, dynamic))
     arrays = make_inputs(options.batch * CALIBRATED)
@@ -98,7 +100,7 @@ def measure(
     sample = {key: array[: options.batch] for key, array in arrays.items()}
     found: dict[str, dict[str, Any]] = {}
     runners: dict[str, Runner] = {}
-    for variant in options.variants:
+    for variant in options.variants or variants:
         if time.monotonic() > deadline:
             found[variant] = {"error": "left out, the time limit has passed"}
             continue
