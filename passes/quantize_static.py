@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
-from ..compiler.calibration import Calibration, Method, Statistics
+from ..compiler.calibration import Calibration, Statistics
 from ..compiler.graph import Graph
 from ..compiler.graph.selection import label, select
 from ..compiler.machine.environment import cpu_flags
@@ -29,7 +29,7 @@ from ..compiler.quantization.equalize import equalize
 from ..compiler.quantization.forms import fold_weights, prepare
 from ..compiler.quantization.plan import Plan, constant
 from ..compiler.quantization.qdq import insert, quantized_nodes
-from ..compiler.quantization.ranges import activation_ranges, unknown
+from ..compiler.quantization.ranges import Choice, activation_ranges, unknown
 from ..compiler.quantization.smooth import smooth
 from ..compiler.quantization.weights import Rounding, fit_biases, quantize_biases, round_weights, weight_ranges
 from ..errors import RecipeError
@@ -45,7 +45,8 @@ class QuantizeStatic(Pass):
     Attributes:
         scheme: whose placement.
         dtype: fp8 is for scheme=tensorrt.
-        method: how ranges of activations come from their statistics.
+        method: how ranges of activations come from their statistics; "auto" is "mse" in convolutional networks, and
+            "minmax" for what MatMul and Gemm multiply, see `compiler.quantization.ranges`.
         per_channel: one scale for each output channel of a weight.
         search: clip each channel of a weight at the least squared error, not at its largest magnitude.
         rounding: "gptq" rounds weights so that layers change least on the data.
@@ -61,7 +62,7 @@ class QuantizeStatic(Pass):
     name: ClassVar[str] = "quantize-static"
     scheme: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     dtype: Literal["int8", "fp8"] = "int8"
-    method: Method = "mse"
+    method: Choice = "auto"
     per_channel: bool = True
     search: bool = False
     rounding: Rounding = "nearest"
