@@ -8,11 +8,11 @@
     int4-weights   10         any
     mixed          8.6        any; INT8 where the budget allows it
 
-TensorRT-RTX has them all. Networks are strongly typed from TensorRT 10 on: types come from the graph, and what is not
-8-bit is cast to fp16. DequantizeLinear must then give fp16 itself, which takes opset 19: a Cast between it and a
-convolution would keep the two from being fused. Convolutions take bfloat16 from opset 22 on. TensorRT 8.6 and 9 choose
-between the types that they are allowed: there the graph stays in float32, and `compiler.quantization.weak_typing`
-prepares it.
+TensorRT-RTX has them all, but for int8 on compute capability 7.5, where it dequantizes convolutions. Networks are
+strongly typed from TensorRT 10 on: types come from the graph, and what is not 8-bit is cast to fp16. DequantizeLinear
+must then give fp16 itself, which takes opset 19: a Cast between it and a convolution may keep the two from being fused.
+Convolutions take bfloat16 from opset 22 on. TensorRT 8.6 and 9 choose between the types that they are allowed: there
+the graph stays in float32, and `compiler.quantization.weak_typing` prepares it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ WEAK_LOWERINGS: Mapping[str, tuple[str, ...]] = {
     "mixed": ("precision:to=int8,scheme=tensorrt",),
 }
 
-_NAMES = {"bf16": "bfloat16", "fp8": "FP8", "int4-weights": "INT4 weights"}
+_NAMES = {"bf16": "bfloat16", "int8": "INT8", "fp8": "FP8", "int4-weights": "INT4 weights"}
+_STRONG = frozenset(("bf16", "fp8", "int4-weights"))
 _LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}
+_LEAST_CAPABILITY_RTX = {**_LEAST_CAPABILITY, "int8": "8.0"}
 
 
 def refusals(major: int | None, capabilities: Sequence[str], hint: str) -> dict[str, str]:
@@ -53,10 +55,11 @@ def refusals(major: int | None, capabilities: Sequence[str], hint: str) -> dict[
         hint: what to do about a compute capability.
     """
     reasons = {}
+    leasts = _LEAST_CAPABILITY_RTX if major is None else _LEAST_CAPABILITY
     for precision, name in _NAMES.items():
-        least = _LEAST_CAPABILITY.get(precision, "0.0")
+        least = leasts.get(precision, "0.0")
         lacking = [given for given in capabilities if _pair(given) < _pair(least)]
-        if major is not None and major < STRONGLY_TYPED:
+        if precision in _STRONG and major is not None and major < STRONGLY_TYPED:
             reasons[precision] = f"{name} needs TensorRT {STRONGLY_TYPED} or newer, found {major}"
         elif lacking:
             reasons[precision] = f"{name} needs compute capability {least} or higher, not {', '.join(lacking)}; {hint}"
