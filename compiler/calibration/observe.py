@@ -22,6 +22,8 @@ Batch = Mapping[str, np.ndarray]
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 _CHUNK_BYTES = 256 << 20
 
+DEFAULTS = CalibrationSettings()
+
 
 def float_activations(graph: Graph) -> list[str]:
     """Names of the float inputs and node outputs of the main graph, constants left out."""
@@ -32,7 +34,11 @@ def float_activations(graph: Graph) -> list[str]:
 
 
 def observe(
-    graph: Graph, samples: Iterable[Batch], names: Collection[str] | None, settings: CalibrationSettings, detail: Detail
+    graph: Graph,
+    samples: Iterable[Batch],
+    names: Collection[str] | None = None,
+    settings: CalibrationSettings = DEFAULTS,
+    detail: Detail = "range",
 ) -> Statistics:
     """Statistics of these tensors of the main graph (None: all float activations), from one pass over the samples.
 
@@ -54,11 +60,11 @@ def observe(
     axes = channel_axes(graph) if detail == "full" else {}
     observers = {name: Observer(axes.get(name), settings.momentum) for name in names}
     runner = _Runner(graph, names, axes, names if detail == "full" else (), settings.threads)
-    phases = np.random.default_rng(settings.seed)
+    random = np.random.default_rng(settings.seed)
     seen = _Inputs(graph)
     for batch in _limited(samples, settings.max_samples):
         seen.add(batch)
-        readings = runner(batch, float(phases.random(dtype=np.float32)))
+        readings = runner(batch, random.random(3, np.float32))
         for name, observer in observers.items():
             observer.add(readings[name])
     if not seen.samples:
@@ -124,13 +130,13 @@ class _Runner:
             threads=self._threads,
         )
 
-    def __call__(self, batch: Batch, phase: float) -> dict[str, Reading]:
-        readings = self._reduced(batch, samples_in(batch), phase)
+    def __call__(self, batch: Batch, draws: np.ndarray) -> dict[str, Reading]:
+        readings = self._reduced(batch, samples_in(batch), draws)
         found = {name for name, reading in readings.items() if name not in self._guarded and not reading.sound}
         if found:
             self._guarded |= found
             self._reduced = self._build()
-            readings = self._reduced(batch, samples_in(batch), phase)
+            readings = self._reduced(batch, samples_in(batch), draws)
         for name in self._outputs:
             if readings[name].broken:
                 raise _broken(self._graph, name, batch)

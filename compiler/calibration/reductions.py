@@ -32,7 +32,9 @@ SAMPLED_OF_IMAGE = 1024
 _POSITIVE = frozenset(("Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"))
 _CARRIES_SIGN = frozenset(("Add", "AveragePool", "Concat", "GlobalAveragePool", "Identity", "MaxPool", "Mul"))
 
-_PHASE, _MOST, _MOST_OF_IMAGE = (f"enginesmith/{name}" for name in ("phase", "most", "most-of-image"))
+_PHASE, _BORDERS, _MOST, _MOST_OF_IMAGE = (
+    f"enginesmith/{name}" for name in ("phase", "borders", "most", "most-of-image")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +115,20 @@ class Reduced:
             main.outputs.extend(outputs.values())
         self._session = Session(copy, optimized=True, threads=threads)
 
-    def __call__(self, inputs: Arrays, samples: int, phase: float) -> dict[str, Reading]:
+    def __call__(self, inputs: Arrays, samples: int, draws: np.ndarray) -> dict[str, Reading]:
         """Runs once.
 
         Args:
             inputs: by name.
             samples: how many samples that is.
-            phase: in [0, 1): which of the evenly spaced elements to give.
+            draws: (3,) random numbers in [0, 1) that decide which elements to give.
         """
-        own = {_PHASE: phase, _MOST: SAMPLED * samples, _MOST_OF_IMAGE: SAMPLED_OF_IMAGE * samples}
+        own = {
+            _PHASE: draws[0],
+            _BORDERS: draws[1:],
+            _MOST: SAMPLED * samples,
+            _MOST_OF_IMAGE: SAMPLED_OF_IMAGE * samples,
+        }
         found = self._session({**inputs, **{name: np.array(number, np.float32) for name, number in own.items()}})
         return {
             name: _reading({key: found[place] for key, place in places.items()}, self._planes.get(name, 1))
@@ -145,14 +152,16 @@ class _Builder:
     def __init__(self, graph: ir.Graph, opset: int) -> None:
         self._graph = graph
         self._opset = opset
-        self._phase, self._most, self._most_of_image = (
-            ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
-            for name in (_PHASE, _MOST, _MOST_OF_IMAGE)
+        self._phase, self._borders, self._most, self._most_of_image = (
+            ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2] if name == _BORDERS else []))
+            for name in (_PHASE, _BORDERS, _MOST, _MOST_OF_IMAGE)
         )
-        graph.inputs.extend([self._phase, self._most, self._most_of_image])
+        graph.inputs.extend([self._phase, self._borders, self._most, self._most_of_image])
         self._zero = self._constant(np.array([0]))
         self._end = self._constant(np.array([np.iinfo(np.int64).max]))
         self._flat = self._constant(np.array([-1]))
+        self._ends = self._constant(np.array([np.iinfo(np.int64).max] * 2))
+        self._plane = self._constant(np.array([2, 3]))
         self._one = self._constant(np.array([1]))
 
     def probe(self, value: ir.Value, axis: int | None, *, sampled: bool, guarded: bool) -> dict[str, ir.Value]:
@@ -179,16 +188,31 @@ class _Builder:
         outputs["mean"] = self._reduce("ReduceMean", self._add("GlobalAveragePool", value), axes)
         if not positive:
             outputs["low"] = self._reduce("ReduceMin", value, [2, 3])
-        stride, left = _thinned(image)
-        if stride > 1:
-            value = self._add("MaxPool", value, kernel_shape=[1, 1], strides=[stride, stride])
+        thinned, left = self._thin(value, image)
         few = left <= 2 * SAMPLED_OF_IMAGE
         outputs["elements"] = (
-            self._add("Reshape", value, self._flat) if few else self._sample(value, self._most_of_image)
+            self._add("Reshape", thinned, self._flat) if few else self._sample(thinned, self._most_of_image)
         )
         for key in outputs.keys() - {"planes"}:
             self._typed(outputs[key], ir.DataType.FLOAT)
         return outputs
+
+    def _thin(self, value: ir.Value, image: tuple[int, int, int]) -> tuple[ir.Value, int]:
+        """Elements on a coarse grid of at least 4 rows and columns, and how many an image leaves, about a thousand.
+
+        The grid begins at the border, where padding makes values differ. Of ``h`` rows that it takes from ``H`` one is
+        at the border, of all rows two are; kept in ``2 (h - 1) / (H - 2)`` of the batches, it has its share.
+        """
+        channels, *plane = image
+        stride = min(math.isqrt(math.prod(image) // SAMPLED_OF_IMAGE), *(size // 4 for size in plane))
+        if stride < 2 or self._opset < 10:
+            return value, math.prod(image)
+        value = self._add("MaxPool", value, kernel_shape=[1, 1], strides=[stride, stride])
+        left = [-(-size // stride) for size in plane]
+        shares = [2 * (rows - 1) / (size - 2) for rows, size in zip(left, plane, strict=True)]
+        dropped = self._add("Less", self._constant(np.array(shares, np.float32)), self._borders)
+        start = self._add("Cast", dropped, to=ir.DataType.INT64.value)
+        return self._add("Slice", value, start, self._ends, self._plane), channels * math.prod(left)
 
     def _guarded(self, value: ir.Value) -> dict[str, ir.Value]:
         magnitude = self._add("Abs", value)
@@ -249,13 +273,6 @@ def _image(value: ir.Value, axis: int | None) -> tuple[int, int, int] | None:
     sizes = tuple(size for size in (value.shape or ())[1:] if isinstance(size, int))
     fits = axis == 1 and value.shape is not None and len(value.shape) == 4 and value.dtype == ir.DataType.FLOAT
     return (sizes[0], sizes[1], sizes[2]) if fits and len(sizes) == 3 else None
-
-
-def _thinned(image: tuple[int, int, int]) -> tuple[int, int]:
-    """A stride that leaves about `SAMPLED_OF_IMAGE` elements and at least 4 rows and columns; how many it leaves."""
-    channels, height, width = image
-    stride = max(1, min(math.isqrt(math.prod(image) // SAMPLED_OF_IMAGE), height // 4, width // 4))
-    return stride, channels * -(-height // stride) * -(-width // stride)
 
 
 def _positive(graph: ir.Graph) -> set[ir.Value]:

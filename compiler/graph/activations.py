@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from ..calibration.observe import observe
 from ..data import Samples
 from .formats import Format
 from .graph import Graph
 from .neighbours import ROOTS, before, keep_around, producers, reach
 from .precision import is_float, keep
-from .probe import ranges
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -63,8 +63,8 @@ def measure(graph: Graph, samples: Samples, calibration: Calibration | None) -> 
         DataError, GraphError, TargetUnavailableError: the data does not run through the graph.
     """
     if calibration is None:
-        found = ranges(graph, itertools.islice(samples, BATCHES))
-        return {name: Measured(low, high) for name, (low, high) in found.items()}
+        found = observe(graph, itertools.islice(samples, BATCHES)).everything()
+        return {name: Measured(s.low, s.high) for name, s in found.items()}
     everything = calibration.statistics(graph).everything()
     return {name: Measured(s.low, s.high, 0.0 if s.zeros else s.smallest) for name, s in everything.items()}
 

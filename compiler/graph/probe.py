@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +15,6 @@ from ...errors import GraphError, TargetUnavailableError
 from .graph import Graph
 
 Arrays = Mapping[str, np.ndarray]
-Range = tuple[float, float]
 
 
 def run(graph: Graph, inputs: Arrays) -> dict[str, np.ndarray]:
@@ -28,29 +26,6 @@ def run(graph: Graph, inputs: Arrays) -> dict[str, np.ndarray]:
     """
     outputs = Session(graph)(inputs)
     return dict(zip(graph.output_names, outputs, strict=True))
-
-
-def ranges(graph: Graph, samples: Iterable[Arrays]) -> dict[str, Range]:
-    """Smallest and largest finite value over all samples of each float32 tensor of the main graph.
-
-    The reductions run inside the graph, so memory holds no more than an ordinary run does. Tensors without a finite
-    value are left out. Raises as `run`.
-    """
-    values = [v.name for v in _float_values(graph.model.graph) if v.name]
-    plain = _Reduced(graph, values, finite=False)
-    finite: dict[tuple[str, ...], _Reduced] = {}
-    found: dict[str, Range] = {}
-    for sample in samples:
-        measured = plain(sample)
-        # Only where there is NaN or Inf, for instance in a mask, are finite values told apart: that takes much longer.
-        if again := tuple(name for name, range_ in measured.items() if not np.isfinite(range_).all()):
-            finite.setdefault(again, _Reduced(graph, again, finite=True))
-            measured.update(finite[again](sample))
-        for name, (low, high) in measured.items():
-            if low <= high:
-                before = found.get(name, (low, high))
-                found[name] = min(low, before[0]), max(high, before[1])
-    return found
 
 
 class Tapped:
@@ -151,58 +126,11 @@ class Session:
         return outputs
 
 
-class _Reduced:
-    """A graph whose outputs are the minimum and maximum of these tensors."""
-
-    def __init__(self, graph: Graph, names: Sequence[str], *, finite: bool) -> None:
-        copy = graph.clone()
-        main = copy.model.graph
-        values = {value.name: value for value in _float_values(main)}
-        main.outputs.clear()
-        for name in names:
-            main.outputs.extend(_reductions(main, values[name], finite=finite))
-        self._names = names
-        self._session = Session(copy) if names else None
-
-    def __call__(self, sample: Arrays) -> dict[str, Range]:
-        numbers = [number.item() for number in self._session(sample)] if self._session else []
-        return dict(zip(self._names, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
-
-
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.inputs
     yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs
-
-
-def _float_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    inputs = (value for value in graph.inputs if not value.is_initializer())
-    for value in (*inputs, *(output for node in graph for output in node.outputs)):
-        if isinstance(value.type, ir.TensorType) and value.dtype == ir.DataType.FLOAT:
-            yield value
-
-
-def _reductions(graph: ir.Graph, value: ir.Value, *, finite: bool) -> list[ir.Value]:
-    """Where `finite`, what is not counts as +inf in the minimum and as -inf in the maximum."""
-
-    def add(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        node = ir.node(operator, inputs, attributes=attributes)
-        graph.append(node)
-        node.outputs[0].name = f"{value.name}/probe{len(graph)}"
-        return node.outputs[0]
-
-    results = []
-    for operator, neutral in (("ReduceMin", np.inf), ("ReduceMax", -np.inf)):
-        kept = value
-        if finite:
-            infinite = add("Constant", value=ir.tensor(np.float32(np.inf)))
-            replacement = add("Constant", value=ir.tensor(np.float32(neutral)))
-            kept = add("Where", add("Less", add("Abs", value), infinite), value, replacement)
-        result = add(operator, kept, keepdims=0)
-        result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-        results.append(result)
-    return results
 
 
 @contextlib.contextmanager

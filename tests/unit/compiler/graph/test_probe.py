@@ -19,24 +19,6 @@ def test_run_gives_outputs_by_name(read):
     np.testing.assert_array_equal(probe.run(read(NET), batch((2, 8)))["y"], [[2, 4]])
 
 
-def test_ranges_over_all_samples(read):
-    found = probe.ranges(read(NET), [batch((2, 8)), batch((0, 2), (3, 4)), batch()])
-    assert found == {"x": (0, 8), "a": (0, 16), "y": (0, 4)}
-
-
-def test_ranges_of_finite_values_only(read):
-    found = probe.ranges(read(NET), [batch((-2, np.inf)), batch((2, 8))])
-    assert found == {"x": (-2, 8), "a": (-4, 16), "y": (2, 4)}
-    assert "y" not in probe.ranges(read(NET), [batch((-1, -1))])
-
-
-def test_ranges_leave_the_graph_as_it_is(read):
-    graph = read(NET)
-    before = graph.fingerprint()
-    probe.ranges(graph, [batch((1, 2))])
-    assert graph.fingerprint() == before
-
-
 def test_errors_of_onnx_runtime(read):
     with pytest.raises(GraphError, match=r"cannot run the graph(.|\n)*INVALID_ARGUMENT"):
         probe.run(read(NET), {"x": np.zeros((1, 3), np.float32)})

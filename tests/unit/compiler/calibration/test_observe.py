@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from enginesmith.compiler.calibration import CalibrationSettings
+from enginesmith.compiler.calibration.observe import DEFAULTS, observe
+from enginesmith.compiler.graph import probe
+from enginesmith.errors import DataError
+
+NET = "g (float[N,2] x) => (float[N,2] y) <float k = {2}> { a = Mul(x, k)  i = Cast <to = 7> (a)  y = Sqrt(a) }"
+MASKED = """g (float[N,3] x, bool[N,3] c) => (float[N,3] y) <float zero = {0}, float low = {LOW}> {
+    m = Where(c, zero, low)  s = Add(x, m)  y = Softmax(s) }"""
+GENERATOR = np.random.default_rng(0)
+
+
+def batch(*rows: object) -> dict[str, np.ndarray]:
+    return {"x": np.array(rows, np.float32).reshape(-1, 2)}
+
+
+def ranges(statistics) -> dict[str, tuple[float, float]]:
+    return {name: (tensor.low, tensor.high) for name, tensor in statistics.everything().items()}
+
+
+def test_ranges_over_all_samples_and_empty_batches(read):
+    graph = read(NET)
+    before = graph.fingerprint()
+    found = observe(graph, [batch((2, 8)), batch((0, 2), (3, 4)), batch()])
+    assert ranges(found) == {"x": (0, 8), "a": (0, 16), "y": (0, 4)}
+    assert found.samples == 3
+    assert graph.fingerprint() == before
+
+
+def test_ranges_of_finite_values_only(read):
+    graph = read("g (float[N,2] x) => (float[N,2] y) { r = Sqrt(x)  b = IsNaN(r)  y = Where(b, x, r) }")
+    found = observe(graph, [batch((-2, -1)), batch((4, 9))])
+    assert set(found) == {"x", "y"}
+    assert ranges(found)["r"] == (2, 3)
+    assert found.left_out["r"].masked == 2
+    assert observe(graph, [batch((-2, -1))]).empty == {"r"}
+
+
+@pytest.mark.parametrize("low", ["-inf", "-3.4028235e38"])
+def test_masks_are_left_out_and_told(read, low):
+    text = MASKED.replace("LOW", low)
+    inputs = {"x": np.float32([[1, 2, 3]]), "c": np.array([[True, False, True]])}
+    found = observe(read(text), [inputs], detail="full")
+    assert set(found) == {"x", "y"}
+    assert set(found.left_out) == {"m", "s"}
+    assert found.left_out["s"].histogram.counts.sum() == 2
+    texts = {str(finding) for finding in found.findings() if finding.kind == "non-finite"}
+    assert "'m' holds NaN, infinity or values beyond 1e30 (33.3% of it): it stays in floating point" in texts
+
+
+def test_output_that_is_not_finite_names_the_tensor_where_it_begins(read):
+    with pytest.raises(DataError, match=r"output 'y' is not finite(.|\n)*NaN first in tensor 'y', made by Sqrt"):
+        observe(read(NET), [batch((-1, 1))])
+    text = "g (float[N,2] x) => (float[N,2] y) { z = Exp(x)  d = Sub(z, z)  y = Relu(d) }"
+    with pytest.raises(DataError, match=r"output 'y' is not finite(.|\n)*NaN first in tensor 'd', made by Sub"):
+        observe(read(text), [batch((1, 100))])
+    with pytest.raises(DataError, match=r"infinity first in tensor 'z', made by Exp"):
+        observe(read("g (float[N,2] x) => (float[N,2] y) { z = Exp(x)  y = Abs(z) }"), [batch((1, 100))])
+
+
+def test_stops_at_the_batch_that_reaches_the_limit(read):
+    settings = CalibrationSettings(max_samples=2)
+    found = observe(read(NET), [batch((1, 1)), batch((1, 1), (2, 2)), batch((3, 3))], settings=settings)
+    assert (found.samples, found.distinct, found["x"].high) == (3, 2, 2)
+
+
+CNN = """<ir_version: 8, opset_import: ["": OPSET]>
+    g (float[N,3,40,40] x) => (float[N,16,20,20] y, float[N,5] z)
+    <float[16,3,3,3] w, float[16,16,1,1] v, float[16,5] u> {
+        c = Conv<pads=[1,1,1,1]>(x, w)  r = Relu(c)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)
+        d = Conv(p, v)  y = Add(d, p)  g = GlobalAveragePool(y)  f = Flatten(g)  z = MatMul(f, u) }"""
+
+
+@pytest.mark.parametrize("opset", [9, 13, 17, 18])
+def test_images_are_reduced_by_channel_and_sampled(read, opset):
+    weights = {"w": (16, 3, 3, 3), "v": (16, 16, 1, 1), "u": (16, 5)}
+    text = CNN.replace("OPSET", str(opset))
+    for name, shape in weights.items():
+        sizes = ",".join(map(str, shape))
+        values = ", ".join(f"{v:.4f}" for v in GENERATOR.standard_normal(int(np.prod(shape))))
+        text = text.replace(f"float[{sizes}] {name}", f"float[{sizes}] {name} = {{{values}}}")
+    graph = read(text)
+    samples = [{"x": GENERATOR.standard_normal((8, 3, 40, 40)).astype(np.float32)} for _ in range(6)]
+    found = observe(graph, samples, settings=DEFAULTS, detail="full")
+    runs = [probe.Tapped(graph, list(found))(sample) for sample in samples]
+    for name, tensor in found.items():
+        array = np.concatenate([run[name] for run in runs])
+        others = (0, 2, 3) if array.ndim == 4 else 0
+        assert tensor.count == array.size
+        assert tensor.channel_axis == (1 if array.ndim == 4 else -1)
+        np.testing.assert_allclose([tensor.low, tensor.high], [array.min(), array.max()], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(tensor.channel_high, array.max(others), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(tensor.channel_mean, array.mean(others), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(tensor.histogram.counts.sum(), array.size, rtol=1e-6)
+        np.testing.assert_allclose(tensor.rms, np.sqrt(np.mean(array**2)), rtol=0.1)
+
+
+def test_a_second_run_gives_the_same_statistics(read):
+    samples = [{"x": GENERATOR.standard_normal((4, 2)).astype(np.float32) ** 2} for _ in range(3)]
+    assert observe(read(NET), samples, detail="full").digest == observe(read(NET), samples, detail="full").digest
