@@ -14,8 +14,8 @@ from .parameters import Parameters, activation_parameters
 from .plan import Plan
 
 Choice = Literal["auto", Method]
-"""A method, or "auto": least squared error, but the whole range for what MatMul and Gemm multiply. In transformers a few
-channels there hold outliers that carry meaning, and that clipping makes wrong the same way each time.
+"""A method, or "auto": least squared error, but the whole range for what MatMul and Gemm multiply. A few channels of
+transformers hold outliers there that carry meaning, and that clipping makes wrong the same way each time.
 
 Signal to noise by mse and minmax: MiniLM 17.1 and 18.6 dB, with SmoothQuant 18.2 and 21.0; ResNet-50 30.3 and 28.2."""
 
