@@ -75,11 +75,6 @@ class Budget:
     def __str__(self) -> str:
         return f"{self.kind}={self.bound:g}"
 
-    @property
-    def counts_rows(self) -> bool:
-        """Whether single rows decide, of which a few tell little."""
-        return self.kind in ("metric", *_AGREEMENT)
-
     def holds(self, value: float) -> bool:
         """Whether a measured value is inside; NaN never is."""
         return value <= self.bound if self.kind in _AT_MOST else value >= self.bound

@@ -32,8 +32,6 @@ from .base import Context, PassResult, Refusal
 from .cast import Cast, refused
 from .quantize_static import QuantizeStatic
 
-_MORE = 16
-
 
 @dataclasses.dataclass(frozen=True)
 class Precision(QuantizeStatic):
@@ -43,20 +41,21 @@ class Precision(QuantizeStatic):
 
     Attributes:
         to: the smaller type.
-        samples: how many batches of data errors are measured on; a budget on agreement or on the metric, of which a few
-            rows tell little, is held on sixteen times as many.
+        samples: how many batches of data the errors of units are measured on.
+        checks: how many batches of data the budget is held on. The worst sample of many is worse than that of a few.
         units: with more units than that, blocks of nodes are measured in place of single heavy nodes.
     """
 
     name: ClassVar[str] = "precision"
     to: Literal["fp16", "bf16", "int8"] = "fp16"
     samples: int = 4
+    checks: int = 64
     units: int = MOST
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.samples < 1 or self.units < 1:
-            raise ValueError("samples and units are at least 1")
+        if min(self.samples, self.checks, self.units) < 1:
+            raise ValueError("samples, checks and units are at least 1")
 
     def apply(self, graph: Graph, context: Context) -> PassResult:
         """Lowers in place.
@@ -88,9 +87,8 @@ class Precision(QuantizeStatic):
 
     def _measured(self, way: _Way, samples: Samples, budget: Budget, context: Context) -> _Found:
         reference = emulate(way.reference)
-        few = many = Evaluation(reference, samples, budget, batches=self.samples)
-        if budget.counts_rows:
-            many = Evaluation(reference, samples, budget, batches=self.samples * _MORE)
+        few = Evaluation(reference, samples, budget, batches=self.samples)
+        many = Evaluation(reference, samples, budget, batches=self.checks)
         units = split(way.reference, way.among, most=self.units)
         table = costs(way.reference, context.signature.sizes())
 
@@ -114,7 +112,7 @@ def _samples(context: Context, budget: Budget) -> Samples | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What was measured on few batches, and chosen on many; these may be the same."""
+    """What was measured on few batches, and chosen on many."""
 
     budget: Budget
     ranking: list[Sensitivity]
@@ -140,8 +138,8 @@ class _Found:
         return {
             "budget": str(self.budget),
             "samples": self.few.batches,
-            "budget_samples": self.many.batches,
-            "runs": self.few.runs + (self.many.runs if self.many is not self.few else 0),
+            "checks": self.many.batches,
+            "runs": self.few.runs + self.many.runs,
             "sensitivity": [entry.record() for entry in self.ranking],
             "curve": [point.record() for point in self.choice.curve],
             "chosen": {**chosen.record(), "names": sorted(chosen.kept)},

@@ -42,15 +42,6 @@ def test_default_is_half_of_what_validation_allows():
     assert [Budget.default(p).bound for p in ("fp16", "bf16", "int8")] == [0.0025, 0.02, 0.075]
 
 
-def test_measures_that_count_rows():
-    assert [Budget(kind, 1).counts_rows for kind in ("top1", "metric", "relative_l2", "snr_db")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
-
-
 def test_worst_sample_decides_and_error_is_the_mean():
     measured = meter("relative_l2=0.1", SCORES, SCORES, SCORES * 1.2)
     assert measured.value == pytest.approx(0.2)

@@ -107,13 +107,13 @@ def test_nothing_is_lowered_where_the_budget_has_no_room(run):
 def test_default_budget(run):
     _, result = run(Precision(), CANCELS, batches())
     assert result.details["budget"] == "relative_l2=0.0025"
-    assert result.details["samples"] == result.details["budget_samples"] == 3  # there are no more
+    assert result.details["samples"] == result.details["checks"] == 3  # there are no more
 
 
 def test_budget_on_agreement(run):
     _, result = run(Precision(to="bf16", samples=1), CANCELS, batches(6), "top1=1")
     assert result.details["chosen"]["value"] == 1
-    assert (result.details["samples"], result.details["budget_samples"]) == (1, 6)
+    assert (result.details["samples"], result.details["checks"]) == (1, 6)
 
 
 def test_twice_the_same(run):
@@ -148,7 +148,7 @@ def test_nothing_to_lower(run):
 
 
 def test_options_that_cannot_be():
-    with pytest.raises(RecipeError, match="samples and units are at least 1"):
+    with pytest.raises(RecipeError, match="samples, checks and units are at least 1"):
         parse_pass("precision:samples=0")
     with pytest.raises(RecipeError, match="no FP8 kernels"):
         parse_pass("precision:to=int8,dtype=fp8")
