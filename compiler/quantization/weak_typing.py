@@ -2,8 +2,8 @@
 
 Their parser reads scales as float32 whatever their type is, and Q/DQ takes float16 from opset 19 on only, so that a
 graph cast to fp16 would have a Cast at every Q/DQ, which may keep it from being fused. Instead the graph stays in
-float32, and the builder may compute what is not quantized in fp16, but for the nodes that lose their meaning there. Weights must
-be float32 and quantized by the network:
+float32, and the builder may compute what is not quantized in fp16, but for the nodes that lose their meaning there.
+Weights must be float32 and quantized by the network:
 
     W int8 ─ DequantizeLinear     ->     W·scale float32 ─ QuantizeLinear ─ DequantizeLinear        the same numbers
 """
