@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from _results import RESULTS, command, write
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -88,13 +89,10 @@ MODELOPT: dict[str, dict[str, Any]] = {
 WEIGHTED = ["Conv", "Gemm", "MatMul"]
 PLACEMENTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "all operators": ([], {}),
-    "weighted operators": (WEIGHTED, {"MatMulConstBOnly": True}),
-    "weighted operators, float outputs": (
-        WEIGHTED,
-        {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": WEIGHTED},
-    ),
+    "weighted operators": (WEIGHTED, {}),
+    "weighted operators, float outputs": (WEIGHTED, {"OpTypesToExcludeOutputQuantization": WEIGHTED}),
 }
-"""The best settings known for each kind of model: every operator for CNNs, weights alone for transformers."""
+"""The best settings known for each kind of model: every operator for CNNs, products with weights for transformers."""
 
 INT8 = ("ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger")
 INT8 += ("QAttention", "QGemm", "QLinearConv", "QLinearMatMul")
@@ -171,14 +169,19 @@ def preprocessed(work: Work) -> Path:
 def ort_static(calibrator: str, placement: str, work: Work, path: Path) -> None:
     method, options = CALIBRATORS[calibrator]
     operators, more = PLACEMENTS[placement]
+    model = preprocessed(work)
+    graph = onnx.load(model).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    products = [node.name for node in graph.node if node.op_type == "MatMul" and weights.isdisjoint(node.input)]
     quantize_static(
-        preprocessed(work),
+        model,
         path,
         Reader(work),
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
         op_types_to_quantize=operators,
+        nodes_to_exclude=products if operators else [],
         calibrate_method=method,
         extra_options={**options, **more},
         calibration_cache_path=work.folder / f"{calibrator}.json",
