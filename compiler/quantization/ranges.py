@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ..calibration import Method, Statistics, limits
+from ..calibration import Method, Statistics, TensorStatistics, limits
 from ..graph import Graph
 from .parameters import Parameters, activation_parameters
 from .plan import Plan
@@ -18,6 +18,10 @@ Choice = Literal["auto", Method]
 transformers hold outliers there that carry meaning, and that clipping makes wrong the same way each time.
 
 Signal to noise by mse and minmax: MiniLM 17.1 and 18.6 dB, with SmoothQuant 18.2 and 21.0; ResNet-50 30.3 and 28.2."""
+
+_LEAST = 0.8
+"""Part of what batches reach on average that "auto" never clips: histograms hold a part of the values, and of few images
+the tail may be missing. ResNet-50 on 32: 30.8 dB, without it 25.9; with every value counted, 31.4 and 31.5."""
 
 _PRODUCTS = frozenset(("Gemm", "MatMul"))
 
@@ -91,7 +95,8 @@ def activation_ranges(plan: Plan, statistics: Statistics, method: Choice) -> tup
     """
     chosen_by = methods(plan, method)
     chosen: dict[str, tuple[float, float]] = {
-        name: limits(statistics[name], own, symmetric=plan.symmetric) for name, own in chosen_by.items()
+        name: _limits(statistics[name], own, plan, least=_LEAST if method == "auto" else 0.0)
+        for name, own in chosen_by.items()
     }
     parameters: dict[str, Parameters] = {}
     table = []
@@ -103,6 +108,14 @@ def activation_ranges(plan: Plan, statistics: Statistics, method: Choice) -> tup
         parameters[name] = found
         table.append(_limit(name, found, statistics, chosen_by[name], len(group)))
     return parameters, table
+
+
+def _limits(statistics: TensorStatistics, method: Method, plan: Plan, *, least: float) -> tuple[float, float]:
+    low, high = limits(statistics, method, symmetric=plan.symmetric)
+    if method != "mse" or not least:
+        return low, high
+    reached = limits(statistics, "moving-average", symmetric=plan.symmetric)
+    return min(low, least * reached[0]), max(high, least * reached[1])
 
 
 def _limit(name: str, found: Parameters, statistics: Mapping[str, Any], method: str, group: int) -> Limit:

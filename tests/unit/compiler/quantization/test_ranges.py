@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,15 @@ def test_a_group_takes_the_widest_of_its_ranges(found):
     assert rows["r"].group == 3
     assert rows["x"].group == 1
     assert rows["x"].row()["method"] == "mse"
+
+
+def test_little_is_clipped_of_what_batches_reach(found):
+    _, planned, statistics = found(NET)
+    tail = dataclasses.replace(statistics["x"], average_high=40.0)
+    statistics = dataclasses.replace(statistics, tensors={**statistics, "x": tail})
+    highs = [float(activation_ranges(planned, statistics, method)[0]["x"].high) for method in ("auto", "mse")]
+    assert highs[0] == pytest.approx(32, rel=0.01)
+    assert highs[1] < 5
 
 
 def test_nodes_around_a_mask_are_told(found):
