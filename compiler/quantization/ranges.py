@@ -20,8 +20,8 @@ transformers hold outliers there that carry meaning, and that clipping makes wro
 Signal to noise by mse and minmax: MiniLM 17.1 and 18.6 dB, with SmoothQuant 18.2 and 21.0; ResNet-50 30.3 and 28.2."""
 
 _LEAST = 0.8
-"""Part of what batches reach on average that "auto" never clips: histograms hold a part of the values, and of few images
-the tail may be missing. ResNet-50 on 32: 30.8 dB, without it 25.9; with every value counted, 31.4 and 31.5."""
+"""Part of what batches reach on average that "auto" never clips: histograms hold a part of the values, and of few
+images the tail may be missing. ResNet-50 on 32: 30.8 dB, without it 25.9; with every value counted, 31.4 and 31.5."""
 
 _PRODUCTS = frozenset(("Gemm", "MatMul"))
 
