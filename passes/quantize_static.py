@@ -27,11 +27,19 @@ from ..compiler.quantization.attention import drop_guards
 from ..compiler.quantization.bias import correct
 from ..compiler.quantization.equalize import equalize
 from ..compiler.quantization.forms import fold_weights, prepare
-from ..compiler.quantization.plan import Plan, constant
-from ..compiler.quantization.qdq import insert, quantized_nodes
+from ..compiler.quantization.parameters import Parameters
+from ..compiler.quantization.plan import Plan, Weight, constant
+from ..compiler.quantization.qdq import Quantized, insert, quantized_nodes
 from ..compiler.quantization.ranges import Choice, activation_ranges, unknown
+from ..compiler.quantization.rounding import round_weights
 from ..compiler.quantization.smooth import smooth
-from ..compiler.quantization.weights import Rounding, fit_biases, quantize_biases, round_weights, weight_ranges
+from ..compiler.quantization.weights import (
+    fit_biases,
+    quantize_biases,
+    round_to_nearest,
+    weight_ranges,
+    widen_for_biases,
+)
 from ..errors import RecipeError
 from .base import Context, Pass, PassResult, Refusal
 
@@ -65,7 +73,7 @@ class QuantizeStatic(Pass):
     method: Choice = "auto"
     per_channel: bool = True
     search: bool = False
-    rounding: Rounding = "nearest"
+    rounding: Literal["nearest", "gptq"] = "nearest"
     equalize: bool = False
     smooth: float = 0.0
     bias_correction: bool = True
@@ -144,13 +152,15 @@ class _Run:
         activations, table = activation_ranges(self.plan, self.statistics, options.method)
         ranges = weight_ranges(self.plan.weights, search=options.search, reduce_range=self._reduced())
         ranges = fit_biases(self.plan, ranges, activations)
-        weights = round_weights(self.graph, ranges, options.rounding, self._calibration.samples)
+        weights = self._round(ranges)
         uncorrected: list[Refusal] = []
         if options.bias_correction:
             corrected, uncorrected = correct(self.graph, weights, self.statistics)
             self.changes.update(corrected)
             self.plan = self._plan()  # layers without a bias have one now
-        biases = quantize_biases(self.plan, ranges, activations)
+            weights = widen_for_biases(self.plan, weights, activations)
+        stored = {weight: found.parameters for weight, found in weights.items()}
+        biases = quantize_biases(self.plan, stored, activations)
         self.changes.update(insert(self.graph, self.plan, activations, weights, biases))
         limits = {limit.name: (limit.low, limit.high) for limit in table}
         return {
@@ -185,6 +195,13 @@ class _Run:
 
     def _observe(self) -> Statistics:
         return self._calibration.statistics(self.graph, sorted(self.plan.activations))
+
+    def _round(self, ranges: Mapping[Weight, Parameters]) -> dict[Weight, Quantized]:
+        if self.options.rounding == "nearest":
+            return round_to_nearest(ranges)
+        weights, refusals = round_weights(self.graph, ranges, self._calibration.samples)
+        self._repairs.extend(refusals)
+        return weights
 
     def _note(self, changes: Mapping[str, int], refusals: list[Refusal]) -> None:
         self.changes.update(changes)

@@ -1,22 +1,17 @@
-"""Quantizes the constants of a plan: scales, rounding, and biases in steps of the products that they are added to."""
+"""Quantizes the constants of a plan: scales, and biases in steps of the products that they are added to.
+
+Rounding that looks at data is in `rounding`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import numpy as np
 
-from ..data import Samples
-from ..graph import Graph
-from .hessians import hessians
-from .layers import Layer, as_layer
 from .parameters import Parameters, bias_parameters, weight_parameters, widened_for_bias
 from .plan import Bias, Plan, Weight
 from .qdq import Quantized
-from .rounding import gptq
-
-Rounding = Literal["nearest", "gptq"]
 
 
 def weight_ranges(weights: Iterable[Weight], *, search: bool, reduce_range: bool) -> dict[Weight, Parameters]:
@@ -47,34 +42,23 @@ def fit_biases(
     return fitted
 
 
-def round_weights(
-    graph: Graph, weights: Mapping[Weight, Parameters], rounding: Rounding, samples: Samples | None
+def widen_for_biases(
+    plan: Plan, weights: Mapping[Weight, Quantized], activations: Mapping[str, Parameters]
 ) -> dict[Weight, Quantized]:
-    """The weights in numbers of their parameters; with "gptq", layers that are no such stay with nearest.
+    """The weights, anew and to nearest where a bias would overflow int32 by now, as one that was corrected may.
 
-    Raises:
-        GraphError: ONNX Runtime cannot run the samples.
+    Next to such a bias the rounding of the weights is nothing.
     """
-    rounded = {weight: Quantized.nearest(_array(weight), found) for weight, found in weights.items()}
-    if rounding == "nearest" or samples is None:
-        return rounded
-    layers = {weight.use.node: weight for weight in weights if weight.use.node is not None}
-    chosen = [layer for node in layers if (layer := as_layer(node)) is not None]
-    for alike, hessian in hessians(graph, chosen, samples):
-        for layer in alike:
-            weight = layers[layer.node]
-            rounded[weight] = _gptq(layer, hessian, weights[weight])
-    return rounded
+    fitted = fit_biases(plan, {weight: found.parameters for weight, found in weights.items()}, activations)
+    return {
+        weight: found if fitted[weight] is found.parameters else Quantized.nearest(_array(weight), fitted[weight])
+        for weight, found in weights.items()
+    }
 
 
-def _gptq(layer: Layer, hessian: np.ndarray, parameters: Parameters) -> Quantized:
-    """The Hessian is (groups, n, n) with n = in/groups x kernel."""
-    weight = layer.load()
-    grouped = weight.reshape(len(hessian), -1, hessian.shape[1])
-    scales = np.broadcast_to(parameters.scale, len(weight)).reshape(len(hessian), -1)
-    integers = [gptq(w, h, s, parameters.bounds) for w, h, s in zip(grouped, hessian, scales, strict=True)]
-    stored = layer.viewed(np.stack(integers).reshape(weight.shape)).astype(parameters.zero_point.dtype)
-    return Quantized(np.ascontiguousarray(stored), parameters)
+def round_to_nearest(weights: Mapping[Weight, Parameters]) -> dict[Weight, Quantized]:
+    """The weights in numbers of their parameters."""
+    return {weight: Quantized.nearest(_array(weight), found) for weight, found in weights.items()}
 
 
 def quantize_biases(

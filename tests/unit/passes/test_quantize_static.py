@@ -12,6 +12,7 @@ import pytest
 from enginesmith.compiler.calibration import Calibration
 from enginesmith.compiler.graph import Graph, probe
 from enginesmith.compiler.quantization.fused import unfused
+from enginesmith.compiler.quantization.layers import initializer
 from enginesmith.compiler.quantization.plan import constant
 from enginesmith.errors import RecipeError
 from enginesmith.passes import parse_pass
@@ -311,6 +312,33 @@ def test_a_bias_beyond_int32_widens_its_weight(build, tmp_path):
     STATIC(graph, context)
     assert unfused(optimized(graph, tmp_path)) == []
     assert snr_db(before, graph, samples) > 30
+
+
+def test_a_bias_that_correction_makes_overflow_widens_its_weight(build, monkeypatch):
+    graph, context, _ = build("g (float[N,4,6,6] x, float[4,4,3,3] w) => (float[N,4,4,4] y) { y = Conv(x, w) }")
+
+    def correct(work, *_):
+        (node,) = work.model.graph
+        node.resize_inputs(3)
+        node.replace_input_with(2, initializer(work, "shift", np.full(4, -1e8, np.float32)))
+        return {}, []
+
+    monkeypatch.setattr(module, "correct", correct)
+    STATIC(graph, context)
+    bias = graph.model.graph.initializers["shift/quantized"].const_value.numpy()
+    assert -(2**31) < bias.min() <= bias.max() < -(2**28)
+
+
+def test_gptq_says_what_it_rounds_to_nearest(build):
+    text = """g (float[N,8] x, float[8,8] w, float[8,8] v) => (float[N,8] y)
+        { a = MatMul(x, w) e = Erf(a) b = MatMul(e, w) f = Erf(b) y = MatMul(f, v) }"""
+    graph, context, samples = build(text, [np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)])
+    before = graph.clone()
+    result = QuantizeStatic(rounding="gptq")(graph, context)
+    assert reasons(result) == dict.fromkeys(("a", "b"), "rounded to nearest: its weights are shared")
+    nearest = before.clone()
+    STATIC(nearest, context)
+    assert snr_db(before, graph, samples) > snr_db(before, nearest, samples)
 
 
 def test_layers_that_share_a_weight_share_it_still(build):

@@ -60,3 +60,11 @@ def test_every_scale_has_a_zero_point_of_its_size(options):
 def test_attention_needs_the_scheme():
     with pytest.raises(RecipeError, match="attention=true needs scheme=tensorrt"):
         parse_pass("quantize-static:attention=true")
+
+
+def test_gptq_leaves_fp8_to_nearest():
+    _, graph, result, _ = quantize("RESNET", "quantize-static:scheme=tensorrt,dtype=fp8,rounding=gptq")
+    _, nearest, _, _ = quantize("RESNET", "quantize-static:scheme=tensorrt,dtype=fp8")
+    told = [refusal for refusal in result.refusals if refusal.reason == "rounded to nearest: it becomes FLOAT8E4M3FN"]
+    assert len(told) == result.changes["weights quantized"]
+    assert graph.fingerprint() == nearest.fingerprint()
