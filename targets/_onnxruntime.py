@@ -143,11 +143,14 @@ def examine(path: Path, session: Session, sample: Arrays, scratch: Path) -> dict
         memcpy: copies between the host and the device.
         placement: nodes of the run by execution provider; branches that were not taken are not in it.
         on_cpu: names of the nodes that ran on the CPU, by operator, where `session` asks for another provider.
+        unfused: nodes that compute floats although the graph has them quantized, and why.
 
     Raises:
         BuildError: the graph was refused, or failed on the sample.
     """
     import onnx
+
+    from ..compiler.quantization.fused import unfused
 
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="onnxruntime-") as folder:
@@ -160,7 +163,8 @@ def examine(path: Path, session: Session, sample: Arrays, scratch: Path) -> dict
         with translated(f"ONNX Runtime failed to run {path.name} on the sample", BuildError):
             opened.run(None, {name: array for name, array in sample.items() if name in names})
             events = json.loads(Path(opened.end_profiling()).read_text())
-        operators = _operators(onnx.load(optimized, load_external_data=False).graph)
+        graph = onnx.load(optimized, load_external_data=False).graph
+    operators = _operators(graph)
     placed = _placed(events)
     return {
         "nodes": sum(operators.values()),
@@ -169,6 +173,7 @@ def examine(path: Path, session: Session, sample: Arrays, scratch: Path) -> dict
         "memcpy": operators["MemcpyFromHost"] + operators["MemcpyToHost"],
         "placement": dict(collections.Counter(provider for _, provider in placed.values()).most_common()),
         "on_cpu": _on_cpu(placed) if session.provider != CPU else {},
+        "unfused": {found.node: found.reason for found in unfused(graph)},
     }
 
 

@@ -99,6 +99,23 @@ def test_build_counts_casts_and_nodes_in_branches(tmp_path):
     assert sum(details["operators"].values()) == details["nodes"]
 
 
+def test_build_names_quantized_nodes_that_compute_floats(tmp_path):
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    agraph (float[2, 2] x) => (float[2, 2] y)
+    <float scale = {0.1}, uint8 zero = {0}>
+    {
+      integers = QuantizeLinear(x, scale, zero)
+      floats = DequantizeLinear(integers, scale, zero)
+      made = Erf(floats)
+      again = QuantizeLinear(made, scale, zero)
+      y = DequantizeLinear(again, scale, zero)
+    }
+    """
+    details = parse_target("onnxruntime-cpu").build(request(tmp_path, text)).details
+    assert list(details["unfused"].values()) == ["computes floats between integer nodes"]
+
+
 def test_build_leaves_nothing_in_the_cache(tmp_path):
     parse_target("onnxruntime-cpu").build(request(tmp_path))
     assert list((tmp_path / "cache").iterdir()) == []
