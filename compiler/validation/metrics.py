@@ -28,7 +28,6 @@ import numpy as np
 from ...errors import RecipeError, UnknownNameError
 from ..manifest import OutputMetrics, Tolerance
 
-_BF16 = Tolerance(relative_l2=4e-2, max_abs=8e-2, cosine=0.999, top1=0.98)
 _INT8 = Tolerance(relative_l2=0.15, max_abs=0.25, cosine=0.985, top1=0.97)
 
 TOLERANCES: dict[str, Tolerance] = {
@@ -37,9 +36,9 @@ TOLERANCES: dict[str, Tolerance] = {
     # 11 bits: a rounding is off by 2^-11 = 5e-4 at most. A sentence encoder in half precision was measured at 2e-3.
     "fp16": Tolerance(relative_l2=5e-3, max_abs=1e-2, cosine=0.9999, top1=0.99),
     # 8 bits: eight times the step of fp16. A sentence encoder was measured at 5e-3 and an LSTM at 3e-2.
-    "bf16": _BF16,
-    # As many bits, in the weights alone.
-    "int8-weights": _BF16,
+    "bf16": Tolerance(relative_l2=4e-2, max_abs=8e-2, cosine=0.999, top1=0.98),
+    # A sentence encoder was measured at 0.04 on sentences and at 0.07 on random words.
+    "int8-weights": Tolerance(relative_l2=0.1, max_abs=0.15, cosine=0.995, top1=0.98),
     # A good quantization of a sentence encoder was measured at 0.1, a poor one (cosine 0.95) at 0.3.
     "int8": _INT8,
     "int8-dynamic": _INT8,
