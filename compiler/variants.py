@@ -61,7 +61,7 @@ def _chosen(text: str, recipe: Recipe) -> Pass:
     fields = _fields(parse_pass(text))
     options |= {key: value for key, value in recipe.quantization.items() if key in fields and name != "cast"}
     if "keep" in fields:
-        above = ("fp32",) if name == "cast" else ("fp32", "fp16", "bf16")
+        above = ("fp32",) if name in ("cast", "pin") else ("fp32", "fp16", "bf16")
         options["keep"] = "+".join(dict.fromkeys(glob for level in above for glob in recipe.keep.get(level, ())))
     return parse_pass(f"{name}:" + ",".join(f"{key}={value}" for key, value in options.items() if value != ""))
 

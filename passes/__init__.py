@@ -15,6 +15,7 @@ PASSES = {
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
     "opset": "opset:Opset",
+    "pin": "pin:Pin",
     "precision": "precision:Precision",
     "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
     "quantize-static": "quantize_static:QuantizeStatic",

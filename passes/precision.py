@@ -184,7 +184,7 @@ class _Cast:
     def finish(self, graph: Graph, kept: dict[str, str]) -> PassResult:
         work, changes = self._lower(kept, whole=True)
         refusals = self._prepared.unchecked + refused(work)
-        if work.fingerprint() == graph.fingerprint():
+        if not changes["nodes lowered"]:
             return PassResult(modified=False, refusals=refusals)
         graph.model = work.model
         return PassResult(True, {**changes, "masks clamped": self._prepared.masks}, refusals)

@@ -190,7 +190,7 @@ class Graph:
                 value.shape = other.shape if other.shape is not None else value.shape
 
     def fingerprint(self) -> str:
-        """SHA-256 of structure, names and weights; independent of doc strings, metadata and where weights lie."""
+        """SHA-256 of structure, names, weights and marks; independent of doc strings and where weights lie."""
         return model_digest(self.model)
 
     def graphs(self) -> Iterator[ir.Graph]:

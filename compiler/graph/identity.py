@@ -1,4 +1,4 @@
-"""Identity of a graph: SHA-256 over structure, names and weights; not doc strings, metadata and places of files."""
+"""Identity of a graph: SHA-256 over structure, names, weights and marks; not doc strings and places of files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+
+MARK = "enginesmith.float32"
+"""Metadata of a node that stays in float32, see `precision.keep`. It counts, as engines are built by it."""
 
 _KEPT = "enginesmith.sha256"
 
@@ -54,7 +57,8 @@ def _digest(graph: ir.Graph, describe: Callable[[ir.Value], object]) -> str:
     for node in graph:
         attributes = [(key, attribute_digest(attribute)) for key, attribute in sorted(node.attributes.items())]
         names = [v.name if v is not None else None for v in node.inputs], [v.name for v in node.outputs]
-        parts.append(repr((node.name, node.op_identifier(), *names, attributes)))
+        marked = (MARK,) if MARK in node.metadata_props else ()
+        parts.append(repr((node.name, node.op_identifier(), *names, attributes, *marked)))
     return "\n".join(parts)
 
 

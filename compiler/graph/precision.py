@@ -14,13 +14,13 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import Graph
+from .identity import MARK
 from .schemas import type_text
 from .verifier import Scope, subgraphs
 
 HEAVY = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"))
 """Operators whose precision decides the speed."""
 
-_MARK = "enginesmith.float32"
 _TAKES_ANY = frozenset(("Cast", "Shape", "Size"))
 _DTYPE_ATTRIBUTES = ("dtype", "output_datatype", "output_dtype", "to")
 _Use = tuple[ir.Node, int]
@@ -28,12 +28,12 @@ _Use = tuple[ir.Node, int]
 
 def keep(node: ir.Node, reason: str) -> None:
     """Marks a node to stay in float32, for this and for every later lowering; the first reason counts."""
-    node.metadata_props.setdefault(_MARK, reason)
+    node.metadata_props.setdefault(MARK, reason)
 
 
 def kept(node: ir.Node) -> str | None:
     """Why a node stays in float32; None where it does not."""
-    return node.metadata_props.get(_MARK)
+    return node.metadata_props.get(MARK)
 
 
 def is_float(value: ir.Value | None) -> bool:

@@ -6,6 +6,8 @@ float32, and the builder may compute what is not quantized in fp16, but for the 
 Weights must be float32 and quantized by the network:
 
     W int8 ─ DequantizeLinear     ->     W·scale float32 ─ QuantizeLinear ─ DequantizeLinear        the same numbers
+
+Convolutions say the shape of their kernel: the parser takes it from weights in initializers alone.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ def prepare(
     for node in list(prepared.model.graph):
         if node.op_type == "DequantizeLinear" and _stored(node):
             _quantize_in_network(prepared.model.graph, node)
+        if node.op_type in ("Conv", "ConvTranspose") and not node.domain:
+            _tell_kernel(node)
     return prepared, types
 
 
@@ -103,6 +107,14 @@ def _quantize_in_network(main: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(0, result)
     if stored is not None and not stored.uses():
         main.initializers.pop(stored.name or "", None)
+
+
+def _tell_kernel(node: ir.Node) -> None:
+    weight = node.inputs[1]
+    if "kernel_shape" not in node.attributes and weight is not None and weight.shape is not None:
+        kernel = [size for size in weight.shape[2:] if isinstance(size, int)]
+        if len(kernel) == len(weight.shape) - 2:
+            node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", kernel)
 
 
 def _constant(main: ir.Graph, node: ir.Node) -> ir.Value:

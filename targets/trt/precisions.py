@@ -36,8 +36,8 @@ LOWERINGS: Mapping[str, tuple[str, ...]] = {
 
 WEAK_LOWERINGS: Mapping[str, tuple[str, ...]] = {
     **LOWERINGS,
-    "int8": ("quantize-static:scheme=tensorrt",),
-    "mixed": ("precision:to=int8,scheme=tensorrt",),
+    "int8": ("pin", "quantize-static:scheme=tensorrt"),
+    "mixed": ("pin", "precision:to=int8,scheme=tensorrt"),
 }
 
 _NAMES = {"bf16": "bfloat16", "int8": "INT8", "fp8": "FP8", "int4-weights": "INT4 weights"}

@@ -95,7 +95,7 @@ def build(folder, target, precision, case, **options):
     """Builds and runs an engine; the details of its build, and the error against fp32 in dB."""
     text, inputs, (name, shape) = CASES[case]
     text = text.replace('"" : 19', f'"" : {min(target.opset_range()[1], 19)}')
-    dynamic = [f"{inputs[0].partition(':')[0]}:0=1..{BATCH}..{BATCH}"]
+    dynamic = [f"{given.partition(':')[0]}:0=1..{BATCH}..{BATCH}" for given in inputs]
     signature = parse_inputs(inputs, dynamic)
     axis = signature.inputs[0].shape[0]
     signature = Signature(signature.inputs, (TensorSpec(name, "float32", (axis, *shape)),), signature.axes)

@@ -44,6 +44,15 @@ def test_kept_nodes_reach_every_pass_that_lowers_below_their_precision() -> None
     assert passes(found["onnxruntime-cpu-int8"]) == ["quantize-static:keep=head+*/norm+stem"]
 
 
+def test_only_what_stays_in_fp32_is_pinned_where_the_builder_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enginesmith.targets.tensorrt._weakly_typed", lambda found: True)
+    monkeypatch.setattr("enginesmith.targets.tensorrt.TensorRT.refusals", lambda target: {})
+    found = variants("tensorrt", precisions=["int8"], keep={"fp32": ["head"], "fp16": ["stem"]})
+    pin, quantize = passes(found["tensorrt-int8"])
+    assert pin == "pin:keep=head"
+    assert "keep=head+stem" in quantize
+
+
 def test_options_of_quantization_take_the_place_of_the_targets() -> None:
     found = variants("onnxruntime-cpu", precisions=["int8", "int4-weights", "fp16"], quantization={"bits": 8})
     assert passes(found["onnxruntime-cpu-int4-weights"]) == ["quantize-weights"]  # 8 is the default

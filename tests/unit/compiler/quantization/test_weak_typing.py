@@ -8,6 +8,8 @@ from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.graph.probe import run
 from enginesmith.compiler.quantization.weak_typing import prepare, without_quantization
 from enginesmith.compiler.signature import Signature
+from enginesmith.passes.base import Context
+from enginesmith.passes.pin import Pin
 
 CONV = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -71,6 +73,24 @@ def test_weights_are_float32_and_quantized_by_the_network_to_the_same_numbers():
     assert "w" not in prepared.model.graph.initializers
     (now,), (then,) = run(prepared, sample()).values(), run(graph, sample()).values()
     np.testing.assert_array_equal(now, then)
+
+
+def test_convolutions_tell_the_shape_of_their_kernel():
+    graph = quantized()
+    prepared, _, _ = ready(graph, sample())
+    (conv,) = (node for node in prepared.nodes() if node.op_type == "Conv")
+    assert conv.attributes.get_ints("kernel_shape") == (1, 1)
+    (now,), (then,) = run(prepared, sample()).values(), run(graph, sample()).values()
+    np.testing.assert_array_equal(now, then)
+
+
+def test_nodes_that_were_pinned_stay_in_fp32():
+    graph = quantized()
+    Pin(keep=("y",))(graph, Context(Signature(inputs=())))
+    _, types, log = ready(graph, sample())
+    assert types["y"] == "FLOAT"
+    assert types["c"] == "HALF"
+    assert "y stays in fp32: kept by choice: 'y'" in log
 
 
 def test_what_is_given_stays_as_it_was():
