@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compiler.options import render
+from ..errors import RecipeError
 
 if TYPE_CHECKING:
     from ..compiler.budget import Budget
@@ -68,6 +69,23 @@ class Context:
     samples: Samples | None = None
     calibration: Calibration | None = None
     budget: Budget | None = None
+
+    def require_calibration(self, who: str, why: str) -> Calibration:
+        """The calibration.
+
+        Args:
+            who: the pass or option that asks.
+            why: what for, as in "to see the ranges of activations".
+
+        Raises:
+            RecipeError: the caller has none.
+        """
+        if self.calibration is None:
+            raise RecipeError(
+                f"{who} needs calibration data, {why}",
+                hint="give --data with 32 to 512 real samples, or --random-calibration",
+            )
+        return self.calibration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@
     LSTM(x, W, R)     ->  com.microsoft.DynamicQuantizeLSTM
     GRU(x, W, R)      ->  the products with W at once, and a Scan over those with R
 
-It needs no data. Weights have one scale for each output channel. What is refused stays float, each node with its
-reason: weights that are not constant, weights too small to gain, nodes in subgraphs, RNN (ONNX Runtime has no integer
-kernel) and Conv (its integer kernel is slower than float).
+It needs no data, but is more accurate with some, see `smooth`. Weights have one scale for each output channel. What is
+refused stays float, each node with its reason: weights that are not constant, weights too small to gain, nodes in
+subgraphs, RNN (ONNX Runtime has no integer kernel) and Conv (its integer kernel is slower than float).
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ..compiler.calibration import Calibration
 from ..compiler.graph import Graph
 from ..compiler.graph.selection import label, select
 from ..compiler.machine.environment import cpu_flags
 from ..compiler.quantization.candidates import already, exempt, prepared, too_small
 from ..compiler.quantization.constants import Constants
 from ..compiler.quantization.dynamic import OPSET, Dynamic
-from ..compiler.quantization.layers import layers, operand
 from ..compiler.quantization.linear import OPERATORS, linear
 from ..compiler.quantization.patch import Patcher
 from ..compiler.quantization.qdq import quantized_nodes
-from ..compiler.quantization.smooth import smooth
-from ..errors import RecipeError
+from ..compiler.quantization.smooth import ALPHA, inputs, is_convolutional, smooth
 from .base import Context, Pass, PassResult, Refusal
 
 _CONVOLUTIONS = frozenset(("Conv", "ConvTranspose"))
@@ -43,19 +40,20 @@ class QuantizeDynamic(Pass):
     """Quantizes matrix products, LSTMs and GRUs whose weights are constant; activations get their ranges while running.
 
     Attributes:
-        smooth: SmoothQuant's alpha for MatMul and Gemm, such as 0.5: it moves outlier channels of activations, which
-            share one scale, into the weights. It needs calibration data. 0 leaves it out.
+        smooth: SmoothQuant's alpha for MatMul and Gemm. It moves outlier channels of activations, which share one
+            scale, into the weights, and needs calibration data. 0 leaves it out. None: 0.8 where there is such data
+            and products outnumber convolutions.
         keep: names or globs of nodes that stay float.
         reduce_range: 7 bits for weights. None: where this processor has no VNNI and would saturate.
     """
 
     name: ClassVar[str] = "quantize-dynamic"
-    smooth: float = 0.0
+    smooth: float | None = None
     keep: tuple[str, ...] = ()
     reduce_range: bool | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smooth <= 1:
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise ValueError(f"smooth={self.smooth:g} is not between 0 and 1")
 
     def apply(self, graph: Graph, context: Context) -> PassResult:
@@ -68,8 +66,8 @@ class QuantizeDynamic(Pass):
         """
         work = prepared(graph)
         run = _Run(work, self)
-        if self.smooth and not quantized_nodes(work):
-            run.smooth(self.smooth, context.calibration)
+        if not quantized_nodes(work):
+            run.smooth(context)
         run.visit()
         if not any(name.endswith("quantized") for name in run.changes):
             return PassResult(modified=False, refusals=tuple(run.refusals))
@@ -84,23 +82,22 @@ class _Run:
         self.changes: collections.Counter[str] = collections.Counter()
         self.refusals: list[Refusal] = []
         self._graph = graph
+        self._smooth = options.smooth
         self._keep = select(graph, options.keep)
         self._constants = Constants(graph)
         reduce_range = _saturates() if options.reduce_range is None else options.reduce_range
         self._dynamic = Dynamic(Patcher(graph), self._constants, reduce_range=reduce_range)
 
-    def smooth(self, alpha: float, calibration: Calibration | None) -> None:
+    def smooth(self, context: Context) -> None:
         """Moves outlier channels of activations into the weights."""
-        if calibration is None:
-            raise RecipeError(
-                "smooth needs calibration data, to see the channels of activations",
-                hint="give --data with 32 to 512 real samples, or leave smooth out",
-            )
-        linear_layers = (layer for layer in layers(self._graph) if layer.node.op_type in OPERATORS)
-        names = list(dict.fromkeys(operand(layer.node, 0).name or "" for layer in linear_layers))
-        changes, refusals = smooth(self._graph, calibration.statistics(self._graph, names), alpha)
+        asked = self._smooth
+        if asked == 0 or (asked is None and (context.calibration is None or is_convolutional(self._graph))):
+            return
+        calibration = context.require_calibration("smooth", "to see the channels of activations")
+        statistics = calibration.statistics(self._graph, inputs(self._graph))
+        changes, refusals = smooth(self._graph, statistics, ALPHA if asked is None else asked)
         self.changes.update(changes)
-        self.refusals.extend(refusals)
+        self.refusals.extend(refusals if asked else [])
         self._graph.infer()
 
     def visit(self) -> None:

@@ -27,7 +27,6 @@ from ..compiler.quantization.layers import Layer, as_layer
 from ..compiler.quantization.linear import OPERATORS, Linear, linear
 from ..compiler.quantization.patch import Patcher
 from ..compiler.quantization.weightonly import BLOCK_OPSET, Scheme, WeightOnly
-from ..errors import RecipeError
 from .base import Context, Pass, PassResult, Refusal
 
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -86,17 +85,15 @@ class QuantizeWeights(Pass):
             GraphError: the data does not run through the graph.
             TargetUnavailableError: something has to be computed and ONNX Runtime is not installed.
         """
-        if self.rounding == "gptq" and context.calibration is None:
-            raise RecipeError(
-                "rounding=gptq needs calibration data, to see what weights are multiplied with",
-                hint="give --data with 32 to 512 real samples, or leave rounding out",
-            )
+        calibration = None
+        if self.rounding == "gptq":
+            calibration = context.require_calibration("rounding=gptq", "to see what weights are multiplied with")
         if self.scheme == "tensorrt" and self.bits == 4 and graph.opset < BLOCK_OPSET:
             reason = f"opset {graph.opset} has no INT4 in blocks: run opset:least={BLOCK_OPSET} first"
             return PassResult(modified=False, refusals=(Refusal(reason),))
         work = prepared(graph)
         run = _Run(work, self)
-        run.visit(context.calibration if self.rounding == "gptq" else None)
+        run.visit(calibration)
         if not run.changes:
             return PassResult(modified=False, refusals=tuple(run.refusals))
         RemoveUnusedNodesPass()(work.model)

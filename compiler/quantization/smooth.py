@@ -26,6 +26,9 @@ from .plan import title
 if TYPE_CHECKING:
     from ..calibration import TensorStatistics
 
+ALPHA = 0.8
+"""How much moves where nobody chose."""
+
 WORTH_DB = 6.0
 """What a Mul must gain: as much as one more bit for the activation. It costs time, and smaller gains are lost in the
 error of the weights, which grows.
@@ -70,6 +73,20 @@ def smooth(
     return dict(changes), refusals
 
 
+def inputs(graph: Graph) -> list[str]:
+    """Names of what may be smoothed: whose statistics `smooth` asks for."""
+    return [value.name or "" for value in _readers(graph)]
+
+
+def is_convolutional(graph: Graph) -> bool:
+    """Whether a graph has more convolutions than products.
+
+    Its products are few and come last: smoothing them would gain little, and cost one more run over the data.
+    """
+    kinds = collections.Counter(layer.node.op_type == "Conv" for layer in layers(graph))
+    return kinds[True] >= kinds[False]
+
+
 def _readers(graph: Graph) -> dict[ir.Value, list[Layer]]:
     """The MatMul and Gemm layers, by what they read."""
     found: dict[ir.Value, list[Layer]] = {}
@@ -86,6 +103,8 @@ def _scale(
     if shared := [reader.name for reader in readers if is_shared(reader.weight)]:
         return f"the weights of {shared[0]!r} are shared"
     weights = np.max([reader.input_range() for reader in readers], axis=0)
+    if not np.isfinite(weights).all():
+        return f"weights that read {value.name!r} hold NaN or Inf"
     found = statistics.get(value.name or "")
     if value.shape is None or found is None or found.channel_low is None or found.channel_high is None:
         return f"the ranges of the channels of {value.name!r} are not known"

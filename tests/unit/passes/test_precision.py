@@ -166,7 +166,7 @@ OUTLIER = f"""g (float[N,8] x) => (float[N,8] y)
 
 def test_int8(read, run):
     samples = batches(8)
-    graph, result = run(Precision(to="int8", samples=8), OUTLIER, samples, "relative_l2=0.1")
+    graph, result = run(Precision(to="int8", samples=8, smooth=0), OUTLIER, samples, "relative_l2=0.1")
     assert result.details["sensitivity"][0]["unit"] == "outlier"
     assert result.details["chosen"]["holds"]
     assert "outlier" in result.details["chosen"]["names"]
@@ -180,7 +180,7 @@ def test_int8(read, run):
 
 def test_int8_and_float16_in_series(read, run, context):
     samples = batches(8)
-    graph, _ = run(Precision(to="int8", samples=8), OUTLIER, samples, "relative_l2=0.1")
+    graph, _ = run(Precision(to="int8", samples=8, smooth=0), OUTLIER, samples, "relative_l2=0.1")
     result = parse_pass("cast:to=fp16")(graph, context(graph, samples))
     assert result.modified
     assert quantized_nodes(graph)

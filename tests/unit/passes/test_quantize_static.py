@@ -341,6 +341,49 @@ def test_gptq_says_what_it_rounds_to_nearest(build):
     assert snr_db(before, graph, samples) > snr_db(before, nearest, samples)
 
 
+LOUD = """g (float[N,32] x, float[32] s, float[32] b, float[32,32] w, float[32,32] v) => (float[N,32] y)
+    { n = LayerNormalization(x, s, b) m = MatMul(n, w) e = Erf(m) y = MatMul(e, v) }"""
+
+
+def loud(graph: Graph) -> None:
+    """Makes one channel of the normalization a hundred times louder, and its weights as much weaker."""
+    scale, weight = (graph.model.graph.initializers[name] for name in ("s", "w"))
+    factor = np.where(np.arange(32) == 5, 100, 1).astype(np.float32)
+    scale.const_value = ir.Tensor(factor, name="s")
+    weight.const_value = ir.Tensor(weight.const_value.numpy() / factor[:, None], name="w")
+
+
+def test_outlier_channels_are_smoothed_where_nobody_chose(build):
+    found = {}
+    for smooth in (None, 0.0):
+        graph, context, samples = build(LOUD)
+        loud(graph)
+        before = graph.clone()
+        result = QuantizeStatic(smooth=smooth)(graph, context)
+        assert result.changes.get("inputs smoothed", 0) == (smooth is None)
+        assert result.refusals == ()
+        found[smooth] = snr_db(before, graph, samples)
+    assert found[None] > found[0.0] + 10
+
+
+@pytest.mark.parametrize("options", [{"scheme": "tensorrt", "dtype": "fp8"}, {"scheme": "tensorrt"}])
+def test_fp8_is_not_smoothed_unasked_and_tensorrt_takes_no_mul(build, options):
+    text = '<ir_version: 9, opset_import: ["": 19]>\n' + LOUD.replace("m = MatMul", "a = Abs(n) m = MatMul")
+    graph, context, _ = build(text)
+    loud(graph)
+    result = QuantizeStatic(**options)(graph, context)
+    assert result.modified
+    assert graph.operators()["Mul"] == 0
+    assert not any("smoothed" in change for change in result.changes)
+
+
+def test_convolutional_graphs_are_not_smoothed_unasked(build):
+    graph, context, _ = build(RESIDUAL)
+    STATIC(graph, context)
+    (statistics,) = context.calibration.collected
+    assert statistics.samples == 16
+
+
 def test_layers_that_share_a_weight_share_it_still(build):
     text = """g (float[N,8,4,4] x, float[8,8,3,3] w) => (float[N,8,4,4] y)
         { a = Conv<pads=[1,1,1,1]>(x, w) r = Relu(a) y = Conv<pads=[1,1,1,1]>(r, w) }"""

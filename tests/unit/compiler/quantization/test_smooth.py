@@ -8,7 +8,7 @@ import pytest
 from enginesmith.compiler.graph import probe
 from enginesmith.compiler.graph.probe import Tapped
 from enginesmith.compiler.quantization.layers import layers, operand
-from enginesmith.compiler.quantization.smooth import smooth
+from enginesmith.compiler.quantization.smooth import is_convolutional, smooth
 
 TOKENS = (np.random.default_rng(0).standard_normal((2, 3, 4)) * [1, 40, 0.2, 3]).astype(np.float32)
 ATTENTION = """g (float[2,3,4] x, float[4] s, float[4] b, float[4,4] q, float[4,4] k, float[4,4] v)
@@ -93,6 +93,7 @@ def test_dead_channels_keep_their_scale(weighted):
 @pytest.mark.parametrize(
     ("body", "change", "reason"),
     [
+        ("y = MatMul(n, w)", {"w": np.inf}, "weights that read 'n' hold NaN or Inf"),
         ("y = MatMul(n, w)", {"n": None}, "the ranges of the channels of 'n' are not known"),
         ("y = MatMul(n, w)", {"axis": 1}, "the ranges of 'n' are along another axis"),
         ("a = MatMul(n, w)  b = MatMul(n, w)  y = Add(a, b)", {}, "the weights of 'a' are shared"),
@@ -103,6 +104,9 @@ def test_refuses(weighted, body, change, reason):
     found = statistics(graph, TOKENS)
     if "n" in change:
         found = {}
+    if "w" in change:
+        (layer,) = layers(graph)
+        layer.store(layer.load() * change["w"])
     if "axis" in change:
         found["n"].channel_axis = 1
     before = graph.fingerprint()
@@ -110,3 +114,13 @@ def test_refuses(weighted, body, change, reason):
     assert changes == {}
     assert [refusal.reason for refusal in refusals] == [reason]
     assert graph.fingerprint() == before
+
+
+@pytest.mark.parametrize(("convolutions", "products", "expected"), [(2, 1, True), (1, 2, False), (0, 0, True)])
+def test_a_graph_is_convolutional_where_products_are_few(weighted, convolutions, products, expected):
+    body = [f"c{i + 1} = Conv(c{i}, w)" for i in range(convolutions)]
+    body += [f"p{i + 1} = MatMul({f'p{i}' if i else f'c{convolutions}'}, v)" for i in range(products)]
+    last = f"y = Relu({f'p{products}' if products else f'c{convolutions}'})"
+    head = "g (float[1,4,4,4] x, float[4,4,1,1] w, float[4,4] v) => (float[1,4,4,4] y)"
+    graph = weighted(f"{head} {{ c0 = Abs(x) {' '.join(body)} {last} }}")
+    assert is_convolutional(graph) == expected
