@@ -13,7 +13,7 @@ from ..graph import Graph
 from ..graph.probe import Tapped, chunks, sizes
 from .layout import channel_axes
 from .observer import Observer
-from .reductions import Reading, Reduced
+from .reductions import SAMPLED, Reading, Reduced
 from .settings import CalibrationSettings
 from .statistics import Detail, Statistics
 
@@ -21,6 +21,11 @@ Batch = Mapping[str, np.ndarray]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 _CHUNK_BYTES = 256 << 20
+
+_ALWAYS = 64
+"""Up to this sample elements and means of images are taken from every batch; that takes longer than extremes."""
+_SELDOM = 16
+"""After it, from every so many-th batch."""
 
 DEFAULTS = CalibrationSettings()
 
@@ -42,7 +47,8 @@ def observe(
 ) -> Statistics:
     """Statistics of these tensors of the main graph (None: all float activations), from one pass over the samples.
 
-    Memory beyond that of running a batch is what the statistics themselves hold, up to 64 KiB a tensor.
+    Memory beyond that of running a batch is what the statistics themselves hold, up to 64 KiB a tensor, and where there
+    are many images a second copy of the weights.
 
     Args:
         graph: with types and shapes inferred; stays as it is.
@@ -64,7 +70,7 @@ def observe(
     seen = _Inputs(graph)
     for batch in _limited(samples, settings.max_samples):
         seen.add(batch)
-        readings = runner(batch, random.random(3, np.float32))
+        readings = runner(batch, random.random(SAMPLED * samples_in(batch), np.float32))
         for name, observer in observers.items():
             observer.add(readings[name])
     if not seen.samples:
@@ -118,29 +124,41 @@ class _Runner:
         self._sampled = sampled
         self._threads = threads
         self._guarded: set[str] = set()
-        self._reduced = self._build()
+        self._built: dict[bool, Reduced] = {}
+        self._samples = self._skipped = 0
 
-    def _build(self) -> Reduced:
+    def __call__(self, batch: Batch, draws: np.ndarray) -> dict[str, Reading]:
+        images = self._samples < _ALWAYS or self._skipped == _SELDOM - 1
+        self._samples += samples_in(batch)
+        self._skipped = 0 if images else self._skipped + 1
+        readings = self._reduced(images)(batch, draws)
+        found = {name for name, reading in readings.items() if name not in self._guarded and not reading.sound}
+        if found:
+            self._guarded |= found
+            self._built.clear()
+            readings = self._reduced(images)(batch, draws)
+        for name in self._outputs:
+            if readings[name].broken:
+                raise _broken(self._graph, name, batch)
+        return readings
+
+    def _reduced(self, images: bool) -> Reduced:
+        """With elements and means of images, or without; one does for both where there are no images."""
+        if images not in self._built:
+            other = self._built.get(not images)
+            self._built[images] = other if other and not other.has_images else self._build(images)
+        return self._built[images]
+
+    def _build(self, images: bool) -> Reduced:
         return Reduced(
             self._graph,
             self._names,
             axes=self._axes,
             sampled=self._sampled,
+            images=images,
             guarded=self._guarded,
             threads=self._threads,
         )
-
-    def __call__(self, batch: Batch, draws: np.ndarray) -> dict[str, Reading]:
-        readings = self._reduced(batch, samples_in(batch), draws)
-        found = {name for name, reading in readings.items() if name not in self._guarded and not reading.sound}
-        if found:
-            self._guarded |= found
-            self._reduced = self._build()
-            readings = self._reduced(batch, samples_in(batch), draws)
-        for name in self._outputs:
-            if readings[name].broken:
-                raise _broken(self._graph, name, batch)
-        return readings
 
 
 def _broken(graph: Graph, output: str, inputs: Batch) -> DataError:

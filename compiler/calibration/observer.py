@@ -43,8 +43,9 @@ class Observer:
         self._average = old_low + self._momentum * (low - old_low), old_high + self._momentum * (high - old_high)
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._add_channels(reading)
-        if reading.elements is not None:
-            self._elements = self._elements or _Elements()
+        if self._elements is None and reading.elements is not None:
+            self._elements = _Elements()
+        if self._elements is not None:
             self._elements.add(reading)
 
     def _add_channels(self, reading: Reading) -> None:
@@ -71,37 +72,49 @@ class Observer:
 
 
 class _Channels:
-    """Extremes and means by channel."""
+    """Extremes and means by channel; a batch with means stands for those before it without."""
 
     def __init__(self, count: int) -> None:
         self.low = np.full(count, np.inf)
         self._high = np.full(count, -np.inf)
         self._sum = np.zeros(count)
-        self._size = 0.0
+        self._size = self._waiting = 0
 
     def add(self, reading: Reading) -> None:
-        size = reading.size / len(self.low)
         self.low = np.minimum(self.low, reading.low)
         self._high = np.maximum(self._high, reading.high)
-        self._sum += size * reading.mean.astype(np.float64)
-        self._size += size
+        self._waiting += reading.size
+        if reading.mean is not None:
+            self._sum += self._waiting * reading.mean.astype(np.float64)
+            self._size += self._waiting
+            self._waiting = 0
 
     def result(self) -> dict[str, Any]:
-        return {"channel_low": self.low, "channel_high": self._high, "channel_mean": self._sum / self._size}
+        mean = self._sum / self._size if self._size else None
+        return {"channel_low": self.low, "channel_high": self._high, "channel_mean": mean}
 
 
 class _Elements:
-    """Counts by value and by exponent, and sums, of the elements that are given; each stands for several."""
+    """Counts by value and by exponent, and sums, of the elements that are given; each stands for several.
+
+    Those of a batch stand for the batches before it that gave none, and at the end all stand for those that follow.
+    """
 
     def __init__(self) -> None:
         self._histogram = Growing()
         self._exponents = np.zeros(256)
         self._smallest = np.inf
         self._zeros = self._squares = self._weight = 0.0
+        self._size = self._waiting = 0
 
     def add(self, reading: Reading) -> None:
+        self._size += reading.size
+        self._waiting += reading.size
+        if reading.elements is None:
+            return
         elements = np.ascontiguousarray(reading.elements)
-        weight = reading.size / elements.size
+        weight = self._waiting / elements.size
+        self._waiting = 0
         if reading.masked:
             elements = elements[np.abs(elements) <= HUGE]
         if not elements.size:
@@ -119,10 +132,11 @@ class _Elements:
             self._smallest = min(self._smallest, float(sizes.min(initial=np.inf)))
 
     def result(self) -> dict[str, Any]:
+        histogram, more = self._histogram.result(), self._size / (self._size - self._waiting)
         return {
-            "histogram": self._histogram.result(),
-            "exponents": self._exponents,
-            "zeros": self._zeros,
+            "histogram": dataclasses.replace(histogram, counts=more * histogram.counts),
+            "exponents": more * self._exponents,
+            "zeros": more * self._zeros,
             "smallest": self._smallest,
             "rms": math.sqrt(self._squares / self._weight) if self._weight else 0.0,
         }

@@ -5,13 +5,15 @@ tensor is freed as soon as it is reduced. For that the probes of the first tenso
 orders nodes by walking up from those that nothing follows, beginning with the last.
 
 Convolutions run in a blocked layout, and bringing all their outputs back to NCHW costs a quarter of the inference. So
-images are reduced by global pooling and thinned out by MaxPool with 1x1 windows, which know that layout.
+images are reduced by global pooling, which knows that layout. Their elements and means are given where asked for.
+
+Elements are chosen at random, one from each of as many equal stretches of the flat tensor as there are to be: each has
+the same chance, and none takes the same channels or the same place in the image all the time, as a fixed step would.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -26,15 +28,12 @@ HUGE = 1e30
 """Beyond this a value stands for infinity."""
 
 SAMPLED = 4096
-SAMPLED_OF_IMAGE = 1024
 """How many elements of a tensor are given at most for each sample of a batch."""
 
 _POSITIVE = frozenset(("Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"))
 _CARRIES_SIGN = frozenset(("Add", "AveragePool", "Concat", "GlobalAveragePool", "Identity", "MaxPool", "Mul"))
 
-_PHASE, _BORDERS, _MOST, _MOST_OF_IMAGE = (
-    f"enginesmith/{name}" for name in ("phase", "borders", "most", "most-of-image")
-)
+_POINTS = "enginesmith/points"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Reading:
         size: how many elements it has.
         low, high, mean: by channel where it has channels, else of one element. The low of images that cannot be
             negative is given as 0. Of a guarded tensor the extremes of finite values, ``+inf`` and ``-inf`` where there
-            are none, and no mean.
-        elements: some of the elements, evenly spaced; None where the range is enough.
+            are none, and no mean. None where means of images were not asked for.
+        elements: some of the elements, all of a small tensor; None where they were not asked for.
         masked: of a guarded tensor, how many elements are NaN or beyond `HUGE`.
         broken: of a guarded tensor, how many elements are NaN or positive infinity.
     """
@@ -54,7 +53,7 @@ class Reading:
     size: int
     low: np.ndarray
     high: np.ndarray
-    mean: np.ndarray
+    mean: np.ndarray | None
     elements: np.ndarray | None = None
     masked: int = 0
     broken: int = 0
@@ -63,7 +62,8 @@ class Reading:
     def sound(self) -> bool:
         """Whether nothing in the tensor is NaN, infinite or huge. A mean tells of NaN, which extremes may skip."""
         extremes = np.concatenate([self.low, self.high])
-        return not self.size or bool(np.isfinite(self.mean).all() and (np.abs(extremes) <= HUGE).all())
+        finite = self.mean is None or np.isfinite(self.mean).all()
+        return not self.size or bool(finite and (np.abs(extremes) <= HUGE).all())
 
 
 class Reduced:
@@ -74,6 +74,7 @@ class Reduced:
         names: float tensors. The graph's outputs should be among them: what leads to no tensor here does not run.
         axes: of the channels, by name; tensors without one are reduced as a whole.
         sampled: tensors to give elements of.
+        images: whether to give elements and means of images too, which takes longer; outputs of the graph always do.
         guarded: tensors with values that are not finite.
         threads: 0 for one a physical core.
 
@@ -89,6 +90,7 @@ class Reduced:
         *,
         axes: Mapping[str, int],
         sampled: Collection[str],
+        images: bool,
         guarded: Collection[str],
         threads: int,
     ) -> None:
@@ -98,6 +100,7 @@ class Reduced:
         self.names = tuple(names)
         if missing := [name for name in self.names if name not in values]:
             raise GraphError(f"the main graph has no tensor {missing[0]!r} to look at")
+        finals = {value.name for value in main.outputs}
         main.outputs.clear()
         build = _Builder(main, copy.opset)
         positive = _positive(main)
@@ -105,31 +108,27 @@ class Reduced:
         self._planes: dict[str, int] = {}
         for name in reversed(self.names):
             axis = axes.get(name) if name not in guarded else None
-            image = _image(values[name], axis)
-            if image is not None and name in sampled:
-                self._planes[name] = image[1] * image[2]
-                outputs = build.image_probe(values[name], image, positive=values[name] in positive)
-            else:
+            plane = _plane(values[name], axis) if name in sampled else None
+            if plane is None:
                 outputs = build.probe(values[name], axis, sampled=name in sampled, guarded=name in guarded)
+            else:
+                self._planes[name] = plane
+                outputs = build.image_probe(
+                    values[name], positive=values[name] in positive, sampled=images or name in finals
+                )
             self._places[name] = {key: len(main.outputs) + place for place, key in enumerate(outputs)}
             main.outputs.extend(outputs.values())
+        self.has_images = bool(self._planes)
         self._session = Session(copy, optimized=True, threads=threads)
 
-    def __call__(self, inputs: Arrays, samples: int, draws: np.ndarray) -> dict[str, Reading]:
+    def __call__(self, inputs: Arrays, draws: np.ndarray) -> dict[str, Reading]:
         """Runs once.
 
         Args:
             inputs: by name.
-            samples: how many samples that is.
-            draws: (3,) random numbers in [0, 1) that decide which elements to give.
+            draws: (most,) float32 random numbers in [0, 1) that decide which elements to give: at most that many.
         """
-        own = {
-            _PHASE: draws[0],
-            _BORDERS: draws[1:],
-            _MOST: SAMPLED * samples,
-            _MOST_OF_IMAGE: SAMPLED_OF_IMAGE * samples,
-        }
-        found = self._session({**inputs, **{name: np.array(number, np.float32) for name, number in own.items()}})
+        found = self._session({**inputs, _POINTS: np.arange(len(draws)) + draws.astype(np.float64)})
         return {
             name: _reading({key: found[place] for key, place in places.items()}, self._planes.get(name, 1))
             for name, places in self._places.items()
@@ -142,7 +141,7 @@ def _reading(found: dict[str, np.ndarray], plane: int) -> Reading:
     counts = {key: int(found.pop(key)) for key in ("size", "masked", "broken") if key in found}
     high = found["high"].reshape(-1)
     low = found["low"].reshape(-1, high.size).min(0) if "low" in found else np.zeros_like(high)
-    mean = found["mean"].reshape(-1) if "mean" in found else low
+    mean = found["mean"].reshape(-1) if "mean" in found else None
     return Reading(**counts, low=low, high=high, mean=mean, elements=found.get("elements"))
 
 
@@ -152,17 +151,10 @@ class _Builder:
     def __init__(self, graph: ir.Graph, opset: int) -> None:
         self._graph = graph
         self._opset = opset
-        self._phase, self._borders, self._most, self._most_of_image = (
-            ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2] if name == _BORDERS else []))
-            for name in (_PHASE, _BORDERS, _MOST, _MOST_OF_IMAGE)
-        )
-        graph.inputs.extend([self._phase, self._borders, self._most, self._most_of_image])
+        self._points = ir.Value(name=_POINTS, type=ir.TensorType(ir.DataType.DOUBLE), shape=ir.Shape([None]))
+        graph.inputs.append(self._points)
         self._zero = self._constant(np.array([0]))
-        self._end = self._constant(np.array([np.iinfo(np.int64).max]))
         self._flat = self._constant(np.array([-1]))
-        self._ends = self._constant(np.array([np.iinfo(np.int64).max] * 2))
-        self._plane = self._constant(np.array([2, 3]))
-        self._one = self._constant(np.array([1]))
 
     def probe(self, value: ir.Value, axis: int | None, *, sampled: bool, guarded: bool) -> dict[str, ir.Value]:
         """The outputs that make a reading, by its fields."""
@@ -176,43 +168,23 @@ class _Builder:
             for key, operator in (("low", "ReduceMin"), ("high", "ReduceMax"), ("mean", "ReduceMean")):
                 outputs[key] = self._typed(self._reduce(operator, value, axes), ir.DataType.FLOAT)
         if sampled:
-            outputs["elements"] = self._typed(self._sample(value, self._most), ir.DataType.FLOAT)
+            outputs["elements"] = self._typed(self._sample(value), ir.DataType.FLOAT)
         return outputs
 
-    def image_probe(self, value: ir.Value, image: tuple[int, int, int], *, positive: bool) -> dict[str, ir.Value]:
+    def image_probe(self, value: ir.Value, *, positive: bool, sampled: bool) -> dict[str, ir.Value]:
         """As `probe`, for images (batch, channels, height, width)."""
         axes = [0, 2, 3]
         pooled = self._add("GlobalMaxPool", value)
         outputs = {"planes": self._typed(self._add("Size", pooled), ir.DataType.INT64)}  # that of `value` needs NCHW
         outputs["high"] = self._reduce("ReduceMax", pooled, axes)
-        outputs["mean"] = self._reduce("ReduceMean", self._add("GlobalAveragePool", value), axes)
         if not positive:
             outputs["low"] = self._reduce("ReduceMin", value, [2, 3])
-        thinned, left = self._thin(value, image)
-        few = left <= 2 * SAMPLED_OF_IMAGE
-        outputs["elements"] = (
-            self._add("Reshape", thinned, self._flat) if few else self._sample(thinned, self._most_of_image)
-        )
+        if sampled:
+            outputs["mean"] = self._reduce("ReduceMean", self._add("GlobalAveragePool", value), axes)
+            outputs["elements"] = self._sample(value)
         for key in outputs.keys() - {"planes"}:
             self._typed(outputs[key], ir.DataType.FLOAT)
         return outputs
-
-    def _thin(self, value: ir.Value, image: tuple[int, int, int]) -> tuple[ir.Value, int]:
-        """Elements on a coarse grid of at least 4 rows and columns, and how many an image leaves, about a thousand.
-
-        The grid begins at the border, where padding makes values differ. Of ``h`` rows that it takes from ``H`` one is
-        at the border, of all rows two are; kept in ``2 (h - 1) / (H - 2)`` of the batches, it has its share.
-        """
-        channels, *plane = image
-        stride = min(math.isqrt(math.prod(image) // SAMPLED_OF_IMAGE), *(size // 4 for size in plane))
-        if stride < 2 or self._opset < 10:
-            return value, math.prod(image)
-        value = self._add("MaxPool", value, kernel_shape=[1, 1], strides=[stride, stride])
-        left = [-(-size // stride) for size in plane]
-        shares = [2 * (rows - 1) / (size - 2) for rows, size in zip(left, plane, strict=True)]
-        dropped = self._add("Less", self._constant(np.array(shares, np.float32)), self._borders)
-        start = self._add("Cast", dropped, to=ir.DataType.INT64.value)
-        return self._add("Slice", value, start, self._ends, self._plane), channels * math.prod(left)
 
     def _guarded(self, value: ir.Value) -> dict[str, ir.Value]:
         magnitude = self._add("Abs", value)
@@ -227,17 +199,18 @@ class _Builder:
             outputs[key] = self._typed(self._reduce("ReduceSum", counted, None), ir.DataType.INT64)
         return outputs
 
-    def _sample(self, value: ir.Value, most: ir.Value) -> ir.Value:
-        """Every step-th element, so that `most` are given or a few less; from a start that the phase decides."""
+    def _sample(self, value: ir.Value) -> ir.Value:
+        """One element from each stretch of ``size / count``, where its point falls; all of a tensor with few."""
         flat = self._add("Reshape", value, self._flat)
-        if self._opset < 10:  # Slice takes no steps
+        if self._opset < 10:  # Slice takes no inputs
             return flat
-        size = self._add("Cast", self._add("Size", value), to=ir.DataType.FLOAT.value)
-        step = self._add("Ceil", self._add("Div", size, most))
-        start = self._add("Mul", step, self._phase)
-        vectors = (self._add("Reshape", scalar, self._one) for scalar in (start, step))
-        start, step = (self._add("Cast", vector, to=ir.DataType.INT64.value) for vector in vectors)
-        return self._add("Slice", flat, start, self._end, self._zero, step)
+        size = self._add("Size", value)
+        points = self._add("Slice", self._points, self._zero, self._add("Reshape", size, self._flat))
+        whole, count = (
+            self._add("Cast", number, to=ir.DataType.DOUBLE.value) for number in (size, self._add("Size", points))
+        )
+        places = self._add("Mul", points, self._add("Div", whole, count))  # below `size`, as draws have 24 bits
+        return self._add("Gather", flat, self._add("Cast", places, to=ir.DataType.INT64.value))
 
     def _reduce(self, operator: str, value: ir.Value, axes: list[int] | None) -> ir.Value:
         if axes is None:
@@ -268,11 +241,11 @@ def _others(value: ir.Value, axis: int | None) -> list[int] | None:
     return [other for other in range(rank) if other != axis % rank]
 
 
-def _image(value: ir.Value, axis: int | None) -> tuple[int, int, int] | None:
-    """Channels, height and width of images whose size is known."""
-    sizes = tuple(size for size in (value.shape or ())[1:] if isinstance(size, int))
+def _plane(value: ir.Value, axis: int | None) -> int | None:
+    """Height times width of images whose size is known; None of what is no such image."""
+    sizes = [size for size in (value.shape or ())[1:] if isinstance(size, int)]
     fits = axis == 1 and value.shape is not None and len(value.shape) == 4 and value.dtype == ir.DataType.FLOAT
-    return (sizes[0], sizes[1], sizes[2]) if fits and len(sizes) == 3 else None
+    return sizes[1] * sizes[2] if fits and len(sizes) == 3 else None
 
 
 def _positive(graph: ir.Graph) -> set[ir.Value]:

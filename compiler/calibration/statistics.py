@@ -20,7 +20,7 @@ from .findings import Finding, findings
 from .histogram import Histogram
 
 Detail = Literal["range", "full"]
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,8 @@ class TensorStatistics:
         low, high: exact; `low` of an image that no operator lets be negative is 0.
         average_low, average_high: moving average of the extremes of batches.
 
-    With detail "full", each from a part of the elements, seeded, where a tensor is large:
+    With detail "full", each from a part of the elements, chosen at random, seeded, where a tensor is large; of images
+    from the first 64 samples and every 16th batch that follows:
         histogram: counts by value.
         exponents: (256,) counts by the exponent field of float32: ``e`` counts ``2**(e-127) <= |x| < 2**(e-126)``,
             0 what is smaller, zero too.
@@ -42,9 +43,10 @@ class TensorStatistics:
         smallest: smallest magnitude that is not zero; infinite where there is none.
         rms: root of the mean square.
 
-    With detail "full", exact; None where the number of channels varies or a channel has masked values:
+    With detail "full"; None where the number of channels varies or a channel has masked values:
         channel_axis: the axis; counted from the end where negative.
-        channel_low, channel_high, channel_mean: (channels,).
+        channel_low, channel_high: (channels,), exact.
+        channel_mean: (channels,), over all elements, of images those in the batches that histograms are from.
     """
 
     count: int

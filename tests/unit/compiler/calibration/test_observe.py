@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from enginesmith.compiler.calibration import CalibrationSettings
+from enginesmith.compiler.calibration import CalibrationSettings, limits
+from enginesmith.compiler.calibration import observe as module
 from enginesmith.compiler.calibration.observe import DEFAULTS, observe
 from enginesmith.compiler.graph import probe
 from enginesmith.errors import DataError
@@ -102,3 +103,82 @@ def test_images_are_reduced_by_channel_and_sampled(read, opset):
 def test_a_second_run_gives_the_same_statistics(read):
     samples = [{"x": GENERATOR.standard_normal((4, 2)).astype(np.float32) ** 2} for _ in range(3)]
     assert observe(read(NET), samples, detail="full").digest == observe(read(NET), samples, detail="full").digest
+
+
+STRUCTURED = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,3,48,48] x) => (float[N,24,48,48] y) <float[24,3,3,3] w = {WEIGHTS}, float[24] b = {BIASES}> {
+        c = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(c)  y = Add(r, c)  t = Transpose<perm=[0,2,3,1]>(r)  z = Abs(t) }"""
+
+
+@pytest.fixture(scope="module")
+def structured(read):
+    """Channels of sizes far apart, and stripes, a bright border and a bright corner in the images."""
+    generator = np.random.default_rng(1)
+    weights = generator.standard_normal((24, 27)) * np.geomspace(0.1, 3, 24)[:, None]
+    text = STRUCTURED.replace("WEIGHTS", ", ".join(f"{v:.4f}" for v in weights.reshape(-1)))
+    images = generator.standard_normal((12, 4, 3, 48, 48)).astype(np.float32)
+    images[..., ::4] *= 4
+    images[..., ::8, :] -= 3
+    images[..., [0, -1], :] += 5
+    images[:, :, :, 24:, 24:] *= np.float32(1.5)
+    graph = read(text.replace("BIASES", ", ".join(f"{v:.4f}" for v in generator.standard_normal(24))))
+    return graph, [{"x": batch} for batch in images]
+
+
+def quantiles(histogram, shares: tuple[float, ...]) -> np.ndarray:
+    total = np.concatenate([[0.0], np.cumsum(histogram.counts)])
+    return np.interp(np.array(shares) * total[-1], total, histogram.edges)
+
+
+def rounding_error(array: np.ndarray, low: float, high: float) -> float:
+    """Mean square, in 8 bits."""
+    step = (high - low) / 255
+    least = round(low / step)
+    return float(np.mean((np.clip(np.rint(array / step), least, least + 255) * step - array) ** 2))
+
+
+def test_elements_stand_for_the_whole_tensor(structured, monkeypatch):
+    graph, samples = structured
+    sampled = observe(graph, samples, detail="full")
+    monkeypatch.setattr(module, "SAMPLED", 1 << 20)
+    whole = observe(graph, samples, detail="full")
+    assert set(sampled) == {"x", "c", "r", "y", "t", "z"}
+    for name, own in sampled.items():
+        other = whole[name]
+        array = np.concatenate([probe.Tapped(graph, [name])(sample)[name] for sample in samples])
+        assert other.rms == pytest.approx(np.sqrt(np.mean(array.astype(np.float64) ** 2)), rel=1e-5)
+        assert own.rms == pytest.approx(other.rms, rel=0.02)
+        assert own.zeros == pytest.approx(other.zeros, rel=0.02)
+        shares = (0.01, 0.1, 0.5, 0.9, 0.99)
+        found, expected = (quantiles(statistics.histogram, shares) for statistics in (own, other))
+        np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.02 * other.rms)
+        errors = [rounding_error(array, *limits(statistics, "mse", symmetric=False)) for statistics in (own, other)]
+        assert errors[0] < 1.25 * errors[1]  # the tail of a heavy-tailed tensor is known less well
+
+
+def test_elements_are_chosen_by_the_seed_and_anew_in_each_batch(structured):
+    graph, samples = structured
+
+    def counts(batches: list[dict[str, np.ndarray]], seed: int) -> np.ndarray:
+        found = observe(graph, batches, ["c"], CalibrationSettings(seed=seed), "full")
+        return found["c"].histogram.counts
+
+    np.testing.assert_array_equal(counts(samples[:2], 3), counts(samples[:2], 3))
+    assert not np.array_equal(counts(samples[:1], 3), counts(samples[:1], 4))
+    assert not np.array_equal(counts(samples[:1] * 2, 3), 2 * counts(samples[:1], 3))
+
+
+def test_images_after_the_first_are_looked_at_seldom(read):
+    """16 batches of value 2 are told by the last of them, and those of value 3 by their extremes alone."""
+    text = "g (float[N,1,2,2] x) => (float[N,2] y) <float[2,1,1,1] w = {1,1}> { c = Conv(x, w)  p = GlobalMaxPool(c) "
+    graph = read(text + " y = Flatten(p) }")
+    values = [1] * 4 + [2] * 16 + [3] * 5
+    found = observe(graph, [{"x": np.full((16, 1, 2, 2), v, np.float32)} for v in values], detail="full")
+    image, rest = found["c"], found["y"]
+    at = [int(v / image.histogram.width) - image.histogram.first for v in (1, 2)]
+    np.testing.assert_allclose(image.histogram.counts[at], np.array([4, 16]) * 128 * 25 / 20)
+    assert image.histogram.counts.sum() == pytest.approx(image.count)
+    assert (image.low, image.high, *image.channel_high) == (1, 3, 3, 3)
+    assert image.channel_mean == pytest.approx(np.full(2, (4 + 16 * 2) / 20))
+    assert rest.channel_mean == pytest.approx(np.full(2, np.mean(values)))
+    assert rest.histogram.counts.sum() == rest.count == 25 * 32
