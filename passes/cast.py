@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ..compiler.graph import Graph
+from ..compiler.graph.editing import inline
 from ..compiler.graph.float16 import clamp_masks, judge
 from ..compiler.graph.formats import FORMATS
 from ..compiler.graph.precision import Lowering, keep, kept
@@ -75,9 +76,7 @@ class Cast(Pass):
             RecipeError: `keep` has a pattern that matches no node.
         """
         work = graph.clone()
-        if work.model.functions:
-            InlinePass()(work.model)
-            work.model.functions.clear()
+        inline(work)
         work.infer()
         lowering, to = self.lowering(work), FORMATS[self.to]
         if not lowering.pending():

@@ -14,12 +14,11 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any, ClassVar, Literal, Protocol
 
-from onnx_ir.passes.common import InlinePass
-
 from ..compiler.budget import Budget
 from ..compiler.data import Samples
 from ..compiler.graph import Graph
 from ..compiler.graph.cost import costs, share
+from ..compiler.graph.editing import inline
 from ..compiler.graph.emulation import emulate
 from ..compiler.graph.float16 import settle
 from ..compiler.graph.precision import keep
@@ -211,9 +210,7 @@ class _Quantized:
         self._plain = dataclasses.replace(self._quantize, rounding="nearest", bias_correction=False)
         self._context = context
         self.reference = graph.clone()
-        if graph.model.functions:
-            InlinePass()(self.reference.model)
-            self.reference.model.functions.clear()
+        inline(self.reference)
         _, result = self._lower(self._plain, ())
         self.refusals = result.refusals
         stay = {refusal.node for refusal in result.refusals}

@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import platform
 from collections.abc import Iterator
 from typing import ClassVar
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..compiler.graph import Graph
 from ..compiler.graph.selection import label, select
-from ..compiler.machine.environment import cpu_flags
-from ..compiler.quantization.candidates import already, exempt, prepared, too_small
+from ..compiler.quantization.candidates import already, exempt, prepared, taken_over, too_small
 from ..compiler.quantization.constants import Constants
 from ..compiler.quantization.dynamic import OPSET, Dynamic
 from ..compiler.quantization.linear import OPERATORS, linear
 from ..compiler.quantization.patch import Patcher
 from ..compiler.quantization.qdq import quantized_nodes
+from ..compiler.quantization.saturation import saturates
 from ..compiler.quantization.smooth import ALPHA, inputs, is_convolutional, smooth
 from .base import Context, Pass, PassResult, Refusal
 
@@ -71,10 +69,7 @@ class QuantizeDynamic(Pass):
         run.visit()
         if not any(name.endswith("quantized") for name in run.changes):
             return PassResult(modified=False, refusals=tuple(run.refusals))
-        RemoveUnusedNodesPass()(work.model)
-        details = {"weight_bytes": {"before": graph.weight_bytes, "after": work.weight_bytes}}
-        graph.model = work.model
-        return PassResult(modified=True, changes=dict(run.changes), refusals=tuple(run.refusals), details=details)
+        return taken_over(graph, work, run.changes, run.refusals)
 
 
 class _Run:
@@ -85,7 +80,7 @@ class _Run:
         self._smooth = options.smooth
         self._keep = select(graph, options.keep)
         self._constants = Constants(graph)
-        reduce_range = _saturates() if options.reduce_range is None else options.reduce_range
+        reduce_range = saturates() if options.reduce_range is None else options.reduce_range
         self._dynamic = Dynamic(Patcher(graph), self._constants, reduce_range=reduce_range)
 
     def smooth(self, context: Context) -> None:
@@ -139,9 +134,3 @@ def _about_the_graph(graph: Graph) -> Iterator[str]:
     yield from already(graph)
     if convolutions := sum(node.op_type in _CONVOLUTIONS for node in graph.nodes()):
         yield f"{convolutions} of Conv stay: its dynamic kernel runs at 0.2 to 0.3 of float's speed, static ones gain"
-
-
-def _saturates() -> bool:
-    """Whether sums of two products of 8 bits may overflow: x86 without VNNI or AMX adds them in 16 bits."""
-    flags = cpu_flags()
-    return platform.machine().lower() in ("x86_64", "amd64") and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}

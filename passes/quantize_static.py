@@ -9,29 +9,29 @@ Where Q/DQ goes is the target's, as its engine fuses them into integer kernels: 
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..compiler.calibration import Calibration, Statistics
 from ..compiler.graph import Graph
+from ..compiler.graph.editing import flattened, is_constant
 from ..compiler.graph.selection import label, select
-from ..compiler.machine.environment import cpu_flags
 from ..compiler.quantization import onnxruntime, tensorrt
 from ..compiler.quantization.attention import drop_guards
 from ..compiler.quantization.bias import correct
 from ..compiler.quantization.equalize import equalize
 from ..compiler.quantization.forms import fold_weights, prepare
 from ..compiler.quantization.parameters import Parameters
-from ..compiler.quantization.plan import Plan, Weight, constant
+from ..compiler.quantization.plan import Plan, Weight
 from ..compiler.quantization.qdq import Quantized, insert, quantized_nodes
 from ..compiler.quantization.ranges import Choice, activation_ranges, unknown
 from ..compiler.quantization.rounding import round_weights
+from ..compiler.quantization.saturation import saturates
 from ..compiler.quantization.smooth import ALPHA, inputs, is_convolutional, smooth
 from ..compiler.quantization.weights import (
     fit_biases,
@@ -210,17 +210,12 @@ class _Run:
 
     def _reduced(self) -> bool:
         asked = self.options.reduce_range
-        return self.options.scheme == "onnxruntime" and _saturates() if asked is None else asked
+        return self.options.scheme == "onnxruntime" and saturates() if asked is None else asked
 
 
 def _flat(graph: Graph) -> Graph:
-    """A copy without functions, its constants in initializers, shapes and types known."""
-    work = graph.clone()
-    if work.model.functions:
-        InlinePass()(work.model)
-        work.model.functions.clear()
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(work.model)
-    work.infer()
+    """A flat copy in which weights that nodes compute from constants are initializers too."""
+    work = flattened(graph)
     if fold_weights(work):
         RemoveUnusedNodesPass()(work.model)
     return work
@@ -231,14 +226,8 @@ def _broken_weights(graph: Graph) -> dict[ir.Node, str]:
     broken = {}
     for node in graph.model.graph:
         weight = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1 else None
-        if weight is None or not constant(weight) or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
+        if weight is None or not is_constant(weight) or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
             continue
         if not np.isfinite(weight.const_value.numpy()).all():
             broken[node] = f"its weight {weight.name!r} holds NaN or Inf"
     return broken
-
-
-def _saturates() -> bool:
-    """Whether sums of two products of 8 bits may overflow: x86 without VNNI or AMX adds them in 16 bits."""
-    flags = cpu_flags()
-    return platform.machine().lower() in ("x86_64", "amd64") and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}

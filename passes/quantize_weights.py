@@ -15,12 +15,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..compiler.calibration import Calibration
 from ..compiler.graph import Graph
 from ..compiler.graph.selection import label, select
-from ..compiler.quantization.candidates import already, exempt, prepared, too_small
+from ..compiler.quantization.candidates import already, exempt, prepared, taken_over, too_small
 from ..compiler.quantization.constants import Constants
 from ..compiler.quantization.hessians import hessians
 from ..compiler.quantization.layers import Layer, as_layer
@@ -96,10 +95,7 @@ class QuantizeWeights(Pass):
         run.visit(calibration)
         if not run.changes:
             return PassResult(modified=False, refusals=tuple(run.refusals))
-        RemoveUnusedNodesPass()(work.model)
-        details = {"weight_bytes": {"before": graph.weight_bytes, "after": work.weight_bytes}}
-        graph.model = work.model
-        return PassResult(modified=True, changes=dict(run.changes), refusals=tuple(run.refusals), details=details)
+        return taken_over(graph, work, run.changes, run.refusals)
 
 
 class _Run:

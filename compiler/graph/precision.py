@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from .editing import Names
 from .graph import Graph
 from .identity import MARK
 from .schemas import type_text
@@ -55,7 +56,7 @@ class Lowering:
         self._keep_io = keep_io
         self._scope = Scope(graph.model.opset_imports, {})
         self._owners = {inner: node for node in graph.nodes() for inner in subgraphs(node)}
-        self._names = {value.name for scope in graph.graphs() for value in _values(scope)}
+        self._names = Names(graph)
         self.lowered = 0
         self.casts = 0
 
@@ -191,13 +192,7 @@ class Lowering:
                     scope.remove(node, safe=True)
 
     def _name(self, value: ir.Value) -> str:
-        name = base = f"{value.name}/{self._type.dtype.name.lower()}"
-        number = 1
-        while name in self._names:
-            number += 1
-            name = f"{base}.{number}"
-        self._names.add(name)
-        return name
+        return self._names.free(f"{value.name}/{self._type.dtype.name.lower()}")
 
 
 def _float_operands(node: ir.Node) -> Iterator[tuple[int, bool]]:

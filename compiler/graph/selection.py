@@ -13,8 +13,8 @@ from .graph import Graph
 
 
 def label(node: ir.Node) -> str:
-    """The name of a node, or of its first output where it has none."""
-    return node.name or (node.outputs[0].name if node.outputs else "") or ""
+    """The name that a node goes by in options, refusals and reports: its own, else its first output's."""
+    return node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
 
 
 def select(graph: Graph, patterns: Iterable[str]) -> dict[str, str]:

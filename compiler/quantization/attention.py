@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
-from .plan import constant
+from ..graph.editing import is_constant
 
 _SCALING = frozenset(("Add", "Cast", "Div", "Mul", "Sub", "Where"))
 _MOVING = frozenset(("Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
@@ -121,4 +121,4 @@ def _after(value: ir.Value) -> ir.Node | None:
 
 
 def _is_of_activations(node: ir.Node) -> bool:
-    return not any(constant(operand) for operand in node.inputs)
+    return not any(is_constant(operand) for operand in node.inputs)

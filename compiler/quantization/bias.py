@@ -17,8 +17,9 @@ import onnx_ir as ir
 
 from ...passes.base import Refusal
 from ..graph import Graph
-from .layers import Layer, as_layer, assign_input, constant, initializer, is_constant, is_shared, operand
-from .plan import Weight, title
+from ..graph.selection import label
+from .layers import Layer, as_layer, assign_input, constant, initializer, is_shared, is_weight, operand
+from .plan import Weight
 from .qdq import Quantized
 
 if TYPE_CHECKING:
@@ -91,10 +92,10 @@ def _add_behind(graph: Graph, layer: Layer, change: np.ndarray) -> str | None:
 
 def _add(graph: Graph, node: ir.Node, index: int, change: np.ndarray) -> str | None:
     bias = operand(node, index)
-    if not is_constant(bias):
+    if not is_weight(bias):
         return f"the bias {bias.name!r} is not constant"
     array = constant(bias)
     if array.size not in (1, len(change)) or (array.ndim and array.shape[-1] != array.size):
-        return f"the bias {bias.name!r} is not one number for each output of {title(node)!r}"
+        return f"the bias {bias.name!r} is not one number for each output of {label(node)!r}"
     assign_input(node, index, np.asarray(array + change, np.float32), graph)
     return None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ...passes.base import PassResult, Refusal
 from ..graph import Graph
+from ..graph.editing import flattened
 from ..graph.selection import label
 from .constants import Constants
 from .qdq import quantized_nodes
@@ -32,12 +34,7 @@ def prepared(graph: Graph) -> Graph:
     Raises:
         TargetUnavailableError: a weight has to be computed and ONNX Runtime is not installed.
     """
-    work = graph.clone()
-    if work.model.functions:
-        InlinePass()(work.model)
-        work.model.functions.clear()
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(work.model)
-    work.infer()
+    work = flattened(graph)
     constants = Constants(work)
     for node in list(work.model.graph):
         for place in _WEIGHTS.get(node.op_type, ()) if not node.domain else ():
@@ -66,6 +63,14 @@ def _fold(value: ir.Value | None, constants: Constants) -> None:
     graph.register_initializer(folded)
     if whole:
         graph.remove(node, safe=True)
+
+
+def taken_over(graph: Graph, work: Graph, changes: Mapping[str, int], refusals: Sequence[Refusal]) -> PassResult:
+    """The result of a pass whose work takes the place of the graph."""
+    RemoveUnusedNodesPass()(work.model)
+    details = {"weight_bytes": {"before": graph.weight_bytes, "after": work.weight_bytes}}
+    graph.model = work.model
+    return PassResult(modified=True, changes=dict(changes), refusals=tuple(refusals), details=details)
 
 
 def exempt(node: ir.Node, graph: Graph, keep: Mapping[str, str]) -> str | None:

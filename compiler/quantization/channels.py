@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
-from .layers import Layer, as_layer, assign_input, constant, is_constant, is_shared, operand
-from .plan import title
+from ..graph.selection import label
+from .layers import Layer, as_layer, assign_input, constant, is_shared, is_weight, operand
 
 _HOMOGENEOUS = frozenset(
     ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity", "LeakyRelu", "MaxPool", "PRelu", "Relu")
@@ -84,7 +84,7 @@ def source(value: ir.Value, axis: int) -> Source:
         return _of_normalization(node, axis, rank, channels)
     if node.domain == "" and node.op_type in ("Add", "Mul", "Sub"):
         return _of_arithmetic(node, axis, rank, channels)
-    raise UnfoldableError(f"{node.op_type} {title(node)!r} does not pass a factor for each channel through")
+    raise UnfoldableError(f"{node.op_type} {label(node)!r} does not pass a factor for each channel through")
 
 
 def rank_of(value: ir.Value) -> int:
@@ -120,7 +120,7 @@ def _of_flatten(node: ir.Node, axis: int, channels: int) -> Source:
     value = operand(node, 0)
     kept = rank_of(value) > 1 and value.shape is not None and value.shape[1] == channels
     if axis != 1 or node.attributes.get_int("axis", 1) != 1 or not kept:
-        raise UnfoldableError(f"Flatten {title(node)!r} mixes channels with positions")
+        raise UnfoldableError(f"Flatten {label(node)!r} mixes channels with positions")
     return _before(node, 0, 1)
 
 
@@ -128,17 +128,17 @@ def _of_normalization(node: ir.Node, axis: int, rank: int, channels: int) -> Sou
     last = node.op_type in _LAST_AXIS
     fits = node.attributes.get_int("axis", -1) % rank == axis == rank - 1 if last else axis == 1
     if not fits:
-        raise UnfoldableError(f"{node.op_type} {title(node)!r} normalizes over other axes")
+        raise UnfoldableError(f"{node.op_type} {label(node)!r} normalizes over other axes")
     if node.attributes.get_int("training_mode", 0):
-        raise UnfoldableError(f"{title(node)!r} is in training mode")
+        raise UnfoldableError(f"{label(node)!r} is in training mode")
     given = [index for index in (1, 2) if index < len(node.inputs) and node.inputs[index] is not None]
     return Source(tuple(_vector(node, index, -1, channels) for index in given), None)
 
 
 def _of_arithmetic(node: ir.Node, axis: int, rank: int, channels: int) -> Source:
-    constants = [index for index in (0, 1) if is_constant(node.inputs[index])]
+    constants = [index for index in (0, 1) if is_weight(node.inputs[index])]
     if len(constants) != 1:
-        raise UnfoldableError(f"{node.op_type} {title(node)!r} joins two branches")
+        raise UnfoldableError(f"{node.op_type} {label(node)!r} joins two branches")
     slot = _vector(node, constants[0], axis - rank, channels)
     if node.op_type == "Mul":
         return Source((slot,), None)
@@ -149,9 +149,9 @@ def _of_arithmetic(node: ir.Node, axis: int, rank: int, channels: int) -> Source
 def _vector(node: ir.Node, index: int, axis: int, channels: int) -> Slot:
     """The slot of a constant with one number a channel; `axis` counts from the end."""
     value = operand(node, index)
-    shape = constant(value).shape if is_constant(value) else ()
+    shape = constant(value).shape if is_weight(value) else ()
     if -axis > len(shape) or shape[axis] != channels or np.prod(shape) != channels:
-        raise UnfoldableError(f"input {value.name!r} of {title(node)!r} is not one constant a channel")
+        raise UnfoldableError(f"input {value.name!r} of {label(node)!r} is not one constant a channel")
     return Slot(node, index, len(shape) + axis)
 
 
@@ -166,10 +166,10 @@ def _axis_before(node: ir.Node, axis: int) -> int:
     else:
         reduced = []
     if not reduced:
-        raise UnfoldableError(f"{node.op_type} {title(node)!r} reduces axes that are not known")
+        raise UnfoldableError(f"{node.op_type} {label(node)!r} reduces axes that are not known")
     rank = rank_of(value)
     left = [i for i in range(rank) if i not in {a % rank for a in reduced}]
     before = axis if node.attributes.get_int("keepdims", 1) else left[axis]
     if before not in left:
-        raise UnfoldableError(f"{node.op_type} {title(node)!r} reduces the channels")
+        raise UnfoldableError(f"{node.op_type} {label(node)!r} reduces the channels")
     return before

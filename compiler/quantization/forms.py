@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
+from ..graph.editing import is_constant
 from ..graph.selection import label
 from .constants import Constants
 from .layers import free_name, initializer
-from .plan import constant
 from .stem import widen_stem
 
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
@@ -78,7 +78,7 @@ def _is_over_positions(node: ir.Node) -> bool:
     axes: list[int] = []
     if (
         len(node.inputs) > 1
-        and constant(value := node.inputs[1])
+        and is_constant(value := node.inputs[1])
         and value is not None
         and value.const_value is not None
     ):
@@ -112,7 +112,7 @@ def _is_between(node: ir.Node) -> bool:
     readers = [user for user, _ in result.uses()]
     readers += [user for relu in readers if relu.op_type == "Relu" for user, _ in relu.outputs[0].uses()]
     trains = node.attributes.get_int("training_mode", 0) == 1
-    return not trains and all(map(constant, node.inputs[1:])) and any(user.op_type == "Conv" for user in readers)
+    return not trains and all(map(is_constant, node.inputs[1:])) and any(user.op_type == "Conv" for user in readers)
 
 
 def _to_conv(graph: Graph, node: ir.Node) -> None:
@@ -121,15 +121,14 @@ def _to_conv(graph: Graph, node: ir.Node) -> None:
     scale, shift, mean, variance = (v.const_value.numpy() for v in node.inputs[1:] if v is not None and v.const_value)
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     factor = scale / np.sqrt(variance.astype(np.float64) + epsilon)
-    title = node.name or node.outputs[0].name
-    weight = initializer(graph, f"{title}/weight", factor.reshape(-1, *[1] * ((_rank(x) or 0) - 1)))
-    bias = initializer(graph, f"{title}/bias", shift - mean * factor)
+    weight = initializer(graph, f"{label(node)}/weight", factor.reshape(-1, *[1] * ((_rank(x) or 0) - 1)))
+    bias = initializer(graph, f"{label(node)}/bias", shift - mean * factor)
     _replace(graph, node, [ir.node("Conv", [x, weight, bias], {"group": len(factor)}, name=node.name)])
 
 
 def _has_matrix(node: ir.Node) -> bool:
     weight = node.inputs[1]
-    return constant(weight) and _rank(weight) == 2 and not constant(node.inputs[0])
+    return is_constant(weight) and _rank(weight) == 2 and not is_constant(node.inputs[0])
 
 
 def _to_gemm(graph: Graph, node: ir.Node) -> None:
@@ -151,7 +150,7 @@ def _bias_add(node: ir.Node) -> ir.Node | None:
         return None
     add = readers[0].node
     bias = add.inputs[1 - readers[0].idx]
-    if weight is None or weight.shape is None or bias is None or bias.shape is None or not constant(bias):
+    if weight is None or weight.shape is None or bias is None or bias.shape is None or not is_constant(bias):
         return None
     return add if tuple(bias.shape) == (weight.shape[1],) else None
 

@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
-from .plan import title
+from ..graph.editing import Names, add_initializer, is_constant
+from ..graph.selection import label
 
 _TRANSPOSED = (1, 0)
 
@@ -27,7 +28,7 @@ class Layer:
     @property
     def name(self) -> str:
         """The node's name, or its output's where it has none."""
-        return title(self.node)
+        return label(self.node)
 
     @property
     def weight(self) -> ir.Value:
@@ -93,27 +94,22 @@ def layers(graph: Graph) -> Iterator[Layer]:
 
 def as_layer(node: ir.Node) -> Layer | None:
     """A layer for a node that is one: float32 weights in an initializer, no transposed input, no factors."""
-    if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul") or not is_constant(node.inputs[1]):
+    if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul") or not is_weight(node.inputs[1]):
         return None
     rank = len(operand(node, 1).shape or ())
     if node.op_type == "Conv":
         return Layer(node) if rank > 2 else None
-    if rank != 2 or node.inputs[0] is None or is_constant(node.inputs[0]):
+    if rank != 2 or node.inputs[0] is None or is_weight(node.inputs[0]):
         return None
     attributes = node.attributes
     plain = not attributes.get_int("transA", 0) and all(attributes.get_float(k, 1.0) == 1 for k in ("alpha", "beta"))
     return Layer(node) if plain else None
 
 
-def is_constant(value: ir.Value | None) -> bool:
+def is_weight(value: ir.Value | None) -> bool:
     """Whether a value is a float32 initializer that no caller may replace."""
-    return (
-        value is not None
-        and value.is_initializer()
-        and not value.is_graph_input()
-        and value.const_value is not None
-        and value.const_value.dtype == ir.DataType.FLOAT
-    )
+    tensor = value.const_value if value is not None and is_constant(value) else None
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT
 
 
 def is_shared(value: ir.Value) -> bool:
@@ -140,34 +136,22 @@ def assign_input(node: ir.Node, index: int, array: np.ndarray, graph: Graph) -> 
     if not is_shared(value):
         assign(value, array)
         return
-    node.replace_input_with(index, initializer(graph, f"{value.name}/{title(node)}", array))
+    node.replace_input_with(index, initializer(graph, f"{value.name}/{label(node)}", array))
 
 
 def initializer(graph: Graph, name: str, array: np.ndarray) -> ir.Value:
     """A new float32 initializer of the main graph; the name is made unique."""
-    unique = free_name(graph, name)
-    tensor = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=unique)
-    value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.model.graph.register_initializer(value)
-    return value
+    return add_initializer(graph, free_name(graph, name), np.ascontiguousarray(array, dtype=np.float32))
 
 
 def free_name(graph: Graph, name: str) -> str:
     """`name`, with a number where a value has that name already."""
-    taken = set(graph.model.graph.initializers)
-    for scope in graph.graphs():
-        taken.update(value.name or "" for value in (*scope.inputs, *scope.initializers.values()))
-        taken.update(value.name or "" for node in scope for value in node.outputs)
-    unique, number = name, 1
-    while unique in taken:
-        number += 1
-        unique = f"{name}.{number}"
-    return unique
+    return Names(graph).free(name)
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:
     """An input that is not left out."""
     value = node.inputs[index]
     if value is None:
-        raise ValueError(f"input {index} of {title(node)!r} is left out")
+        raise ValueError(f"input {index} of {label(node)!r} is left out")
     return value

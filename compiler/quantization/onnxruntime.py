@@ -22,8 +22,10 @@ import onnx_ir as ir
 
 from ...passes.base import Refusal
 from ..graph import Graph
+from ..graph.editing import is_constant
+from ..graph.selection import label
 from ..graph.verifier import subgraphs
-from .plan import Bias, Plan, Use, Weight, constant, merge_groups, title
+from .plan import Bias, Plan, Use, Weight, merge_groups
 
 _HEAVY = frozenset(("Conv", "Gemm", "MatMul"))
 _FLOAT_RESULT = frozenset(("Gemm", "MatMul"))
@@ -121,7 +123,7 @@ class _Planner:
 
     def _has_kernel(self, node: ir.Node) -> bool:
         operands = [_read(use) for use in _data(node)]
-        if any(constant(value) for value in operands) or len(set(operands)) < len(operands):
+        if any(is_constant(value) for value in operands) or len(set(operands)) < len(operands):
             return False
         if node.op_type in _MANY:
             return len(operands) > 1
@@ -167,16 +169,16 @@ class _Planner:
         return producer
 
     def _refuse(self, node: ir.Node, reason: str) -> None:
-        self._refusals.append(Refusal(reason, title(node)))
+        self._refusals.append(Refusal(reason, label(node)))
 
 
 def _why_not_heavy(node: ir.Node) -> str:
     x, weight = node.inputs[0], node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if constant(x) or not constant(weight) or weight is None or weight.shape is None:
-        both = x is not None and weight is not None and not constant(x) and not constant(weight)
+    if is_constant(x) or not is_constant(weight) or weight is None or weight.shape is None:
+        both = x is not None and weight is not None and not is_constant(x) and not is_constant(weight)
         return "both operands are activations" if both else f"{node.op_type} reads its weight as input 0"
-    if bias is not None and not constant(bias):
+    if bias is not None and not is_constant(bias):
         return "its bias is no constant"
     if node.op_type == "MatMul":
         return "" if len(weight.shape) == 2 else f"its weight has {len(weight.shape)} dimensions, not 2"
@@ -217,7 +219,7 @@ def _is_relu(node: ir.Node) -> bool:
     """Whether a node only cuts off below zero, and perhaps above a constant."""
     if node.domain:
         return False
-    if node.op_type == "Clip" and len(node.inputs) > 1 and constant(low := node.inputs[1]):
+    if node.op_type == "Clip" and len(node.inputs) > 1 and is_constant(low := node.inputs[1]):
         return low is not None and low.const_value is not None and bool(low.const_value.numpy() == 0)
     return node.op_type == "Relu" or (node.op_type == "Clip" and node.attributes.get_float("min", -1.0) == 0)
 

@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
+from ..graph.editing import Names, add_initializer
 from ..graph.schemas import MICROSOFT
+from ..graph.selection import label
 
 Attributes: TypeAlias = Mapping[str, int | float | str | Sequence[float] | Sequence[str] | ir.Graph]
 
@@ -19,21 +21,16 @@ class Patcher:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._names = {value.name for scope in graph.graphs() for value in scope.initializers.values()}
-        self._names.update(value.name for node in graph.nodes() for value in (*node.inputs, *node.outputs) if value)
+        self._names = Names(graph)
         self._nodes = {node.name for node in graph.nodes()}
 
     def initializer(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
         """Adds a constant to the main graph; `dtype` where NumPy has none of its own, such as INT4."""
-        name = self.name(name)
-        tensor = ir.Tensor(array, dtype=dtype or ir.DataType.from_numpy(array.dtype), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        self.graph.model.graph.register_initializer(value)
-        return value
+        return add_initializer(self.graph, self.name(name), array, dtype)
 
     def name(self, wanted: str) -> str:
         """A name that no tensor has yet."""
-        return _unused(wanted, self._names)
+        return self._names.free(wanted)
 
     def node_name(self, wanted: str) -> str:
         """A name that no node has yet."""
@@ -47,7 +44,7 @@ class Patch:
         self._patcher = patcher
         self._old = node
         self._new: list[ir.Node] = []
-        self.title = node.name or node.outputs[0].name or node.op_type
+        self.title = label(node)
 
     def add(
         self,

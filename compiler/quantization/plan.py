@@ -105,16 +105,6 @@ class Plan:
         return next((bias for bias in self.biases if bias.use.node is node), None)
 
 
-def title(node: ir.Node) -> str:
-    """The name that a node goes by in refusals and reports: its own, else its first output's."""
-    return node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
-
-
-def constant(value: ir.Value | None) -> bool:
-    """Whether a value is a weight of the main graph that no caller can replace."""
-    return value is not None and value.is_initializer() and not value.is_graph_input() and value.const_value is not None
-
-
 def merge_groups(pairs: Iterable[Collection[str]]) -> tuple[frozenset[str], ...]:
     """Joins sets that overlap into disjoint groups."""
     groups: list[set[str]] = []

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
+from ..graph.editing import Names, add_initializer
 from .parameters import Parameters
 from .plan import Bias, Plan, Use, Weight
 
@@ -88,7 +89,8 @@ class Editor:
 
     def __init__(self, graph: Graph) -> None:
         self._main = graph.model.graph
-        self._names = {value.name for scope in graph.graphs() for value in _main_values(scope)}
+        self._graph = graph
+        self._names = Names(graph)
         self._constants: dict[tuple[ir.Value, str], ir.Value] = {}
 
     def activation(self, value: ir.Value, uses: Collection[Use], parameters: Parameters) -> ir.Value:
@@ -111,7 +113,7 @@ class Editor:
                 node.replace_input_with(place, quantized if asks_size else result)
         if any(node is None for node, _ in uses):
             name, result.name = value.name, None
-            value.name = self._unique(f"{name}/float")
+            value.name = self._names.free(f"{name}/float")
             result.name = name
         return result
 
@@ -133,26 +135,22 @@ class Editor:
 
     def _dequantized(self, name: str, quantized: Quantized) -> ir.Value:
         parameters = quantized.parameters
-        stored = self._initializer(f"{name}/quantized", quantized.array)
+        stored = self._constant(f"{name}/quantized", quantized.array)
         axis = {} if parameters.axis is None else {"axis": parameters.axis}
         node = ir.node("DequantizeLinear", [stored, *self._parameters(name, parameters)], axis)
         self._insert_first([node])
         return self._name_output(node, f"{name}/dequantized", ir.DataType.FLOAT, stored.shape)
 
     def _parameters(self, name: str, parameters: Parameters) -> tuple[ir.Value, ir.Value]:
-        scale = self._initializer(f"{name}/scale", parameters.scale)
-        return scale, self._initializer(f"{name}/zero_point", parameters.zero_point)
+        scale = self._constant(f"{name}/scale", parameters.scale)
+        return scale, self._constant(f"{name}/zero_point", parameters.zero_point)
 
-    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        name = self._unique(name)
-        tensor = ir.Tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        self._main.register_initializer(value)
-        return value
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        return add_initializer(self._graph, self._names.free(name), array)
 
     def _name_output(self, node: ir.Node, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> ir.Value:
         (value,) = node.outputs
-        value.name, value.type, value.shape = self._unique(name), ir.TensorType(dtype), shape
+        value.name, value.type, value.shape = self._names.free(name), ir.TensorType(dtype), shape
         node.name = f"{node.op_type}/{value.name}"
         return value
 
@@ -161,14 +159,6 @@ class Editor:
             self._main.insert_before(self._main[0], nodes)
         else:
             self._main.extend(nodes)
-
-    def _unique(self, base: str) -> str:
-        name, number = base, 1
-        while name in self._names:
-            number += 1
-            name = f"{base}.{number}"
-        self._names.add(name)
-        return name
 
 
 def _main_values(graph: ir.Graph) -> list[ir.Value]:

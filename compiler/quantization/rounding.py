@@ -15,10 +15,11 @@ import onnx_ir as ir
 from ...passes.base import Refusal
 from ..data import Samples
 from ..graph import Graph
+from ..graph.selection import label
 from .hessians import hessians
 from .layers import Layer, as_layer, constant, is_shared
 from .parameters import Parameters
-from .plan import Weight, title
+from .plan import Weight
 from .qdq import Quantized
 
 DAMPING = 0.01
@@ -54,7 +55,7 @@ def round_weights(
         if isinstance(layer, Layer):
             layers[layer] = weight
             continue
-        refusals.append(Refusal(f"rounded to nearest: {layer}", title(weight.use.node) if weight.use.node else ""))
+        refusals.append(Refusal(f"rounded to nearest: {layer}", label(weight.use.node) if weight.use.node else ""))
         found[weight] = Quantized.nearest(constant(weight.value), chosen)
     for alike, hessian in hessians(graph, list(layers), samples, seed=seed):
         for layer in alike:

@@ -19,9 +19,9 @@ import onnx_ir as ir
 
 from ...passes.base import Refusal
 from ..graph import Graph
+from ..graph.selection import label
 from .channels import UnfoldableError, rank_of, source
 from .layers import Layer, free_name, initializer, is_shared, layers, operand
-from .plan import title
 
 if TYPE_CHECKING:
     from ..calibration import TensorStatistics
@@ -133,7 +133,7 @@ def _fold(graph: Graph, value: ir.Value, readers: list[Layer], scale: np.ndarray
     """Divides the channels in what makes the value; where that cannot be, why."""
     nodes = [reader.node for reader in readers]
     if others := [use.node for use in value.uses() if use.node not in nodes]:
-        return f"{value.name!r} is read by {others[0].op_type} {title(others[0])!r} too"
+        return f"{value.name!r} is read by {others[0].op_type} {label(others[0])!r} too"
     try:
         source(value, rank_of(value) - 1).divide(graph, scale)
     except UnfoldableError as reason:

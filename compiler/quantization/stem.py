@@ -13,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
+from ..graph.editing import add_initializer, is_constant
+from ..graph.selection import label
 from .layers import free_name, initializer
-from .plan import constant, title
 
 _READ_AT_ONCE = 4
 
@@ -22,7 +23,7 @@ _READ_AT_ONCE = 4
 def widen_stem(graph: Graph, node: ir.Node) -> bool:
     """Rewrites a Conv in place where that pays; shapes must be inferred. Returns whether it did."""
     x, weight = node.inputs[0], node.inputs[1]
-    if x is None or weight is None or x.shape is None or weight.const_value is None or not constant(weight):
+    if x is None or weight is None or x.shape is None or weight.const_value is None or not is_constant(weight):
         return False
     rows, columns = (_size(x.shape, axis) for axis in (2, 3)) if len(x.shape) == 4 else (0, 0)
     kernel = weight.const_value.numpy()
@@ -92,21 +93,15 @@ def _to_depth(graph: Graph, node: ir.Node, x: ir.Value, shape: tuple[int, int, i
     ]
     value = x
     for number, (permutation, sizes) in enumerate(steps):
-        name = f"{title(node)}/squares.{number}"
+        name = f"{label(node)}/squares.{number}"
         if permutation is None:
             target = np.array([0, *sizes], np.int64)
-            step = ir.node("Reshape", [value, _integers(graph, f"{name}/shape", target)], name=name)
+            step = ir.node(
+                "Reshape", [value, add_initializer(graph, free_name(graph, f"{name}/shape"), target)], name=name
+            )
         else:
             step = ir.node("Transpose", [value], {"perm": permutation}, name=name)
         graph.model.graph.insert_before(node, step)
         value = step.outputs[0]
         value.name, value.type, value.shape = free_name(graph, f"{name}/result"), x.type, ir.Shape([batch, *sizes])
-    return value
-
-
-def _integers(graph: Graph, name: str, array: np.ndarray) -> ir.Value:
-    name = free_name(graph, name)
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.model.graph.register_initializer(value)
     return value

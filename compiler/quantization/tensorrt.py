@@ -26,9 +26,11 @@ import onnx_ir as ir
 
 from ...passes.base import Refusal
 from ..graph import Graph
+from ..graph.editing import is_constant
+from ..graph.selection import label
 from ..graph.verifier import subgraphs
 from .attention import Attention, attentions
-from .plan import Plan, Use, Weight, constant, merge_groups, title
+from .plan import Plan, Use, Weight, merge_groups
 from .tensorrt_limits import NO_KERNEL, PRODUCTS, channel_axis, why_not
 
 LONGEST_INT8_ATTENTION = 512
@@ -137,7 +139,7 @@ class _Planner:
             if node.op_type != "Concat" or node.domain or node in self._keep or node not in _producers(narrow):
                 continue
             result = node.outputs[0]
-            if not self._is_read(result) or any(constant(value) for value in node.inputs):
+            if not self._is_read(result) or any(is_constant(value) for value in node.inputs):
                 continue
             self._read(node, *range(len(node.inputs)))
             shared = [value for value in (*node.inputs, result) if value in self._uses]
@@ -146,7 +148,7 @@ class _Planner:
     def _product(self, node: ir.Node) -> None:
         if node in self._keep:
             self._refuse(node, self._keep[node])
-        elif not constant(node.inputs[1]):
+        elif not is_constant(node.inputs[1]):
             self._refuse(node, "both operands are activations")
         elif reason := why_not(node, self._dtype):
             self._refuse(node, reason)
@@ -207,11 +209,11 @@ class _Planner:
                 self._uses[value].add(Use(node, place))
 
     def _refuse(self, node: ir.Node, reason: str) -> None:
-        self._refusals.append(Refusal(reason, title(node)))
+        self._refusals.append(Refusal(reason, label(node)))
 
 
 def _is_data(value: ir.Value | None) -> bool:
-    return value is not None and value.dtype == ir.DataType.FLOAT and not constant(value)
+    return value is not None and value.dtype == ir.DataType.FLOAT and not is_constant(value)
 
 
 def _alike(first: ir.Value | None, second: ir.Value | None) -> bool:

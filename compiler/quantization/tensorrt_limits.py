@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from .plan import constant
+from ..graph.editing import is_constant
 
 LEAST = 16
 """Fewer channels, rows or columns do not fill a Tensor Core instruction for 8-bit numbers."""
@@ -58,7 +58,7 @@ def why_not(node: ir.Node, dtype: ir.DataType) -> str:
     source, weight = node.inputs[0], node.inputs[1]
     if source is None or weight is None or weight.const_value is None or source.dtype != ir.DataType.FLOAT:
         return "its operands are not float32"
-    if constant(source):
+    if is_constant(source):
         return "both operands are constants"
     shape = [int(size) for size in weight.const_value.shape.numpy()]
     ranks = PRODUCTS[node.op_type].ranks

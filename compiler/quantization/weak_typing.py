@@ -20,10 +20,12 @@ import onnx_ir as ir
 from ...passes.base import Context
 from ...passes.cast import Cast
 from ..graph import Graph
+from ..graph.editing import add_initializer
 from ..graph.float16 import clamp_masks
 from ..graph.formats import FORMATS
 from ..graph.precision import is_float, kept
 from ..signature import Signature
+from .layers import constant, operand
 
 HALF = FORMATS["fp16"]
 
@@ -64,7 +66,7 @@ def prepare(
     clamp_masks(prepared, HALF)
     for node in list(prepared.model.graph):
         if node.op_type == "DequantizeLinear" and _stored(node):
-            _quantize_in_network(prepared.model.graph, node)
+            _quantize_in_network(prepared, node)
         if node.op_type in ("Conv", "ConvTranspose") and not node.domain:
             _tell_kernel(node)
     return prepared, types
@@ -79,7 +81,7 @@ def without_quantization(graph: Graph) -> Graph:
             continue
         quantize = node.inputs[0].producer() if node.inputs[0] is not None else None
         if _stored(node):
-            _replace(node, _constant(main, node))
+            _replace(node, _constant(copy, node))
         elif quantize is not None and quantize.op_type == "QuantizeLinear" and quantize.inputs[0] is not None:
             _replace(node, quantize.inputs[0])
         else:
@@ -97,9 +99,9 @@ def _stored(node: ir.Node) -> bool:
     return constants and inputs[0].dtype == ir.DataType.INT8 and not node.outputs[0].is_graph_output()
 
 
-def _quantize_in_network(main: ir.Graph, node: ir.Node) -> None:
-    stored = node.inputs[0]
-    source = _constant(main, node)
+def _quantize_in_network(graph: Graph, node: ir.Node) -> None:
+    main, stored = graph.model.graph, node.inputs[0]
+    source = _constant(graph, node)
     quantize = ir.node("QuantizeLinear", [source, *node.inputs[1:]], dict(node.attributes), name=f"Q/{source.name}")
     result = quantize.outputs[0]
     result.name, result.type, result.shape = f"{source.name}/again", ir.TensorType(ir.DataType.INT8), source.shape
@@ -117,25 +119,16 @@ def _tell_kernel(node: ir.Node) -> None:
             node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", kernel)
 
 
-def _constant(main: ir.Graph, node: ir.Node) -> ir.Value:
+def _constant(graph: Graph, node: ir.Node) -> ir.Value:
     """The float32 numbers that a DequantizeLinear makes of a constant, as an initializer."""
-    quantized, scale = (_array(value) for value in node.inputs[:2])
+    quantized, scale = (constant(operand(node, place)) for place in (0, 1))
     axis = node.attributes.get_int("axis", 1)
     if scale.ndim:
         shape = [1] * quantized.ndim
         shape[axis] = -1
         scale = scale.reshape(shape)
-    name = f"{node.outputs[0].name}/float"
-    tensor = ir.Tensor((quantized.astype(np.float32) * scale).astype(np.float32), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(quantized.shape), const_value=tensor)
-    main.register_initializer(value)
-    return value
-
-
-def _array(value: ir.Value | None) -> np.ndarray:
-    if value is None or value.const_value is None:
-        raise ValueError("a constant is asked for")
-    return value.const_value.numpy()
+    real = (quantized.astype(np.float32) * scale).astype(np.float32)
+    return add_initializer(graph, f"{node.outputs[0].name}/float", real)
 
 
 def _replace(node: ir.Node, value: ir.Value) -> None:

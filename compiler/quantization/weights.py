@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-
+from .layers import constant
 from .parameters import Parameters, bias_parameters, weight_parameters, widened_for_bias
 from .plan import Bias, Plan, Weight
 from .qdq import Quantized
@@ -25,7 +24,7 @@ def weight_ranges(weights: Iterable[Weight], *, search: bool, reduce_range: bool
     for weight in weights:
         key = weight.value, weight.axis, weight.dtype
         if key not in known:
-            array = _array(weight)
+            array = constant(weight.value)
             known[key] = weight_parameters(array, weight.axis, weight.dtype, search=search, reduce_range=reduce_range)
         found[weight] = known[key]
     return found
@@ -37,7 +36,7 @@ def fit_biases(
     """The weights' parameters, with scales raised where a bias would overflow int32."""
     fitted = dict(weights)
     for bias in plan.biases:
-        flat = _array(bias).reshape(-1)
+        flat = constant(bias.value).reshape(-1)
         fitted[bias.weight] = widened_for_bias(fitted[bias.weight], flat, activations[bias.input].scale)
     return fitted
 
@@ -51,14 +50,16 @@ def widen_for_biases(
     """
     fitted = fit_biases(plan, {weight: found.parameters for weight, found in weights.items()}, activations)
     return {
-        weight: found if fitted[weight] is found.parameters else Quantized.nearest(_array(weight), fitted[weight])
+        weight: found
+        if fitted[weight] is found.parameters
+        else Quantized.nearest(constant(weight.value), fitted[weight])
         for weight, found in weights.items()
     }
 
 
 def round_to_nearest(weights: Mapping[Weight, Parameters]) -> dict[Weight, Quantized]:
     """The weights in numbers of their parameters."""
-    return {weight: Quantized.nearest(_array(weight), found) for weight, found in weights.items()}
+    return {weight: Quantized.nearest(constant(weight.value), found) for weight, found in weights.items()}
 
 
 def quantize_biases(
@@ -67,14 +68,7 @@ def quantize_biases(
     """The biases as int32, of shape (channels,)."""
     found = {}
     for bias in plan.biases:
-        flat = _array(bias).reshape(-1)
+        flat = constant(bias.value).reshape(-1)
         parameters = bias_parameters(activations[bias.input].scale, weights[bias.weight])
         found[bias] = Quantized.nearest(flat, parameters)
     return found
-
-
-def _array(constant: Weight | Bias) -> np.ndarray:
-    tensor = constant.value.const_value
-    if tensor is None:
-        raise ValueError(f"{constant.value.name!r} is no constant")
-    return tensor.numpy()

@@ -1,7 +1,7 @@
 import pytest
 
 from enginesmith.compiler.graph.precision import kept
-from enginesmith.compiler.quantization.plan import title
+from enginesmith.compiler.graph.selection import label
 from enginesmith.errors import RecipeError
 from enginesmith.passes.cast import Cast
 from enginesmith.passes.pin import Pin
@@ -16,7 +16,7 @@ def test_marks_change_the_identity_and_are_heeded_by_casts(read, context):
     result = Pin(keep=("b",))(graph, context(graph))
     assert result.modified
     assert result.changes == {"nodes pinned": 1}
-    assert {title(node): kept(node) for node in graph.nodes()} == {"a": None, "b": "kept by choice: 'b'", "y": None}
+    assert {label(node): kept(node) for node in graph.nodes()} == {"a": None, "b": "kept by choice: 'b'", "y": None}
     assert graph.fingerprint() != before
     refusals = Cast()(graph, context(graph)).refusals
     assert [(refusal.node, refusal.reason) for refusal in refusals if refusal.node] == [("b", "kept by choice: 'b'")]

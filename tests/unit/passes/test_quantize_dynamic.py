@@ -10,9 +10,9 @@ import pytest
 
 from enginesmith.compiler.calibration import Calibration
 from enginesmith.compiler.graph import Graph, probe
-from enginesmith.compiler.quantization import recurrent
+from enginesmith.compiler.quantization import recurrent, saturation
 from enginesmith.errors import RecipeError
-from enginesmith.passes import parse_pass, quantize_dynamic
+from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Refusal
 from enginesmith.passes.quantize_dynamic import QuantizeDynamic
 
@@ -300,8 +300,8 @@ def test_opset_too_old(run):
 
 @pytest.mark.parametrize(("flags", "largest"), [({"avx2"}, 64), ({"avx2", "avx512_vnni"}, 127)])
 def test_range_is_reduced_where_sums_would_saturate(run, monkeypatch, flags, largest):
-    monkeypatch.setattr(quantize_dynamic, "cpu_flags", lambda: frozenset(flags))
-    monkeypatch.setattr(quantize_dynamic.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(saturation, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(saturation.platform, "machine", lambda: "x86_64")
     graph, _, _ = run(MATMUL, w=weight(K, N))
     assert np.abs(graph.model.graph.initializers["w/quantized"].const_value.numpy()).max() == largest
 

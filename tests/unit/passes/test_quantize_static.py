@@ -11,9 +11,10 @@ import pytest
 
 from enginesmith.compiler.calibration import Calibration
 from enginesmith.compiler.graph import Graph, probe
+from enginesmith.compiler.graph.editing import is_constant
+from enginesmith.compiler.quantization import saturation
 from enginesmith.compiler.quantization.fused import unfused
 from enginesmith.compiler.quantization.layers import initializer
-from enginesmith.compiler.quantization.plan import constant
 from enginesmith.errors import RecipeError
 from enginesmith.passes import parse_pass
 from enginesmith.passes import quantize_static as module
@@ -266,7 +267,7 @@ def test_nodes_are_kept_by_name(build, pattern):
     assert reasons(result) == {kept: f"kept by choice: {pattern!r}"}
     (node,) = (n for n in graph.nodes() if n.op_type == "MatMul")
     assert node.outputs[0].name == kept
-    assert constant(node.inputs[1])
+    assert is_constant(node.inputs[1])
 
 
 def test_a_name_that_no_node_has_is_an_error(build):
@@ -458,8 +459,8 @@ def test_a_dense_block_is_fused_with_its_normalization(build, tmp_path):
 
 @pytest.mark.parametrize(("flags", "largest"), [({"avx512_vnni"}, 127), ({"avx2"}, 64)])
 def test_weights_have_seven_bits_where_sums_would_saturate(build, monkeypatch, flags, largest):
-    monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(flags))
-    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(saturation, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(saturation.platform, "machine", lambda: "x86_64")
     graph, context, _ = build(MLP)
     STATIC(graph, context)
     weights = [v.const_value.numpy() for v in graph.model.graph.initializers.values() if v.dtype == ir.DataType.INT8]
