@@ -39,30 +39,8 @@ def prepared(graph: Graph) -> Graph:
     for node in list(work.model.graph):
         for place in _WEIGHTS.get(node.op_type, ()) if not node.domain else ():
             if place < len(node.inputs):
-                _fold(node.inputs[place], constants)
+                constants.fold(node.inputs[place])
     return work
-
-
-def _fold(value: ir.Value | None, constants: Constants) -> None:
-    """Makes an initializer of a value that nodes compute from initializers alone."""
-    node = value.producer() if value is not None else None
-    if value is None or node is None or (array := constants.array(value)) is None:
-        return
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    name = value.name
-    whole = len(node.outputs) == 1 and not value.is_graph_output()
-    value.name = None if whole else name
-    folded = ir.Value(
-        name=name if whole else f"{name}/folded",
-        type=value.type,
-        shape=ir.Shape(array.shape),
-        const_value=ir.Tensor(array),
-    )
-    value.replace_all_uses_with(folded)
-    graph.register_initializer(folded)
-    if whole:
-        graph.remove(node, safe=True)
 
 
 def taken_over(graph: Graph, work: Graph, changes: Mapping[str, int], refusals: Sequence[Refusal]) -> PassResult:

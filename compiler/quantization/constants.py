@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import Graph
+from ..graph.editing import Names, add_initializer
 from ..graph.probe import Session
 
 _NOT_FOLDED = frozenset(
@@ -33,6 +34,31 @@ class Constants:
         if value not in self._arrays:
             self._arrays[value] = self._compute(value)
         return self._arrays[value]
+
+    def fold(self, value: ir.Value | None) -> bool:
+        """Makes an initializer of a value that nodes compute from constants, under its name where nothing else has it.
+
+        Returns whether it did. The nodes before the last one may be left without a use.
+
+        Raises:
+            TargetUnavailableError: as `array`.
+        """
+        node = value.producer() if value is not None else None
+        if value is None or node is None or (array := self.array(value)) is None:
+            return False
+        graph = self._graph.model.graph
+        whole = len(node.outputs) == 1 and not value.is_graph_output()
+        name = value.name or ""
+        if whole:
+            value.name = None
+        else:
+            name = Names(self._graph).free(f"{name}/folded")
+        folded = add_initializer(self._graph, name, array)
+        for user, place in tuple(value.uses()):
+            user.replace_input_with(place, folded)
+        if whole:
+            graph.remove(node, safe=True)
+        return True
 
     def _is_constant(self, value: ir.Value) -> bool:
         waiting = [value]

@@ -60,16 +60,8 @@ def prepare(graph: Graph, keep: Collection[str] = ()) -> dict[str, int]:
 def fold_weights(graph: Graph) -> int:
     """Makes initializers of weights and biases that nodes compute from constants alone; returns how many."""
     constants = Constants(graph)
-    folded = 0
-    for node in graph.model.graph:
-        if node.domain or node.op_type not in _WEIGHTED:
-            continue
-        for place, value in enumerate(node.inputs[1:], start=1):
-            if value is None or value.is_initializer() or (array := constants.array(value)) is None:
-                continue
-            node.replace_input_with(place, initializer(graph, f"{value.name}/folded", array))
-            folded += 1
-    return folded
+    weighted = [node for node in graph.model.graph if node.op_type in _WEIGHTED and not node.domain]
+    return sum(constants.fold(value) for node in weighted for value in node.inputs[1:])
 
 
 def _is_over_positions(node: ir.Node) -> bool:

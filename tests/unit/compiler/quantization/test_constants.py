@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from enginesmith.compiler.graph import probe
 from enginesmith.compiler.quantization.constants import Constants
 
 TEXT = """g (float[2,2] x, bool c) => (float[2,2] y)
@@ -40,3 +41,24 @@ def test_what_is_not_constant(values, name):
 
 def test_left_out_input(values):
     assert values[0].array(None) is None
+
+
+def test_folding_takes_the_name_and_serves_all_readers(weighted):
+    graph = weighted("""g (float[4,4] x, float[4,4] w) => (float[4,4] y, float[4,4] t) {
+        t = Transpose(w)  s = Neg(w)  a = MatMul(x, s)  b = MatMul(a, s)  y = MatMul(b, t) }""")
+    x = {"x": np.ones((4, 4), np.float32)}
+    before = probe.run(graph, x)
+    constants = Constants(graph)
+    first, second, third = (node for node in graph.nodes() if node.op_type == "MatMul")
+    assert constants.fold(first.inputs[1])
+    assert first.inputs[1] is second.inputs[1] is graph.model.graph.initializers["s"]
+    assert not constants.fold(first.inputs[1])
+    assert not constants.fold(second.inputs[0])
+    assert constants.fold(third.inputs[1])  # an output keeps its node and its name
+    assert third.inputs[1].name == "t/folded"
+    graph.verify()
+    assert graph.operators() == {"Transpose": 1, "MatMul": 3}
+    after = probe.run(graph, x)
+    assert list(after) == ["y", "t"]
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-5, atol=1e-5)
