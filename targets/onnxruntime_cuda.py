@@ -60,6 +60,7 @@ class OnnxRuntimeCuda(Target):
         gpu_to_build=True,
         minimum={"onnxruntime-gpu": MINIMUM},
     )
+    # bf16 stays below opset 22, where Conv would become bfloat16, and pooling too, which has no such CUDA kernel.
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **Target.lowerings,
         "int4-weights": ("quantize-weights:bits=4", "cast:to=fp16"),
