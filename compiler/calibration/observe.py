@@ -73,6 +73,7 @@ def observe(
         readings = runner(batch, random.random(SAMPLED * samples_in(batch), np.float32))
         for name, observer in observers.items():
             observer.add(readings[name])
+        del readings  # arrays of ONNX Runtime, which keep the memory of a session that is dropped
     if not seen.samples:
         raise DataError("there are no samples to collect statistics from", expected="at least one", found="none")
     results = {name: result for name, observer in observers.items() if (result := observer.result())}
@@ -145,11 +146,15 @@ class _Runner:
     def _reduced(self, images: bool) -> Reduced:
         """With elements and means of images, or without; one does for both where there are no images."""
         if images not in self._built:
-            other = self._built.get(not images)
-            self._built[images] = other if other and not other.has_images else self._build(images)
+            if not all(built.has_images for built in self._built.values()):
+                return self._built[not images]
+            often = not images or self._samples <= _ALWAYS
+            if often:
+                self._built.clear()
+            self._built[images] = self._build(images, arena=often)  # else its memory would lie idle most of the time
         return self._built[images]
 
-    def _build(self, images: bool) -> Reduced:
+    def _build(self, images: bool, *, arena: bool) -> Reduced:
         return Reduced(
             self._graph,
             self._names,
@@ -158,6 +163,7 @@ class _Runner:
             images=images,
             guarded=self._guarded,
             threads=self._threads,
+            arena=arena,
         )
 
 

@@ -77,6 +77,7 @@ class Reduced:
         images: whether to give elements and means of images too, which takes longer; outputs of the graph always do.
         guarded: tensors with values that are not finite.
         threads: 0 for one a physical core.
+        arena: keep the memory of a run for the next one, which is faster.
 
     Raises:
         GraphError: no such tensor, or ONNX Runtime refuses the graph.
@@ -93,6 +94,7 @@ class Reduced:
         images: bool,
         guarded: Collection[str],
         threads: int,
+        arena: bool = True,
     ) -> None:
         copy = graph.clone()
         main = copy.model.graph
@@ -119,7 +121,7 @@ class Reduced:
             self._places[name] = {key: len(main.outputs) + place for place, key in enumerate(outputs)}
             main.outputs.extend(outputs.values())
         self.has_images = bool(self._planes)
-        self._session = Session(copy, optimized=True, threads=threads)
+        self._session = Session(copy, optimized=True, threads=threads, arena=arena)
 
     def __call__(self, inputs: Arrays, draws: np.ndarray) -> dict[str, Reading]:
         """Runs once.
