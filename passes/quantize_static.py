@@ -9,6 +9,7 @@ Where Q/DQ goes is the target's, as its engine fuses them into integer kernels: 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
@@ -17,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ..compiler.budget import Budget
 from ..compiler.calibration import Calibration, Statistics
 from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened, is_constant
@@ -33,6 +35,7 @@ from ..compiler.quantization.ranges import Choice, activation_ranges, unknown
 from ..compiler.quantization.rounding import round_weights
 from ..compiler.quantization.saturation import saturates
 from ..compiler.quantization.smooth import ALPHA, inputs, is_convolutional, smooth
+from ..compiler.quantization.tuning import Trial, settle
 from ..compiler.quantization.weights import (
     fit_biases,
     quantize_biases,
@@ -40,7 +43,17 @@ from ..compiler.quantization.weights import (
     weight_ranges,
     widen_for_biases,
 )
+from ..compiler.sensitivity.evaluation import Evaluation
 from .base import Context, Pass, PassResult, Refusal
+
+TRIED: Mapping[str, tuple[Any, ...]] = {
+    "method": ("auto", "minmax", "moving-average"),
+    "bias_correction": (True, False),
+}
+"""Values of the fields that are None, the one to prefer first."""
+
+BATCHES = 4
+"""How many batches the errors of trials are measured on."""
 
 _DTYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
@@ -53,14 +66,15 @@ class QuantizeStatic(Pass):
         scheme: whose placement.
         dtype: fp8 is for scheme=tensorrt.
         method: how ranges of activations come from their statistics; "auto" is "mse" in convolutional networks, and
-            "minmax" for what MatMul and Gemm multiply, see `compiler.quantization.ranges`.
+            "minmax" for what MatMul and Gemm multiply, see `compiler.quantization.ranges`. None: what of `TRIED` has
+            the least error on a few batches of the calibration data.
         per_channel: one scale for each output channel of a weight.
         search: clip each channel of a weight at the least squared error, not at its largest magnitude.
         rounding: "gptq" rounds weights so that layers change least on the data.
         equalize: even out the ranges of channels between two layers first.
         smooth: SmoothQuant's alpha for MatMul and Gemm; 0 leaves it out. None: 0.8 for INT8 where products outnumber
             convolutions, with nodes put in for it for scheme=onnxruntime alone.
-        bias_correction: take back the shift that rounding causes in the means of channels.
+        bias_correction: take back the shift that rounding causes in the means of channels. None: as for `method`.
         reduce_range: 7 bits for weights. None: where this processor has no VNNI and its sums would saturate.
         attention: quantize the two products around each softmax as well; for scheme=tensorrt, whose fused kernel of
             attention is in fp16 alone on most versions and GPUs.
@@ -70,13 +84,13 @@ class QuantizeStatic(Pass):
     name: ClassVar[str] = "quantize-static"
     scheme: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     dtype: Literal["int8", "fp8"] = "int8"
-    method: Choice = "auto"
+    method: Choice | None = None
     per_channel: bool = True
     search: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     equalize: bool = False
     smooth: float | None = None
-    bias_correction: bool = True
+    bias_correction: bool | None = None
     reduce_range: bool | None = None
     attention: bool = False
     keep: tuple[str, ...] = ()
@@ -98,12 +112,35 @@ class QuantizeStatic(Pass):
         """
         if (reason := self._why_not(graph)) is not None:
             return PassResult(modified=False, refusals=(reason,))
-        run = _Run(self, graph, context.require_calibration(self.name, "to see the ranges of activations"))
+        calibration = context.require_calibration(self.name, "to see the ranges of activations")
+        run = _Run(self, graph, calibration)
         if not run.plan.nodes:
             return PassResult(modified=False, refusals=run.refusals)
-        details = run.rewrite()
+        options, trials = self.settled(graph, context)
+        run = _Run(options, graph, calibration)
+        details = {**run.rewrite(), "trials": [trial.row() for trial in trials]}
         graph.model = run.graph.model
         return PassResult(modified=True, changes=dict(run.changes), refusals=run.refusals, details=details)
+
+    def settled(self, graph: Graph, context: Context) -> tuple[QuantizeStatic, tuple[Trial, ...]]:
+        """These options with what they leave open decided by trials, each with weights rounded to nearest.
+
+        FP8, which ONNX Runtime does not compute in on a CPU, gets the first of `TRIED`. Raises as `apply`.
+        """
+        tried = {name: values[:1] for name, values in TRIED.items()} if self.dtype == "fp8" else TRIED
+        calibration = context.require_calibration(self.name, "to see the ranges of activations")
+
+        @functools.cache
+        def evaluation() -> Evaluation:
+            return Evaluation(graph, calibration.samples, Budget.default("int8"), batches=BATCHES)
+
+        def error(options: QuantizeStatic) -> float:
+            work = graph.clone()
+            options.apply(work, context)
+            return evaluation().measure(work).error
+
+        plain, trials = settle(dataclasses.replace(self, rounding="nearest"), tried, error)
+        return dataclasses.replace(plain, rounding=self.rounding), trials
 
     def _why_not(self, graph: Graph) -> Refusal | None:
         """Why the whole graph is left as it is."""
@@ -144,7 +181,7 @@ class _Run:
     def rewrite(self) -> dict[str, Any]:
         """Puts Q/DQ in; returns the details of the result."""
         options = self.options
-        activations, table = activation_ranges(self.plan, self.statistics, options.method)
+        activations, table = activation_ranges(self.plan, self.statistics, options.method or "auto")
         ranges = weight_ranges(self.plan.weights, search=options.search, reduce_range=self._reduced())
         ranges = fit_biases(self.plan, ranges, activations)
         weights = self._round(ranges)

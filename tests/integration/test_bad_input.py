@@ -131,7 +131,7 @@ def test_data_that_does_not_fit(enginesmith, model, arguments, arrays, words):
         (["--target", "tensort"], ["unknown target 'tensort'", "did you mean 'tensorrt'?"]),
         (["--target", "onnxruntime-cpu:thread=1"], ["unknown option", "did you mean 'threads'?"]),
         (["--pass", "simplfy"], ["unknown pass 'simplfy'", "did you mean 'simplify'?"]),
-        (["--precision", "fp8"], ["fp8"]),
+        (["--precision", "fp7"], ["fp8"]),
         (["--tarket", "x"], ["--target"]),
         (["--require", "tensorrt"], ["required target 'tensorrt' is not among the targets"]),
         (["--baseline", "pytorch"], ["unknown baseline 'pytorch'"]),

@@ -298,11 +298,20 @@ def _details() -> tuple[dict[str, Any], dict[str, Any]]:
             }
             for unit in range(5)
         ],
-        "curve": [point(0, 0.0, 0.031, False), point(1, 0.04, 0.018, True), point(2, 0.3, 0.011, True)]
-        + [point(5, 1.0, 0.0, True), point(4, 0.9, None, False)],
+        "curve": [
+            point(0, 0.0, 0.031, False),
+            point(1, 0.04, 0.018, True),
+            point(2, 0.3, 0.011, True),
+            point(4, 0.9, None, False),
+            point(5, 1.0, 0.0, True),
+        ],
         "chosen": {**point(1, 0.04, 0.018, True), "names": ["/features/0/Conv"]},
     }
     ranges = {
+        "trials": [
+            {"options": "method=auto,bias_correction=true", "snr_db": 30.1, "kept": True},
+            {"options": "method=minmax,bias_correction=true", "snr_db": None, "kept": False},
+        ],
         "method": "mse",
         "limits": [{"name": "relu_1", "clipped": 0.002, **limit}, {"name": "<b>relu_2", "clipped": 0.0, **limit}],
         "findings": [{"tensor": "relu_1", "kind": "saturated", "text": "is clipped to 0 .. 5.1", "severe": False}],

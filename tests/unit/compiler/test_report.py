@@ -309,6 +309,7 @@ def test_a_choice_of_precisions_is_drawn_and_told() -> None:
     assert [value for name, value in found.attributes if (name, value) == ("class", "chosen")] == ["chosen"]
     assert len([value for name, value in found.attributes if name == "class" and value in ("holds", "over")]) == 5
     assert "<b>relu_2" in found.text
+    assert "method=auto,bias_correction=true 30.1 kept method=minmax,bias_correction=true —" in found.text
     assert "1 tensor is clipped in more than 0.1 % of the values." in found.text
 
 

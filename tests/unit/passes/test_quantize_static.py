@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 
 import numpy as np
 import onnx
@@ -325,9 +326,32 @@ def test_a_bias_that_correction_makes_overflow_widens_its_weight(build, monkeypa
         return {}, []
 
     monkeypatch.setattr(module, "correct", correct)
-    STATIC(graph, context)
+    QuantizeStatic(bias_correction=True)(graph, context)
     bias = graph.model.graph.initializers["shift/quantized"].const_value.numpy()
     assert -(2**31) < bias.min() <= bias.max() < -(2**28)
+
+
+def test_what_is_left_open_is_tried_and_the_best_is_kept(build):
+    text = "g (float[N,4,6,6] x, float[4,4,3,3] w) => (float[N,4,4,4] y) { y = Conv(x, w) }"
+    graph, context, samples = build(text)
+    before, errors = graph.clone(), {}
+    for method, correction in itertools.product(module.TRIED["method"], module.TRIED["bias_correction"]):
+        work = before.clone()
+        QuantizeStatic(method=method, bias_correction=correction)(work, context)
+        errors[f"method={method},bias_correction={str(correction).lower()}"] = snr_db(before, work, samples)
+    trials = STATIC(graph, context).details["trials"]
+    assert {trial["options"]: trial["snr_db"] for trial in trials} == pytest.approx(
+        errors, abs=0.5
+    )  # of the first batches
+    (kept,) = [trial for trial in trials if trial["kept"]]
+    assert kept["snr_db"] >= max(trial["snr_db"] for trial in trials) - 0.3
+    assert snr_db(before, graph, samples) == pytest.approx(errors[kept["options"]])
+
+
+def test_what_is_given_is_not_tried(build):
+    text = "g (float[N,4,6,6] x, float[4,4,3,3] w) => (float[N,4,4,4] y) { y = Conv(x, w) }"
+    graph, context, _ = build(text)
+    assert QuantizeStatic(method="entropy", bias_correction=False)(graph, context).details["trials"] == []
 
 
 def test_gptq_says_what_it_rounds_to_nearest(build):
