@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compiler.options import render
@@ -63,12 +63,14 @@ class Context:
         samples: data to measure ranges or results on; None where the caller has none.
         calibration: statistics of activations, collected over the calibration data; None where the caller has none.
         budget: what a pass that chooses precisions may spend; None for the default of the precision.
+        progress: takes the fraction done, 0 to 1, and what is being done, from passes that take long.
     """
 
     signature: Signature
     samples: Samples | None = None
     calibration: Calibration | None = None
     budget: Budget | None = None
+    progress: Callable[[float, str], None] = lambda fraction, what: None
 
     def require_calibration(self, who: str, why: str) -> Calibration:
         """The calibration.

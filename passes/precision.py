@@ -86,9 +86,13 @@ class Precision(QuantizeStatic):
 
     def _measured(self, way: _Way, samples: Samples, budget: Budget, context: Context) -> _Found:
         reference = emulate(way.reference)
-        few = Evaluation(reference, samples, budget, batches=self.samples)
-        many = Evaluation(reference, samples, budget, batches=self.checks)
         units = split(way.reference, way.among, most=self.units)
+
+        def progress(runs: int) -> None:
+            context.progress(runs / (runs + len(units)), f"{self.to}, variant {runs}")
+
+        few = Evaluation(reference, samples, budget, batches=self.samples, on_run=progress)
+        many = Evaluation(reference, samples, budget, batches=self.checks, on_run=progress)
         table = costs(way.reference, context.signature.sizes())
 
         def cost(labels: Collection[str]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,10 @@ from ..graph import Graph, probe
 class Evaluation:
     """Measures variants, one session at a time; memory holds the batches and what the reference makes of them.
 
+    Args:
+        batches: how many batches of the samples to run.
+        on_run: takes the number of runs, as each begins.
+
     Attributes:
         runs: how many variants were run. Equal ones are run once, and those that equal the reference not at all.
 
@@ -25,9 +29,18 @@ class Evaluation:
         TargetUnavailableError: ONNX Runtime is not installed.
     """
 
-    def __init__(self, reference: Graph, samples: Samples, budget: Budget, *, batches: int) -> None:
+    def __init__(
+        self,
+        reference: Graph,
+        samples: Samples,
+        budget: Budget,
+        *,
+        batches: int,
+        on_run: Callable[[int], None] = lambda runs: None,
+    ) -> None:
         self.budget = budget
         self.runs = 0
+        self._on_run = on_run
         self._names = reference.input_names
         self._outputs = reference.output_names
         self._samples = [dict(sample) for sample in itertools.islice(labelled(samples), batches)]
@@ -48,6 +61,7 @@ class Evaluation:
         key = variant.fingerprint()
         if key not in self._known:
             self.runs += 1
+            self._on_run(self.runs)
             self._known[key] = self._compared(self._run(variant))
         return self._known[key]
 

@@ -90,6 +90,18 @@ def test_casts_are_needed_ones(run, to):
     assert not [node for node in casts if node.inputs[0].producer() in casts]
 
 
+def test_progress_is_told(read, context):
+    told = []
+    graph, samples = read(CANCELS), batches()
+    given = dataclasses.replace(
+        context(graph, samples), budget=Budget.parse("relative_l2=0.02"), progress=lambda *told_: told.append(told_)
+    )
+    result = Precision(to="fp16")(graph, given)
+    assert len(told) >= result.details["runs"] > 1
+    assert all(0 < fraction < 1 for fraction, _ in told)
+    assert told[0] == (1 / 3, "fp16, variant 1")
+
+
 def test_everything_is_lowered_where_the_budget_allows(run):
     graph, result = run(Precision(), CANCELS, batches(), "relative_l2=9")
     assert set(dtypes(graph).values()) == {"FLOAT16"}
