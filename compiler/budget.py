@@ -61,11 +61,12 @@ class Budget:
         """
         kind, equals, bound = (part.strip() for part in text.partition("="))
         try:
-            return cls(kind, float(bound) if equals else math.nan)
+            number = float(bound)
         except ValueError:
-            raise RecipeError(
-                f"budget {text!r} cannot be read", expected="for instance relative_l2=0.01 or top1=0.995"
-            ) from None
+            number = None
+        if not equals or number is None:
+            raise RecipeError(f"budget {text!r} cannot be read", expected="for instance relative_l2=0.01 or top1=0.995")
+        return cls(kind, number)
 
     @classmethod
     def default(cls, precision: str) -> Budget:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import CaptureError, DataError, GraphError, RecipeError, TargetUnavailableError, UnknownNameError
+from ..errors import CaptureError, GraphError, RecipeError, TargetUnavailableError, UnknownNameError
 from ..passes import parse_pass
 from ..passes.base import Context, Pass
 from ..targets import parse_target
@@ -31,7 +31,7 @@ from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, 
 from .storage.memory import release
 from .trial import TORCH_BASELINES, benchmark_engines, load, load_budget, load_metric, validate_engines, verdict
 from .validation.reference import ReferenceOutputs
-from .variants import make_variants
+from .variants import Variant, make_variants, not_lowered
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +89,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     targets = tuple(parse_target(text) for text in recipe.targets)
     variants = make_variants(recipe, targets)
     _check_names(recipe, targets, [variant.name for variant in variants])
+    _check_calibration(recipe, variants)
     machine, cache = environment(), Cache()
     bundle_key = compile_key(recipe, machine)
     from_files = module is None and is_self_contained(recipe) and is_repeatable(recipe)
@@ -141,7 +142,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 format=FORMAT,
                 enginesmith=__version__,
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                verdict=verdict(engines, benchmark, model.signature),
+                verdict=verdict(engines, benchmark, model.signature, not_lowered(job.variants, pass_records)),
                 source=_describe(recipe, model),
                 signature=model.signature.to_json(),
                 data=describe(data),
@@ -191,6 +192,18 @@ def _check_names(recipe: Recipe, targets: Sequence[Target], names: Sequence[str]
         if not state.build:
             raise TargetUnavailableError(
                 f"target {name!r} is not available: {state.reason}", hint=state.install or None
+            )
+
+
+def _check_calibration(recipe: Recipe, variants: Sequence[Variant]) -> None:
+    """Fails before any work where a precision needs calibration data, and there are none."""
+    if recipe.data or recipe.calibration_data or recipe.random_calibration:
+        return
+    for variant in variants:
+        if any(rewrite.calibrates for rewrite in variant.passes):
+            raise RecipeError(
+                f"precision {variant.precision!r} needs calibration data, to see the ranges of activations",
+                hint="give --data with 32 to 512 real samples, or --random-calibration",
             )
 
 
@@ -256,7 +269,7 @@ def _run_passes(
         graphs.update(dict.fromkeys(names, graph))
         try:
             records += [_run_pass(rewrite, graph, context, ", ".join(names), names) for rewrite in passes]
-        except (GraphError, DataError) as error:
+        except GraphError as error:
             graphs.update(dict.fromkeys(names, str(error)))
     return graphs, records, _calibrated(calibration, job.folder)
 

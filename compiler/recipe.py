@@ -31,7 +31,7 @@ PRECISIONS = {
     "fp8": "fp8", "float8": "fp8", "float8e4m3fn": "fp8",
     "int8": "int8", "int8-dynamic": "int8-dynamic",
     "int8-weights": "int8-weights", "int4-weights": "int4-weights", "int4": "int4-weights",
-    "mixed": "mixed",
+    "mixed": "mixed", "mixed-fp16": "mixed-fp16", "mixed-bf16": "mixed-bf16",
 }  # fmt: skip
 """The precisions of engines, by all their spellings."""
 
@@ -84,7 +84,8 @@ class Recipe(BaseModel):
     targets: Annotated[tuple[str, ...], Flag("target", "-t", metavar="NAME[:OPTION=VALUE,...]")] = ()
     """Target with its options, for instance tensorrt:builder_level=4. Default: what this machine runs best."""
     precisions: Annotated[tuple[str, ...], Flag("precision", "--dtype")] = ("fp32",)
-    """Precision of the engines: fp32, fp16, bf16, fp8, int8, int8-dynamic, int8-weights, int4-weights or mixed."""
+    """Precision of the engines: fp32, fp16, bf16, fp8, int8, int8-dynamic, int8-weights, int4-weights,
+    mixed (8 bits), mixed-fp16 or mixed-bf16."""
     budget: Annotated[str | None, Flag(metavar="MEASURE=BOUND")] = None
     """What lower precisions may cost: relative_l2=0.01, top1=0.995, or metric=0.003 below the reference's."""
     keep: Annotated[dict[str, tuple[str, ...]], Flag(metavar="PRECISION NODE", nargs=2)] = Field(default_factory=dict)
@@ -154,8 +155,11 @@ class Recipe(BaseModel):
         for precision, nodes in keep.items():
             if PRECISIONS.get(str(precision).lower()) not in HIGH:
                 raise UnknownNameError("precision to keep nodes in", str(precision), HIGH)
-            known = PRECISIONS[str(precision).lower()]
-            named[known] = (*named.get(known, ()), *((nodes,) if isinstance(nodes, str) else nodes))
+            known, given = PRECISIONS[str(precision).lower()], (nodes,) if isinstance(nodes, str) else tuple(nodes)
+            for node in given:
+                if not node or set(node) & set(",+"):
+                    raise RecipeError(f"node {node!r} cannot be kept", expected="a name or glob without , and +")
+            named[known] = (*named.get(known, ()), *given)
         return named
 
     @pydantic.field_validator("tolerances")

@@ -14,7 +14,7 @@ from ..errors import EnginesmithError, RecipeError, UnknownNameError
 from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
 from .data import open_data, resized
-from .manifest import Benchmark, EngineRecord, OutputMetrics, Timing
+from .manifest import Benchmark, EngineRecord, OutputMetrics
 from .recipe import Recipe
 from .signature import Signature, parse_inputs
 from .storage.memory import release
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 
 TORCH_BASELINES = ("torch", "torch.compile")
+
+LEVEL = 1.03
+"""Ratio of two medians up to which they are called equal."""
 
 
 def load(recipe: Recipe, module: torch.nn.Module | None = None) -> Model:
@@ -196,7 +199,9 @@ def _tolerance(recipe: Recipe, precision: str, budget: Budget | None) -> Mapping
     return {budget.kind: budget.bound, **bounds}
 
 
-def verdict(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> dict[str, Any]:
+def verdict(
+    engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Good where every engine that runs here loads and is right; the best is the fastest of them at the optimum sizes.
 
     Where engines were built but none of them runs on this machine the state is "unproven": nothing was compared. Notes
@@ -222,21 +227,29 @@ def verdict(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signat
         "best": fastest["candidate"] if fastest else next(iter(right), None),
         "speed_up": fastest["speed_up"] if fastest else None,
         "reasons": reasons,
-        "notes": _slower(engines, timings),
+        "notes": [*notes, *_slower(engines, benchmark)],
     }
 
 
-def _slower(engines: Sequence[EngineRecord], timings: Mapping[str, Timing]) -> list[str]:
-    """Engines that lost accuracy and gained nothing: those slower than the same target's in full precision."""
+def _slower(engines: Sequence[EngineRecord], benchmark: Benchmark | None) -> list[str]:
+    """Engines that lost accuracy and gained nothing: slower somewhere than the same target's in full precision."""
     full = {engine["target"]: engine["name"] for engine in engines if engine["precision"] == "fp32"}
+    timings = benchmark["timings"] if benchmark else []
+    p50_ms = {(timing["candidate"], timing["batch"], *timing["sizes"].items()): timing["p50_ms"] for timing in timings}
     notes = []
     for engine in engines:
-        name, against = engine["name"], full.get(engine["target"], "")
-        if name == against or name not in timings or against not in timings:
+        name, against = engine["name"], full.get(engine["target"])
+        mine = {key[1:]: value for key, value in p50_ms.items() if key[0] == name}
+        if engine["precision"] == "fp32" or not mine:
             continue
-        ratio = timings[name]["p50_ms"] / timings[against]["p50_ms"]
-        if ratio > 1:
-            notes.append(f"{name} is slower than {against}: {ratio:.2f} times its time")
+        if against is None:
+            notes.append(f"{name} was not compared with fp32 on the same target; add --precision fp32")
+            continue
+        other = {key[1:]: value for key, value in p50_ms.items() if key[0] == against}
+        ratios = {key[0]: value / other[key] for key, value in mine.items() if key in other}
+        if slower := {batch: ratio for batch, ratio in ratios.items() if ratio > LEVEL}:
+            where = ", ".join(f"{ratio:.2f} times its time at batch {batch}" for batch, ratio in slower.items())
+            notes.append(f"{name} is slower than {against}: {where}")
     return notes
 
 

@@ -10,8 +10,12 @@ from ..errors import UnknownNameError
 from ..passes import parse_pass
 from ..passes.base import Pass
 from ..targets.base import Target
+from .manifest import PassRecord
 from .options import split
-from .recipe import Recipe
+from .recipe import HIGH, Recipe
+
+DEFINING = frozenset(("bits", "dtype", "keep", "scheme", "to"))
+"""Options of passes that make the precision and the target's placement."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,18 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
     return tuple(variants)
 
 
+def not_lowered(variants: Sequence[Variant], records: Sequence[PassRecord]) -> list[str]:
+    """Engines below full precision whose passes found nothing to lower, and the first reason why."""
+    notes = []
+    for variant in variants:
+        ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
+        if len(ran) == len(variant.passes) > 0 and not any(record["modified"] for record in ran):
+            reasons = [refusal["reason"] for record in ran for refusal in record["refusals"]]
+            why = f": {reasons[0]}" if reasons else ""
+            notes.append(f"{variant.name} is as in full precision, nothing was lowered{why}")
+    return notes
+
+
 def _lowering(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, ...]:
     """The target's passes with the recipe's choices; none where the target does not build this precision."""
     if precision not in target.capabilities.precisions or precision in target.refusals():
@@ -58,19 +74,27 @@ def _lowering(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, ...
 def _chosen(text: str, recipe: Recipe) -> Pass:
     """A pass with the user's options of quantization, and the nodes that stay above the precision it lowers to."""
     name, options = split(text)
-    fields = _fields(parse_pass(text))
-    options |= {key: value for key, value in recipe.quantization.items() if key in fields and name != "cast"}
-    if "keep" in fields:
-        above = ("fp32",) if name in ("cast", "pin") else ("fp32", "fp16", "bf16")
-        options["keep"] = "+".join(dict.fromkeys(glob for level in above for glob in recipe.keep.get(level, ())))
-    return parse_pass(f"{name}:" + ",".join(f"{key}={value}" for key, value in options.items() if value != ""))
+    rewrite = parse_pass(text)
+    options |= {key: value for key, value in recipe.quantization.items() if key in _options(rewrite)}
+    rewrite = parse_pass(f"{name}:" + ",".join(f"{key}={value}" for key, value in options.items()))
+    if "keep" not in _fields(rewrite):
+        return rewrite
+    above = HIGH if options.get("to") not in HIGH and name not in ("cast", "pin") else ("fp32",)
+    keep = tuple(dict.fromkeys(pattern for level in above for pattern in recipe.keep.get(level, ())))
+    return dataclasses.replace(rewrite, keep=keep)  # type: ignore[call-arg]
 
 
 def _check_options(recipe: Recipe, variants: Sequence[Variant]) -> None:
-    known = {field for variant in variants for rewrite in variant.passes for field in _fields(rewrite)}
+    known = {option for variant in variants for rewrite in variant.passes for option in _options(rewrite)}
     for name in recipe.quantization:
         if name not in known:
-            raise UnknownNameError("option of quantization", name, known - {"keep", "scheme", "to"})
+            raise UnknownNameError("option of quantization", name, known)
+
+
+def _options(rewrite: Pass) -> set[str]:
+    """What the user may choose: what does not say what the engine is."""
+    quantizes = rewrite.name.startswith("quantize-") or rewrite.name == "precision"
+    return _fields(rewrite) - DEFINING if quantizes else set()
 
 
 def _fields(rewrite: Pass) -> set[str]:

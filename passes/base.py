@@ -122,5 +122,10 @@ class Pass(abc.ABC):
             graph.verify()
         return result
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the pass needs calibration data."""
+        return False
+
     def __str__(self) -> str:
         return render(self.name, self)

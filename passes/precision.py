@@ -11,6 +11,7 @@ float16 and bfloat16 are measured in an emulation that rounds each result; see `
 from __future__ import annotations
 
 import dataclasses
+import glob
 from collections.abc import Collection
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -18,7 +19,6 @@ from ..compiler.budget import Budget
 from ..compiler.data import Samples
 from ..compiler.graph import Graph
 from ..compiler.graph.cost import costs, share
-from ..compiler.graph.editing import inline
 from ..compiler.graph.emulation import emulate
 from ..compiler.graph.float16 import settle
 from ..compiler.graph.precision import keep
@@ -29,7 +29,7 @@ from ..compiler.sensitivity.units import MOST
 from ..errors import RecipeError
 from .base import Context, PassResult, Refusal
 from .cast import Cast, refused
-from .quantize_static import QuantizeStatic
+from .quantize_static import QuantizeStatic, folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Precision(QuantizeStatic):
         super().__post_init__()
         if min(self.samples, self.checks, self.units) < 1:
             raise ValueError("samples, checks and units are at least 1")
+
+    @property
+    def calibrates(self) -> bool:
+        """For 8 bits alone."""
+        return self.to == "int8"
 
     def apply(self, graph: Graph, context: Context) -> PassResult:
         """Lowers in place.
@@ -209,12 +214,12 @@ class _Quantized:
 
     def __init__(self, options: Precision, graph: Graph, context: Context) -> None:
         fields = (field.name for field in dataclasses.fields(QuantizeStatic))
-        self._quantize = QuantizeStatic(**{name: getattr(options, name) for name in fields})
+        asked = QuantizeStatic(**{name: getattr(options, name) for name in fields})
+        self.reference = folded(graph)  # no node that quantization would fold away
+        self._quantize = asked.settled(self.reference, context)[0]
         # What repairs a layer by its neighbours takes long, and says nothing about one that is quantized alone.
         self._plain = dataclasses.replace(self._quantize, rounding="nearest", bias_correction=False)
         self._context = context
-        self.reference = graph.clone()
-        inline(self.reference)
         _, result = self._lower(self._plain, ())
         self.refusals = result.refusals
         stay = {refusal.node for refusal in result.refusals}
@@ -239,5 +244,7 @@ class _Quantized:
 
     def _lower(self, quantize: QuantizeStatic, kept: Collection[str]) -> tuple[Graph, PassResult]:
         work = self.reference.clone()
-        result = dataclasses.replace(quantize, keep=quantize.keep + tuple(sorted(kept))).apply(work, self._context)
+        result = dataclasses.replace(quantize, keep=quantize.keep + tuple(map(glob.escape, sorted(kept)))).apply(
+            work, self._context
+        )
         return work, result

@@ -103,6 +103,11 @@ class QuantizeStatic(Pass):
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise ValueError(f"smooth={self.smooth:g} is not between 0 and 1")
 
+    @property
+    def calibrates(self) -> bool:
+        """For the ranges of activations."""
+        return True
+
     def apply(self, graph: Graph, context: Context) -> PassResult:
         """Quantizes in place.
 
@@ -160,7 +165,7 @@ class _Run:
     def __init__(self, options: QuantizeStatic, graph: Graph, calibration: Calibration) -> None:
         self.options = options
         self.changes: Counter[str] = Counter()
-        self.graph = _flat(graph)
+        self.graph = folded(graph)
         self._calibration = calibration
         self._repairs: list[Refusal] = []
         asked = select(self.graph, options.keep)
@@ -237,7 +242,7 @@ class _Run:
     def _round(self, ranges: Mapping[Weight, Parameters]) -> dict[Weight, Quantized]:
         if self.options.rounding == "nearest":
             return round_to_nearest(ranges)
-        weights, refusals = round_weights(self.graph, ranges, self._calibration.samples)
+        weights, refusals = round_weights(self.graph, ranges, self._calibration.limited())
         self._repairs.extend(refusals)
         return weights
 
@@ -250,7 +255,7 @@ class _Run:
         return self.options.scheme == "onnxruntime" and saturates() if asked is None else asked
 
 
-def _flat(graph: Graph) -> Graph:
+def folded(graph: Graph) -> Graph:
     """A flat copy in which weights that nodes compute from constants are initializers too."""
     work = flattened(graph)
     if fold_weights(work):

@@ -76,6 +76,11 @@ class QuantizeWeights(Pass):
         sizes = (32,) if self.bits == 4 and self.scheme == "onnxruntime" else (128, 64, 32)
         return next((size for size in sizes if rows % size == 0), sizes[0])
 
+    @property
+    def calibrates(self) -> bool:
+        """For GPTQ, which needs to see what weights are multiplied with."""
+        return self.rounding == "gptq"
+
     def apply(self, graph: Graph, context: Context) -> PassResult:
         """Quantizes in place.
 
@@ -167,7 +172,7 @@ class _Run:
                 layers[layer] = one
             else:
                 self.refusals.append(Refusal("rounded to nearest: not float32, or with factors", label(one.node)))
-        for alike, (hessian, *_) in hessians(self._graph, list(layers), calibration.samples):
+        for alike, (hessian, *_) in hessians(self._graph, list(layers), calibration.limited()):
             for layer in alike:
                 weight = layers[layer].weight
                 self._weights.round(layers[layer], self._options.block_size(len(weight)), hessian)

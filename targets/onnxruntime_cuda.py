@@ -54,7 +54,7 @@ class OnnxRuntimeCuda(Target):
     summary: ClassVar[str] = "ONNX Runtime on an NVIDIA GPU"
     capabilities: ClassVar[Capabilities] = Capabilities(
         consumes="graph",
-        precisions=("fp32", "fp16", "bf16", "int4-weights", "mixed"),
+        precisions=("fp32", "fp16", "bf16", "int4-weights", "mixed-fp16", "mixed-bf16"),
         devices=("cuda",),
         opset=OPSET,
         gpu_to_build=True,
@@ -64,7 +64,8 @@ class OnnxRuntimeCuda(Target):
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **Target.lowerings,
         "int4-weights": ("quantize-weights:bits=4", "cast:to=fp16"),
-        "mixed": ("precision:to=fp16",),
+        "mixed-fp16": ("precision:to=fp16",),
+        "mixed-bf16": ("precision:to=bf16",),
     }
 
     def __post_init__(self) -> None:

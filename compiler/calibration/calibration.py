@@ -11,7 +11,8 @@ from pathlib import Path
 from ...errors import DataError
 from ..data import Samples
 from ..graph import Graph
-from .observe import float_activations, observe
+from ..storage.cache import code_digest
+from .observe import Limited, float_activations, observe
 from .settings import CalibrationSettings
 from .statistics import Detail, Statistics
 
@@ -49,6 +50,10 @@ class Calibration:
         """All statistics that were asked for, one for each graph."""
         return tuple(self._kept.values())
 
+    def limited(self) -> Limited:
+        """The samples, up to the settings' number of them."""
+        return Limited(self.samples, self.settings.max_samples)
+
     def statistics(self, graph: Graph, names: Collection[str] | None = None, *, detail: Detail = "full") -> Statistics:
         """Statistics of these tensors of the main graph (None: all float activations).
 
@@ -73,7 +78,7 @@ class Calibration:
         if self._folder is None or digest is None:
             return None
         settings = dataclasses.asdict(dataclasses.replace(self.settings, threads=0))
-        text = json.dumps([key, digest, settings], sort_keys=True)
+        text = json.dumps([key, digest, settings, code_digest()], sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
     def _load(self, key: str) -> Statistics | None:

@@ -54,7 +54,8 @@ def _about_inputs(statistics: Statistics) -> Iterator[Finding]:
     if statistics.random:
         yield Finding(_first(statistics), "random", "is made-up data: ranges on real data will differ", severe=True)
     if statistics.distinct == 1:
-        text = "has one sample to calibrate on: ranges on other data will differ; give at least 32"
+        found = "one sample" if statistics.samples == 1 else f"{statistics.samples} equal samples"
+        text = f"has {found} to calibrate on: ranges on other data will differ; give at least 32"
         yield Finding(_first(statistics), "one-sample", text, severe=True)
     for name, (low, high, size, floating) in statistics.inputs.items():
         if low == high and size > 1:

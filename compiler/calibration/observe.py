@@ -68,7 +68,7 @@ def observe(
     runner = _Runner(graph, names, axes, names if detail == "full" else (), settings.threads)
     random = np.random.default_rng(settings.seed)
     seen = _Inputs(graph)
-    for batch in _limited(samples, settings.max_samples):
+    for batch in Limited(samples, settings.max_samples):
         seen.add(batch)
         readings = runner(batch, random.random(SAMPLED * samples_in(batch), np.float32))
         for name, observer in observers.items():
@@ -95,16 +95,23 @@ def samples_in(batch: Batch) -> int:
     return next((len(array) for array in batch.values() if array.ndim), 1)
 
 
-def _limited(samples: Iterable[Batch], most: int | None) -> Iterator[Batch]:
-    """Whole batches, up to the one that reaches this many samples; empty ones left out."""
-    count = 0
-    for batch in samples:
-        if not all(array.size for array in batch.values()):
-            continue
-        yield batch
-        count += samples_in(batch)
-        if most is not None and count >= most:
-            return
+class Limited:
+    """Whole batches of samples, up to the one that reaches a number of samples; empty ones left out."""
+
+    def __init__(self, samples: Iterable[Batch], most: int | None) -> None:
+        self._samples = samples
+        self._most = most
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Reads the samples anew."""
+        count = 0
+        for batch in self._samples:
+            if not all(array.size for array in batch.values()):
+                continue
+            yield dict(batch)
+            count += samples_in(batch)
+            if self._most is not None and count >= self._most:
+                return
 
 
 class _Runner:

@@ -93,7 +93,9 @@ def show_bundle(bundle: Bundle) -> None:
     for calibration in manifest["calibration"]:
         for finding in calibration["findings"]:
             if finding["severe"]:
-                console.print(f"[red]{escape(finding['tensor'])}[/] {escape(finding['text'])}", soft_wrap=True)
+                console.print(
+                    f"calibration: [red]{escape(finding['tensor'])}[/] {escape(finding['text'])}", soft_wrap=True
+                )
     for note in manifest["verdict"].get("notes", ()):
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     if manifest["data"]["random"]:

@@ -179,6 +179,8 @@ def _strain(record: EngineRecord) -> float:
 
 
 def _threshold(given: float | None, record: EngineRecord, recipe: Recipe, bundle: Bundle) -> float:
+    if given is None and (validation := record["validation"]) is not None:
+        return validation["tolerance"]["relative_l2"]
     if given is None:
         signature = Signature.from_json(bundle.manifest["signature"])
         precision = coarser(record["precision"], (spec.dtype for spec in signature.outputs))

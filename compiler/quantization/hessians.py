@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..data import Samples
 from ..graph import Graph
 from ..graph.probe import Tapped, chunks, sizes
 from .layers import Layer, operand
@@ -27,7 +26,7 @@ BUDGET_BYTES = 1 << 29
 
 
 def hessians(
-    graph: Graph, layers: Sequence[Layer], samples: Samples, *, seed: int = 0
+    graph: Graph, layers: Sequence[Layer], samples: Iterable[Mapping[str, np.ndarray]], *, seed: int = 0
 ) -> Iterator[tuple[list[Layer], np.ndarray]]:
     """Yields layers that read the same, with their Hessian (groups, n, n), n = in/groups x kernel.
 

@@ -96,14 +96,6 @@ class Plan:
         """The activations that share the range of this one, itself among them."""
         return next((group for group in self.groups if name in group), frozenset((name,)))
 
-    def weight_of(self, node: ir.Node) -> Weight | None:
-        """The quantized constant that a node reads; None where it reads none."""
-        return next((weight for weight in self.weights if weight.use.node is node), None)
-
-    def bias_of(self, node: ir.Node) -> Bias | None:
-        """The int32 bias of a node; None where it has none."""
-        return next((bias for bias in self.biases if bias.use.node is node), None)
-
 
 def merge_groups(pairs: Iterable[Collection[str]]) -> tuple[frozenset[str], ...]:
     """Joins sets that overlap into disjoint groups."""

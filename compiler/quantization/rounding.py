@@ -7,13 +7,12 @@ inputs that go together cancel; with independent inputs it is rounding to neares
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from ...passes.base import Refusal
-from ..data import Samples
 from ..graph import Graph
 from ..graph.selection import label
 from .hessians import hessians
@@ -30,7 +29,7 @@ BLOCK = 128
 
 
 def round_weights(
-    graph: Graph, parameters: Mapping[Weight, Parameters], samples: Samples, *, seed: int = 0
+    graph: Graph, parameters: Mapping[Weight, Parameters], samples: Iterable[Mapping[str, np.ndarray]], *, seed: int = 0
 ) -> tuple[dict[Weight, Quantized], list[Refusal]]:
     """Rounds the constants of a plan's layers by GPTQ, on the float graph that the plan was made on.
 

@@ -127,9 +127,14 @@ def measured(benchmark: Benchmark | None, field: str) -> bool:
 
 def sections(manifest: Manifest) -> tuple[str, ...]:
     """The page's sections, for its navigation."""
-    precision = ("precision",) if manifest["calibration"] or any(r["details"] for r in manifest["passes"]) else ()
+    precision = ("precision",) if manifest["calibration"] or lowerings(manifest) else ()
     last = ("stages", "passes", "capture", "engines", "environment", "use")
     return ("model", "speed", "accuracy", *precision, *last)
+
+
+def lowerings(manifest: Manifest) -> list[PassRecord]:
+    """The passes that chose ranges or precisions."""
+    return [record for record in manifest["passes"] if record["details"].keys() & {"curve", "limits", "trials"}]
 
 
 def passes_by_variant(passes: Sequence[PassRecord]) -> dict[str, list[PassRecord]]:

@@ -100,8 +100,11 @@ class Cache:
 
     def _prune(self) -> None:
         room = room_bytes()
-        entries = [entry for kind in ("bundles", "engines") for entry in (self.root / kind).glob("[0-9a-f]*")]
+        kinds = ("bundles", "engines", "calibration")
+        entries = [entry for kind in kinds for entry in (self.root / kind).glob("[0-9a-f]*")]
         for entry in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True):
-            room -= size_bytes(entry)
-            if room < 0:
+            room -= size_bytes(entry) if entry.is_dir() else entry.stat().st_size
+            if room < 0 and entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
+            elif room < 0:
+                entry.unlink(missing_ok=True)

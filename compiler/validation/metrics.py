@@ -46,6 +46,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "int4-weights": _INT8,
     "mixed": _INT8,
 }
+TOLERANCES.update({f"mixed-{precision}": TOLERANCES[precision] for precision in ("fp16", "bf16")})
 """What each precision may differ by. Weights scaled by 1.2 (relative_l2 0.2 in one layer) are outside all of them."""
 
 PRECISION_OF = {"float16": "fp16", "bfloat16": "bf16"}

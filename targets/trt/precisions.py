@@ -7,6 +7,8 @@
     fp8            10         8.9
     int4-weights   10         any
     mixed          8.6        any; INT8 where the budget allows it
+    mixed-fp16     8.6        any
+    mixed-bf16     10         8.0
 
 TensorRT-RTX has them all, but for int8 on compute capability 7.5, where it dequantizes convolutions. Networks are
 strongly typed from TensorRT 10 on: types come from the graph, and what is not 8-bit is cast to fp16. DequantizeLinear
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4-weights", "mixed")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4-weights", "mixed", "mixed-fp16", "mixed-bf16")
 
 STRONGLY_TYPED = 10
 """The first major version of TensorRT whose networks are strongly typed."""
@@ -32,6 +34,8 @@ LOWERINGS: Mapping[str, tuple[str, ...]] = {
     "fp8": ("opset:least=19", "quantize-static:scheme=tensorrt,dtype=fp8", "cast:to=fp16"),
     "int4-weights": ("opset:least=21", "quantize-weights:bits=4,scheme=tensorrt", "cast:to=fp16"),
     "mixed": ("opset:least=19", "precision:to=int8,scheme=tensorrt", "cast:to=fp16"),
+    "mixed-fp16": ("precision:to=fp16",),
+    "mixed-bf16": ("opset:least=22", "precision:to=bf16"),
 }
 
 WEAK_LOWERINGS: Mapping[str, tuple[str, ...]] = {
@@ -40,9 +44,9 @@ WEAK_LOWERINGS: Mapping[str, tuple[str, ...]] = {
     "mixed": ("pin", "precision:to=int8,scheme=tensorrt"),
 }
 
-_NAMES = {"bf16": "bfloat16", "int8": "INT8", "fp8": "FP8", "int4-weights": "INT4 weights"}
-_STRONG = frozenset(("bf16", "fp8", "int4-weights"))
-_LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}
+_NAMES = {"bf16": "bfloat16", "mixed-bf16": "bfloat16", "int8": "INT8", "fp8": "FP8", "int4-weights": "INT4 weights"}
+_STRONG = frozenset(("bf16", "mixed-bf16", "fp8", "int4-weights"))
+_LEAST_CAPABILITY = {"bf16": "8.0", "mixed-bf16": "8.0", "fp8": "8.9"}
 _LEAST_CAPABILITY_RTX = {**_LEAST_CAPABILITY, "int8": "8.0"}
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from enginesmith.compiler.calibration import Statistics
@@ -63,6 +64,7 @@ def test_mixed_precision_keeps_the_budget_where_8_bits_do_not(enginesmith, tmp_p
     chosen = next(step for step in manifest["passes"] if step["text"].startswith("precision"))["details"]["chosen"]
     assert 0 < chosen["cost"] < 1
     assert "what stays in full precision" in (tmp_path / "out" / "report.html").read_text()
+    assert enginesmith("debug", tmp_path / "out", "-e", "onnxruntime-cpu-int8", "-q").code == 1
 
 
 def test_kept_nodes_stay(enginesmith, tmp_path):
@@ -93,11 +95,21 @@ def test_an_lstm_in_8_bits(enginesmith, tmp_path):
     assert int8["validation"]["metric"]["value"] >= full["validation"]["metric"]["value"] - 0.003
 
 
+def test_calibration_data_that_are_broken_further_on(enginesmith, model, arguments):
+    x = np.zeros((16, 4), np.float32)
+    x[9, 2] = np.nan
+    np.savez(model / "broken.npz", x=x)
+    outcome = enginesmith(*arguments, "--precision", "fp32,int8", "--calibration-data", model / "broken.npz")
+    assert outcome.code == 2
+    assert "broken.npz, batch 3: input 'x' holds NaN or Inf" in outcome.err
+    assert not (model / "out").exists()
+
+
 def test_quantization_refuses_made_up_data_unless_told(enginesmith, model, arguments):
     without = [argument for argument in arguments if argument != "--data" and not str(argument).endswith(".npz")]
     outcome = enginesmith(*without, "--precision", "int8")
     assert outcome.code == 2
-    assert "quantize-static needs calibration data" in outcome.err
+    assert "precision 'int8' needs calibration data" in outcome.err
     assert "--random-calibration" in outcome.err
     outcome = enginesmith(
         *without, "--precision", "int8", "--random-calibration", "--tolerance", "int8.relative_l2=0.5"

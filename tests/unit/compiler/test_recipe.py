@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,12 @@ def test_precisions_that_do_not_exist(values, message):
 def test_nodes_are_kept_by_any_spelling_of_a_precision():
     recipe = make_recipe({"keep": {"float32": "a", "fp32": ["b", "c*"], "half": ["d"]}})
     assert recipe.keep == {"fp32": ("a", "b", "c*"), "fp16": ("d",)}
+
+
+@pytest.mark.parametrize("node", ["a,b", "a+b", ""])
+def test_nodes_that_cannot_be_kept(node):
+    with pytest.raises(RecipeError, match=f"node '{re.escape(node)}' cannot be kept"):
+        make_recipe({"keep": {"fp32": [node]}})
 
 
 def test_a_budget_is_read_and_checked():

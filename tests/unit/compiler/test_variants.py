@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from enginesmith.compiler.recipe import make_recipe
-from enginesmith.compiler.variants import Variant, make_variants
+from enginesmith.compiler.variants import Variant, make_variants, not_lowered
 from enginesmith.errors import RecipeError, UnknownNameError
 from enginesmith.targets import parse_target
 
@@ -53,14 +53,35 @@ def test_only_what_stays_in_fp32_is_pinned_where_the_builder_chooses(monkeypatch
     assert "keep=head+stem" in quantize
 
 
-def test_options_of_quantization_take_the_place_of_the_targets() -> None:
-    found = variants("onnxruntime-cpu", precisions=["int8", "int4-weights", "fp16"], quantization={"bits": 8})
-    assert passes(found["onnxruntime-cpu-int4-weights"]) == ["quantize-weights"]  # 8 is the default
-    assert passes(found["onnxruntime-cpu-int8"]) == ["quantize-static"]
-    found = variants(
-        "onnxruntime-cpu", precisions=["int8"], quantization={"bias_correction": False, "method": "entropy"}
-    )
-    assert set(passes(found["onnxruntime-cpu-int8"])[0].partition(":")[2].split(",")) >= {"method=entropy"}
+def test_options_of_quantization_reach_the_passes_that_have_them() -> None:
+    options = {"bias_correction": False, "rounding": "gptq"}
+    found = variants("onnxruntime-cpu", precisions=["int8", "int4-weights", "fp16"], quantization=options)
+    assert passes(found["onnxruntime-cpu-int8"]) == ["quantize-static:rounding=gptq,bias_correction=false"]
+    assert passes(found["onnxruntime-cpu-int4-weights"]) == ["quantize-weights:bits=4,rounding=gptq"]
+    assert passes(found["onnxruntime-cpu-fp16"]) == ["cast"]
+
+
+@pytest.mark.parametrize("option", ["scheme", "dtype", "to", "bits", "keep", "keep_io", "least"])
+def test_what_makes_a_precision_is_not_to_be_chosen(option: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"unknown option of quantization '{option}'"):
+        variants("onnxruntime-cpu", precisions=["int8", "fp16"], quantization={option: "x"})
+
+
+def test_engines_that_nothing_was_lowered_in() -> None:
+    made = list(variants("onnxruntime-cpu", precisions=["fp32", "int8", "fp16"]).values())
+
+    def record(variant: str, engine: str, *, modified: bool) -> Any:
+        refusals = [{"reason": "no such node", "node": ""}]
+        return {"variant": variant, "engines": [engine], "modified": modified, "refusals": refusals}
+
+    records = [
+        record("all", "onnxruntime-cpu-int8", modified=True),
+        record("int8", "onnxruntime-cpu-int8", modified=False),
+        record("fp16", "onnxruntime-cpu-fp16", modified=True),
+    ]
+    assert not_lowered(made, records) == [
+        "onnxruntime-cpu-int8 is as in full precision, nothing was lowered: no such node"
+    ]
 
 
 def test_options_that_no_pass_has() -> None:

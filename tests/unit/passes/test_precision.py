@@ -90,6 +90,14 @@ def test_casts_are_needed_ones(run, to):
     assert not [node for node in casts if node.inputs[0].producer() in casts]
 
 
+def test_weights_that_nodes_compute_are_no_units_of_their_own(run):
+    text = f"""g (float[N,8] x) => (float[N,8] y) <float[8,8] u = {weight(8, 8)}, float[8,8] v = {weight(8, 8)}> {{
+        [turn] w = Transpose(u) [first] a = MatMul(x, w) [relu] b = Relu(a) [second] y = MatMul(b, v) }}"""
+    graph, result = run(Precision(to="int8"), text, batches(), "relative_l2=0.000001")
+    assert {node for entry in result.details["sensitivity"] for node in entry["nodes"]} == {"first", "relu", "second"}
+    assert not any(node.op_type == "QuantizeLinear" for node in graph.nodes())
+
+
 def test_progress_is_told(read, context):
     told = []
     graph, samples = read(CANCELS), batches()
