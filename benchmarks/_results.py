@@ -15,11 +15,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def command() -> str:
-    """The command line, as it is given from the root of the repository; where its results went is left out."""
+    """The command line, as it is given from the root of the repository; where its results went is left out.
+
+    Model-Optimizer's interpreter stands as benchmarks/README.md names it.
+    """
     arguments = sys.argv[1:]
     if "--out" in arguments:
         index = arguments.index("--out")
         arguments = arguments[:index] + arguments[index + 2 :]
+    if "--modelopt-python" in arguments:
+        arguments[arguments.index("--modelopt-python") + 1] = "modelopt/bin/python"
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
