@@ -27,7 +27,7 @@ from ..compiler.quantization.linear import OPERATORS, linear
 from ..compiler.quantization.patch import Patcher
 from ..compiler.quantization.qdq import quantized_nodes
 from ..compiler.quantization.saturation import saturates
-from ..compiler.quantization.smooth import ALPHA, inputs, is_convolutional, smooth
+from ..compiler.quantization.smooth import ALPHA, check_alpha, inputs, is_convolutional, smooth
 from .base import Context, Pass, PassResult, Refusal
 
 _CONVOLUTIONS = frozenset(("Conv", "ConvTranspose"))
@@ -51,8 +51,7 @@ class QuantizeDynamic(Pass):
     reduce_range: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise ValueError(f"smooth={self.smooth:g} is not between 0 and 1")
+        check_alpha(self.smooth)
 
     def apply(self, graph: Graph, context: Context) -> PassResult:
         """Quantizes in place.

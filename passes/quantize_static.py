@@ -34,7 +34,7 @@ from ..compiler.quantization.qdq import Quantized, insert, quantized_nodes
 from ..compiler.quantization.ranges import Choice, activation_ranges, unknown
 from ..compiler.quantization.rounding import round_weights
 from ..compiler.quantization.saturation import saturates
-from ..compiler.quantization.smooth import ALPHA, inputs, is_convolutional, smooth
+from ..compiler.quantization.smooth import ALPHA, check_alpha, inputs, is_convolutional, smooth
 from ..compiler.quantization.tuning import Trial, settle
 from ..compiler.quantization.weights import (
     fit_biases,
@@ -100,8 +100,7 @@ class QuantizeStatic(Pass):
             raise ValueError("attention=true needs scheme=tensorrt; ONNX Runtime takes products with a constant alone")
         if self.dtype == "fp8" and self.scheme == "onnxruntime":
             raise ValueError("ONNX Runtime has no FP8 kernels: dtype=fp8 needs scheme=tensorrt")
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise ValueError(f"smooth={self.smooth:g} is not between 0 and 1")
+        check_alpha(self.smooth)
 
     @property
     def calibrates(self) -> bool:
@@ -122,7 +121,8 @@ class QuantizeStatic(Pass):
         if not run.plan.nodes:
             return PassResult(modified=False, refusals=run.refusals)
         options, trials = self.settled(graph, context)
-        run = _Run(options, graph, calibration)
+        if options != self:
+            run = _Run(options, graph, calibration)
         details = {**run.rewrite(), "trials": [trial.row() for trial in trials]}
         graph.model = run.graph.model
         return PassResult(modified=True, changes=dict(run.changes), refusals=run.refusals, details=details)

@@ -78,6 +78,12 @@ def inputs(graph: Graph) -> list[str]:
     return [value.name or "" for value in _readers(graph)]
 
 
+def check_alpha(alpha: float | None) -> None:
+    """Raises ValueError where an alpha that was given is none."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"smooth={alpha:g} is not between 0 and 1")
+
+
 def is_convolutional(graph: Graph) -> bool:
     """Whether a graph has more convolutions than products.
 
