@@ -25,7 +25,7 @@ from ..graph import Graph
 from ..graph.editing import is_constant
 from ..graph.selection import label
 from ..graph.verifier import subgraphs
-from .plan import Bias, Plan, Use, Weight, merge_groups
+from .plan import Bias, Plan, Use, Weight, merge_groups, read
 
 _HEAVY = frozenset(("Conv", "Gemm", "MatMul"))
 _FLOAT_RESULT = frozenset(("Gemm", "MatMul"))
@@ -71,7 +71,7 @@ class _Planner:
             if node not in self._chosen:
                 continue
             for use in _data(node):
-                activations[_name(_read(use))].add(use)
+                activations[_name(read(use))].add(use)
             results = [self._result(output) for output in node.outputs]
             for result in results:
                 if self._integer(node, result):
@@ -81,7 +81,7 @@ class _Planner:
                 weight = Weight(Use(node, 1), _channel_axis(node) if per_channel else None)
                 weights.append(weight)
                 if len(node.inputs) > 2 and node.inputs[2] is not None:
-                    biases.append(Bias(Use(node, 2), _name(_read(Use(node, 0))), weight))
+                    biases.append(Bias(Use(node, 2), _name(read(Use(node, 0))), weight))
         return Plan(
             activations={name: frozenset(uses) for name, uses in activations.items() if uses},
             weights=tuple(weights),
@@ -105,7 +105,7 @@ class _Planner:
             self._chosen.difference_update(edge)
             moving.update(node for node in edge if node.op_type in _MOVING)
         for node in self._graph.model.graph:  # what is integer anyway is moved as such, whoever reads it
-            if node in moving and self._gives_integers(self._source(_read(_data(node)[0]))):
+            if node in moving and self._gives_integers(self._source(read(_data(node)[0]))):
                 self._chosen.add(node)
 
     def _why_not(self, node: ir.Node) -> str | None:
@@ -122,7 +122,7 @@ class _Planner:
         return "" if light and self._has_kernel(node) else None
 
     def _has_kernel(self, node: ir.Node) -> bool:
-        operands = [_read(use) for use in _data(node)]
+        operands = [read(use) for use in _data(node)]
         if any(is_constant(value) for value in operands) or len(set(operands)) < len(operands):
             return False
         if node.op_type in _MANY:
@@ -139,18 +139,18 @@ class _Planner:
         if not self._integer_source(node):
             readers = _uses(node.outputs[0]) if node.op_type in _PERMUTING else []
             return bool(readers) and all(u.node in self._chosen and u in _data(u.node) for u in readers)
-        return any(self._is_read(self._result(output)) for output in node.outputs)
+        return any(self._isread(self._result(output)) for output in node.outputs)
 
     def _integer_source(self, node: ir.Node) -> bool:
-        return all(self._source(_read(use)) in self._chosen for use in _data(node))
+        return all(self._source(read(use)) in self._chosen for use in _data(node))
 
     def _gives_integers(self, node: ir.Node | None) -> bool:
         return node in self._chosen and any(self._integer(node, self._result(output)) for output in node.outputs)
 
     def _integer(self, node: ir.Node, result: ir.Value) -> bool:
-        return node.op_type not in _FLOAT_RESULT or self._is_read(result)
+        return node.op_type not in _FLOAT_RESULT or self._isread(result)
 
-    def _is_read(self, value: ir.Value) -> bool:
+    def _isread(self, value: ir.Value) -> bool:
         return any(use in _data(use.node) for use in _uses(value) if use.node in self._chosen)
 
     def _result(self, value: ir.Value) -> ir.Value:
@@ -208,9 +208,9 @@ def _data(node: ir.Node) -> list[Use]:
 def _sharing(node: ir.Node, results: list[ir.Value]) -> list[str]:
     """Names that must have one range, or that gain by it: what goes to a Concat alone is rounded once, not twice."""
     if node.op_type in _MOVING:
-        return [_name(_read(Use(node, 0))), *map(_name, results)]
+        return [_name(read(Use(node, 0))), *map(_name, results)]
     if node.op_type == "Concat":
-        operands = [_read(use) for use in _data(node)]
+        operands = [read(use) for use in _data(node)]
         return [*(_name(value) for value in operands if len(_uses(value)) == 1), *map(_name, results)]
     return []
 
@@ -229,13 +229,6 @@ def _uses(value: ir.Value) -> list[Use]:
     if value.is_graph_output() and value.graph is not None:
         outputs = (Use(None, place) for place, output in enumerate(value.graph.outputs) if output is value)
     return [*(Use(node, place) for node, place in value.uses()), *outputs]
-
-
-def _read(use: Use) -> ir.Value:
-    value = use.node.inputs[use.place] if use.node is not None else None
-    if value is None:
-        raise ValueError("an operand is left out")
-    return value
 
 
 def _name(value: ir.Value) -> str:

@@ -44,7 +44,7 @@ class Weight:
     @property
     def value(self) -> ir.Value:
         """The constant as it is in the graph now."""
-        return _read(self.use)
+        return read(self.use)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Bias:
     @property
     def value(self) -> ir.Value:
         """The constant as it is in the graph now."""
-        return _read(self.use)
+        return read(self.use)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,9 @@ def merge_groups(pairs: Iterable[Collection[str]]) -> tuple[frozenset[str], ...]
     return tuple(frozenset(group) for group in groups if len(group) > 1)
 
 
-def _read(use: Use) -> ir.Value:
+def read(use: Use) -> ir.Value:
+    """What a node reads there."""
     value = use.node.inputs[use.place] if use.node is not None else None
     if value is None:
-        raise ValueError("a constant operand belongs to a node")
+        raise ValueError("an operand is left out, or the use is no node's")
     return value
