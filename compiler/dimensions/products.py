@@ -113,7 +113,7 @@ def recurrent(node: ir.Node, relations: Relations) -> None:
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[node.op_type]
     x, weight, recurrence = (relations.input(node, index) for index in range(3))
     size = node.attributes.get_int("hidden_size")
-    if x is None or weight is None or recurrence is None or not size or node.attributes.get_int("layout", 0):
+    if x is None or weight is None or recurrence is None or not size or node.attributes.get_int("layout", 0) != 0:
         relations.hold_all(node, "its layout or hidden size is not known")
         return
     hidden = Dim(size)
