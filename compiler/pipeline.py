@@ -258,7 +258,7 @@ def _run_passes(
     if captured.graph is None:
         return {}, [], []
     calibration = calibration_of(job.recipe, model.signature, data, job.cache)
-    context = Context(model.signature, data, calibration, load_budget(job.recipe), job.stages.update)
+    context = Context(model.signature, data, calibration, load_budget(job.recipe), progress=job.stages.update)
     engines = [variant for variant in job.variants if variant.target.capabilities.consumes == "graph"]
     names = [variant.name for variant in engines]
     records = [_run_pass(rewrite, captured.graph, context, "all", names) for rewrite in job.passes]

@@ -17,6 +17,7 @@ PASSES = {
     "opset": "opset:Opset",
     "pin": "pin:Pin",
     "precision": "precision:Precision",
+    "prune": "prune:Prune",
     "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
     "quantize-static": "quantize_static:QuantizeStatic",
     "quantize-weights": "quantize_weights:QuantizeWeights",

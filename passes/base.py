@@ -18,6 +18,8 @@ from ..compiler.options import render
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..compiler.budget import Budget
     from ..compiler.calibration import Calibration
     from ..compiler.data import Samples
@@ -63,6 +65,8 @@ class Context:
         samples: data to measure ranges or results on; None where the caller has none.
         calibration: statistics of activations, collected over the calibration data; None where the caller has none.
         budget: what a pass that chooses precisions may spend; None for the default of the precision.
+        gradients: takes the weights times their gradients from the torch module, by the name of the initializer; None
+            where the caller has no module.
         progress: takes the fraction done, 0 to 1, and what is being done, from passes that take long.
     """
 
@@ -70,6 +74,7 @@ class Context:
     samples: Samples | None = None
     calibration: Calibration | None = None
     budget: Budget | None = None
+    gradients: Callable[[], Mapping[str, np.ndarray]] | None = None
     progress: Callable[[float, str], None] = lambda fraction, what: None
 
     def require_calibration(self, who: str, why: str) -> Calibration:

@@ -31,8 +31,6 @@ def correct(
 ) -> tuple[dict[str, int], list[Refusal]]:
     """Corrects the biases of the layers whose weights are about to be quantized, in the float graph.
 
-    A Conv or Gemm without a bias gets one; for MatMul it is the constant that an Add behind it adds.
-
     Args:
         graph: the float graph that the weights are read in; its biases change, its weights do not.
         weights: the weights as they will be quantized.
@@ -72,7 +70,14 @@ def _correct(
         return f"the means of the channels of {value.name!r} are not known"
     if (found.channel_axis or 0) % len(value.shape) != layer.channel_axis(len(value.shape)):
         return f"the means of {value.name!r} are along another axis"
-    change = shift(layer, quantized, found.channel_mean)
+    return add_to_bias(graph, layer, shift(layer, quantized, found.channel_mean))
+
+
+def add_to_bias(graph: Graph, layer: Layer, change: np.ndarray) -> str | None:
+    """Adds a number for each output (out,) to what a layer gives; where that cannot be, why.
+
+    A Conv or Gemm without a bias gets one; for MatMul it is the constant that an Add behind it adds.
+    """
     if layer.node.op_type == "MatMul":
         return _add_behind(graph, layer, change)
     if len(layer.node.inputs) < 3 or layer.node.inputs[2] is None:
