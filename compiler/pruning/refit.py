@@ -26,19 +26,25 @@ from ..graph.selection import label
 from ..quantization.bias import add_to_bias
 from ..quantization.hessians import positions
 from ..quantization.layers import Layer, as_layer, is_shared, operand
+from .padding import unpadded
 
-ROWS = 8192
-"""Rows that a layer is fitted on, or four times its inputs where that is more."""
+ROWS = 16384
+"""Rows that a layer is fitted on, or eight times its inputs where that is more."""
 
 STAGES = 12
 """How many times the pruned model is run over the data: layers of one stage are fitted on the same run."""
 
 HELD_BYTES = 1 << 29
-"""Bytes of rows that are held at a time."""
+"""Bytes of moments that are held at a time."""
 
-_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+_PLACES = 256
+"""Places of an image that are looked at."""
+_TESTED = 2048
+"""Rows that are held out."""
 _HELD_OUT = 5
-"""Every so many-th row takes no part in the fit."""
+"""Every so many-th row is held out, up to that number."""
+_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,7 @@ def refit(
     Args:
         outputs: by the label of each layer to fit, in the order of the graph: which of its outputs are left.
         samples: gone through once for each stage.
-        seed: of the positions that are looked at.
+        seed: of the places that are looked at.
 
     Returns the fits, and the layers that were left with the reason.
 
@@ -81,7 +87,7 @@ def refit(
     tasks: list[_Task] = []
     refusals: list[Refusal] = []
     for name, kept in outputs.items():
-        task = _task(before[name], after[name], kept, seed)
+        task = _task(pruned, before[name], after[name], kept, seed)
         if isinstance(task, str):
             refusals.append(Refusal(f"not fitted: {task}", name))
         else:
@@ -95,7 +101,7 @@ def refit(
     return fits, refusals
 
 
-def _task(old: ir.Node, new: ir.Node, kept: np.ndarray, seed: int) -> _Task | str:
+def _task(graph: Graph, old: ir.Node, new: ir.Node, kept: np.ndarray, seed: int) -> _Task | str:
     whole, pruned = as_layer(old), as_layer(new)
     if whole is None or pruned is None:
         return "it is no layer with constant float weights"
@@ -103,44 +109,44 @@ def _task(old: ir.Node, new: ir.Node, kept: np.ndarray, seed: int) -> _Task | st
         return "its weights are shared"
     if whole.groups != pruned.groups:
         return "its groups changed"
-    return _Task(whole, pruned, kept, [seed, zlib.crc32(label(new).encode())])
+    shifts = add_to_bias(graph, pruned, np.zeros(len(pruned.load()), np.float32)) is None
+    return _Task(whole, pruned, kept, [seed, zlib.crc32(label(new).encode())], shifts=shifts)
 
 
 def _stages(tasks: Sequence[_Task]) -> list[list[_Task]]:
-    """Cuts the layers, in order, into stages of about equal number whose rows fit into memory."""
-    most = math.ceil(len(tasks) / STAGES)
-    cost = {task.pruned.name: max(task.bytes, HELD_BYTES // max(most, 1)) for task in tasks}
+    """Cuts the layers, in order, into stages of about equal number whose moments fit into memory."""
+    share = HELD_BYTES // math.ceil(max(len(tasks), 1) / STAGES)
     named = {task.pruned.name: task for task in tasks}
-    return [[named[name] for name in lot] for lot in chunks(cost, HELD_BYTES)]
+    lots = chunks({name: max(task.bytes, share) for name, task in named.items()}, HELD_BYTES)
+    return [[named[name] for name in lot] for lot in lots]
 
 
 def _collect(whole: Graph, pruned: Graph, stage: Sequence[_Task], samples: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Runs both graphs, and keeps rows of what the layers read."""
-    taps = [Tapped(graph, [operand(n, 0).name or "" for n in nodes], optimized=True) for graph, nodes in (
-        (whole, [task.whole.node for task in stage]),
-        (pruned, [task.pruned.node for task in stage]),
-    )]  # fmt: skip
+    """Runs both graphs, and adds up what the layers read."""
+    reads = [[operand(task.nodes[side], 0).name or "" for task in stage] for side in (0, 1)]
+    taps = [Tapped(graph, names, optimized=True) for graph, names in zip((whole, pruned), reads, strict=True)]
     for sample in samples:
         found = [tap(sample) for tap in taps]
-        for task in stage:
-            task.add(*(found[side][operand(node, 0).name or ""] for side, node in enumerate(task.nodes)))
+        for task, *names in zip(stage, *reads, strict=True):
+            task.add(*(unpadded(arrays[name], sample) for arrays, name in zip(found, names, strict=True)))
         if all(task.full for task in stage):
             return
 
 
 class _Task:
-    """A layer to fit, with rows of its inputs in both graphs."""
+    """A layer to fit, with the moments of its inputs in the pruned graph and of its outputs in the whole one."""
 
-    def __init__(self, whole: Layer, pruned: Layer, kept: np.ndarray, seed: Sequence[int]) -> None:
+    def __init__(self, whole: Layer, pruned: Layer, kept: np.ndarray, seed: Sequence[int], *, shifts: bool) -> None:
         self.whole = whole
         self.pruned = pruned
         self.rows = 0
+        self._shifts = shifts
         self._generators = [np.random.default_rng(seed) for _ in range(2)]
-        self._wanted: list[np.ndarray] = []
-        self._given: list[np.ndarray] = []
+        self._tests: list[tuple[np.ndarray, np.ndarray]] = []
         weight = _matrix(whole)
         outputs = kept.reshape(whole.groups, -1) % weight.shape[1]
         self._weight = np.take_along_axis(weight, outputs[:, :, None], axis=1)
+        self._moments: list[_Moments] = []
 
     @property
     def nodes(self) -> tuple[ir.Node, ir.Node]:
@@ -148,42 +154,43 @@ class _Task:
         return self.whole.node, self.pruned.node
 
     @property
-    def most(self) -> int:
-        """How many rows it wants."""
-        return max(ROWS, 4 * math.prod(self.pruned.load().shape[1:]))
-
-    @property
     def bytes(self) -> int:
-        """How many bytes these take."""
-        shape: tuple[int, ...] = self.pruned.load().shape
-        return 4 * self.most * (self.pruned.groups * math.prod(shape[1:]) + shape[0])
+        """How many bytes its moments take."""
+        groups, out, length = _matrix(self.pruned).shape
+        return 8 * int(groups * length * (length + out))
 
     @property
     def full(self) -> bool:
         """Whether it has seen enough."""
-        return self.rows >= self.most
+        return self.rows >= max(ROWS, 8 * int(_matrix(self.pruned).shape[2]))
 
     def add(self, before: np.ndarray, after: np.ndarray) -> None:
         """Takes rows of what the layer reads in the whole graph and, at the same places, in the pruned one."""
         if self.full or not before.size:
             return
-        inputs = positions(self.whole, before, self._generators[0])
-        grouped = inputs.reshape(len(inputs), self.whole.groups, -1)
-        outputs = np.einsum("rgi,goi->rgo", grouped, self._weight, optimize=True)
-        self._wanted.append(outputs)
-        given = positions(self.pruned, after, self._generators[1])
-        self._given.append(given.reshape(len(given), self.pruned.groups, -1))
-        self.rows += len(given)
+        inputs, given = (
+            positions(layer, x, generator, _PLACES)
+            for layer, x, generator in zip((self.whole, self.pruned), (before, after), self._generators, strict=True)
+        )
+        inputs, given = (rows.reshape(len(rows), self.whole.groups, -1).transpose(1, 0, 2) for rows in (inputs, given))
+        wanted = inputs @ self._weight.transpose(0, 2, 1)
+        test = (self.rows + np.arange(given.shape[1])) % _HELD_OUT == _HELD_OUT - 1
+        test &= self.rows < _TESTED * _HELD_OUT
+        self._tests.append((given[:, test], wanted[:, test]))
+        if not self._moments:
+            self._moments = [_Moments(given.shape[2], wanted.shape[2]) for _ in given]
+        for moments, x, y in zip(self._moments, given[:, ~test], wanted[:, ~test], strict=True):
+            moments.add(x, y)
+        self.rows += given.shape[1]
 
     def solve(self, graph: Graph) -> Fit:
         """Fits the layer in the graph."""
-        wanted, given = np.concatenate(self._wanted), np.concatenate(self._given)
-        self._wanted, self._given = [], []
+        x, y = (np.concatenate(arrays, axis=1) for arrays in zip(*self._tests, strict=True))
         old = _matrix(self.pruned)
-        shifts = add_to_bias(graph, self.pruned, np.zeros(old.shape[0] * old.shape[1], np.float32)) is None
-        solved = [_solve(given[:, g], wanted[:, g], old[g], shifts=shifts) for g in range(len(old))]
+        solved = [m.solve(old[g], x[g], y[g], shifts=self._shifts) for g, m in enumerate(self._moments)]
+        self._moments, self._tests = [], []
         self.pruned.store(np.stack([one.weight for one in solved]).reshape(self.pruned.load().shape))
-        if shifts:
+        if self._shifts:
             add_to_bias(graph, self.pruned, np.concatenate([one.shift for one in solved]))
         before, after, energy = (sum(getattr(one, key) for one in solved) for key in ("before", "after", "energy"))
         return Fit(self.pruned.name, before / energy, after / energy)
@@ -198,31 +205,38 @@ class _Solved:
     energy: float
 
 
-def _solve(given: np.ndarray, wanted: np.ndarray, old: np.ndarray, *, shifts: bool) -> _Solved:
-    """Weights (out, n) and, where the layer can have one, a shift (out,) from inputs (rows, n) and outputs (rows, out)."""
-    held = np.arange(len(given)) % _HELD_OUT == _HELD_OUT - 1
-    x, y = given[~held].astype(np.float64), wanted[~held].astype(np.float64)
-    test_x, test_y = (given[held], wanted[held]) if held.any() else (x, y)
-    mean_x, mean_y = x.mean(axis=0) * shifts, y.mean(axis=0) * shifts
-    centred = x - mean_x
-    residual = (y - mean_y) - centred @ old.T
-    moment, cross = centred.T @ centred, residual.T @ centred
-    scale = max(float(np.diag(moment).mean()), float(np.finfo(np.float32).tiny))
-    energy = float(np.square(test_y - test_y.mean(axis=0)).sum()) or float(np.finfo(np.float32).tiny)
+class _Moments:
+    """Sums over rows of inputs x (n,) and outputs y (out,)."""
 
-    def error(weight: np.ndarray, shift: np.ndarray) -> float:
-        return float(np.square(test_y - test_x @ weight.T - shift).sum())
+    def __init__(self, length: int, out: int) -> None:
+        self._count = 0
+        self._x, self._y = np.zeros(length), np.zeros(out)
+        self._xx, self._yx = np.zeros((length, length)), np.zeros((out, length))
 
-    zero = np.zeros(len(old))
-    candidates = [(old, zero), (old, mean_y - old @ mean_x)]
-    for damping in _DAMPINGS:
-        damped = moment + damping * scale * np.eye(len(moment))
-        weight = old + np.linalg.solve(damped, cross.T).T
-        candidates.append((weight, mean_y - weight @ mean_x))
-    errors = [error(*candidate) for candidate in candidates]
-    best = int(np.argmin(errors))
-    weight, shift = candidates[best]
-    return _Solved(weight.astype(np.float32), shift.astype(np.float32), errors[0], errors[best], energy)
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Takes rows (rows, n) and (rows, out)."""
+        self._count += len(x)
+        self._x += x.sum(axis=0)
+        self._y += y.sum(axis=0)
+        self._xx += x.T @ x
+        self._yx += y.T @ x
+
+    def solve(self, old: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, *, shifts: bool) -> _Solved:
+        """Weights (out, n) and, where the layer can have one, a shift (out,): the best on rows that are held out."""
+        count = max(self._count, 1)
+        mean_x, mean_y = self._x / count * shifts, self._y / count * shifts
+        moment = self._xx - count * np.outer(mean_x, mean_x)
+        cross = self._yx - count * np.outer(mean_y, mean_x) - old @ moment
+        scale = max(float(np.diag(moment).mean()), _TINY)
+        candidates = [(old, np.zeros(len(old))), (old, mean_y - old @ mean_x)]
+        for damping in _DAMPINGS:
+            weight = old + np.linalg.solve(moment + damping * scale * np.eye(len(moment)), cross.T).T
+            candidates.append((weight, mean_y - weight @ mean_x))
+        errors = [float(np.square(test_y - test_x @ weight.T - shift).sum()) for weight, shift in candidates]
+        best = int(np.argmin(errors))
+        weight, shift = candidates[best]
+        energy = max(float(np.square(test_y - test_y.mean(axis=0)).sum()), _TINY)
+        return _Solved(weight.astype(np.float32), shift.astype(np.float32), errors[0], errors[best], energy)
 
 
 def _matrix(layer: Layer) -> np.ndarray:

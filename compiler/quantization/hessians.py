@@ -79,19 +79,19 @@ class _Sum:
         self.full = self._rows >= max(ROWS, 2 * self.total.shape[1])
 
 
-def positions(layer: Layer, x: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Inputs (rows, in x kernel) of the layer at positions that are drawn from a batch.
+def positions(layer: Layer, x: np.ndarray, generator: np.random.Generator, each: int = POSITIONS) -> np.ndarray:
+    """Inputs (rows, in x kernel) of the layer at positions that are drawn from a batch, up to `each` of an item.
 
     The second axis is ordered as the weights: input channels, then the kernel.
     """
     if layer.node.op_type != "Conv":
         rows: np.ndarray = x.reshape(-1, x.shape[-1])
-        count = min(len(rows), POSITIONS * len(x))
+        count = min(len(rows), each * len(x))
         return np.asarray(rows[_drawn(generator, len(rows), count)])
     windows = _windows(layer, x)
     axes = x.ndim - 2
     places = math.prod((len(x), *windows.shape[2 : 2 + axes]))
-    chosen = _drawn(generator, places, min(places, POSITIONS * len(x)))
+    chosen = _drawn(generator, places, min(places, each * len(x)))
     place = np.unravel_index(chosen, (len(x), *windows.shape[2 : 2 + axes]))
     seen = np.moveaxis(windows, 1, 1 + axes)[place]  # without the move, NumPy would put channels where it likes
     return np.ascontiguousarray(seen).reshape(len(chosen), -1)
