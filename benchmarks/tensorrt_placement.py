@@ -3,13 +3,14 @@
 Each variant is a target's lowering with options of quantize-static. Engines are built for one batch size, and timed on
 the device in rounds that take all variants in turn. Beside the times stand what is left of float arithmetic and of
 reformats, and the error against torch in fp32. With --target tensorrt-rtx it also runs where no GPU is: engines are
-built and their layers told, nothing is timed.
+built and their layers told, nothing is timed. Results are merged by model into the same file.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import json
 import statistics
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import models
 import numpy as np
+import torch
 from _results import RESULTS, command, write
 
 from enginesmith.compiler.calibration import Calibration, CalibrationSettings
@@ -46,8 +48,8 @@ VARIANTS = {
     "int8": ("int8", ""),
     "int8-minmax": ("int8", "method=minmax"),
     "int8-attention": ("int8", "method=minmax,attention=true"),
-    "int8-everywhere": ("int8", "scheme=tensorrt,method=minmax"),
-    "int8-feed-forward": ("int8", "scheme=tensorrt,method=minmax,keep=*attention*"),
+    "int8-everywhere": ("int8", "scheme=tensorrt,method=minmax,bias_correction=false"),
+    "int8-feed-forward": ("int8", "scheme=tensorrt,method=minmax,bias_correction=false,keep=*attention*"),
     "fp8": ("fp8", ""),
     "fp8-attention": ("fp8", "attention=true"),
 }
@@ -63,12 +65,14 @@ def main() -> None:
     options = parse_options()
     deadline = time.monotonic() + options.time_limit
     target = parse_target(options.target)
-    results = {}
+    results = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(name, target, options, deadline, Path(folder))
-        show(name, results[name])
-    write("tensorrt_placement", {"command": command(), "batch": options.batch, "models": results}, options.out)
+            found = measure(name, target, options, deadline, Path(folder))
+        show(name, found)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        results[name] = {"command": command(), "gpu": gpu, "batch": options.batch, "variants": found}
+        write("tensorrt_placement", results, options.out)
 
 
 def parse_options() -> argparse.Namespace:

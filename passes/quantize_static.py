@@ -172,6 +172,8 @@ class _Run:
         self._prepare(asked)
         self._keep = {n: f"kept by choice: {asked[label(n)]!r}" for n in self.graph.nodes() if label(n) in asked}
         self.plan = self._plan()
+        if not self.plan.nodes:
+            return  # nothing to observe
         self.statistics = self._observe()
         while missing := unknown(self.graph, self.plan, self.statistics):
             self._keep.update(missing)

@@ -1,10 +1,9 @@
 """What TensorRT before 10 compiles as one region around attention, where Q/DQ costs more than 8-bit products save.
 
-There Myelin, its compiler of fused kernels, takes all that is connected with a product of activations, and chooses
-among few 8-bit kernels, with the quantization of their inputs in kernels of their own. Convolutions and pooling are
-not its own, and part one region from the next.
-
-Times of BERT-base on an H100 are in `benchmarks/README.md`.
+There Myelin, its compiler of fused kernels, takes attention with all that is connected to it: BERT-base in int8 is one
+layer of the engine, as in fp16, and slower; `benchmarks/README.md` has the times. With the products of a feed-forward
+network as convolutions, which Myelin leaves out, it is slower by far, as data changes its layout between the two. So
+convolutions and pooling part one region from the next.
 """
 
 from __future__ import annotations
