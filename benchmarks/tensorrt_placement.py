@@ -3,12 +3,14 @@
 Each variant is a target's lowering with options of quantize-static. Engines are built for one batch size, and timed on
 the device in rounds that take all variants in turn. Beside the times stand what is left of float arithmetic and of
 reformats, and the error against torch in fp32. With --target tensorrt-rtx it also runs where no GPU is: engines are
-built and their layers told, nothing is timed.
+built and their layers told, nothing is timed. Results are merged by model into the same file.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import json
 import statistics
 import tempfile
 import time
@@ -17,25 +19,27 @@ from typing import Any
 
 import models
 import numpy as np
+import torch
 from _results import RESULTS, command, write
 
 from enginesmith.compiler.calibration import Calibration, CalibrationSettings
 from enginesmith.compiler.capture import capture
 from enginesmith.compiler.data import open_data
 from enginesmith.compiler.graph import Graph
+from enginesmith.compiler.options import split
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import Model, load_model
 from enginesmith.errors import EnginesmithError
 from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context
 from enginesmith.targets import parse_target
-from enginesmith.targets.base import BuildRequest, Runner, Target
+from enginesmith.targets.base import BuildRequest, EngineInfo, Runner, Target
 
 SENTENCES = ["input_ids:1x128:int64", "attention_mask:1x128:int64"]
 MODELS = {
     "resnet50": (["image:1x3x224x224"], models.resnet50_inputs, ["fp16", "int8"]),
     "minilm": (SENTENCES, models.minilm_inputs, ["fp16", "int8-minmax", "int8-attention"]),
-    "bert_base": (SENTENCES, models.minilm_inputs, ["fp16", "int8-minmax", "int8-attention"]),
+    "bert_base": (SENTENCES, models.minilm_inputs, ["fp16", "int8", "int8-feed-forward", "int8-everywhere"]),
 }
 """Name: inputs, what makes them, and the variants to try by default."""
 
@@ -44,10 +48,14 @@ VARIANTS = {
     "int8": ("int8", ""),
     "int8-minmax": ("int8", "method=minmax"),
     "int8-attention": ("int8", "method=minmax,attention=true"),
+    "int8-everywhere": ("int8", "scheme=tensorrt,method=minmax,bias_correction=false"),
+    "int8-feed-forward": ("int8", "scheme=tensorrt,method=minmax,bias_correction=false,keep=*attention*"),
     "fp8": ("fp8", ""),
     "fp8-attention": ("fp8", "attention=true"),
 }
-"""Name: precision, and options of quantize-static."""
+"""Name: precision, and options of quantize-static in place of the target's. scheme=tensorrt quantizes around attention,
+where TensorRT before 10 by itself does not.
+"""
 
 CALIBRATED = 2
 ROUNDS, ITERATIONS = 15, 40
@@ -57,12 +65,14 @@ def main() -> None:
     options = parse_options()
     deadline = time.monotonic() + options.time_limit
     target = parse_target(options.target)
-    results = {}
+    results = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(name, target, options, deadline, Path(folder))
-        show(name, results[name])
-    write("tensorrt_placement", {"command": command(), "batch": options.batch, "models": results}, options.out)
+            found = measure(name, target, options, deadline, Path(folder))
+        show(name, found)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        results[name] = {"command": command(), "gpu": gpu, "batch": options.batch, "variants": found}
+        write("tensorrt_placement", results, options.out)
 
 
 def parse_options() -> argparse.Namespace:
@@ -76,6 +86,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--variants", type=several, help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--keep", default="", help="globs of nodes that stay fp16, joined by +, in every variant")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="engines to build at once; tactics are then timed less exactly"
+    )
     parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS", help="begin no engine after this")
     return parser.parse_args()
 
@@ -99,49 +112,67 @@ def measure(
         parse_pass(text)(captured.graph, context)
     sample = {key: array[: options.batch] for key, array in arrays.items()}
     found: dict[str, dict[str, Any]] = {}
+    builds: dict[str, concurrent.futures.Future[tuple[dict[str, Any], EngineInfo]]] = {}
     runners: dict[str, Runner] = {}
-    for variant in options.variants or variants:
-        if time.monotonic() > deadline:
-            found[variant] = {"error": "left out, the time limit has passed"}
-            continue
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for variant in options.variants or variants:
+            if time.monotonic() > deadline:
+                found[variant] = {"error": "left out, the time limit has passed"}
+            elif reason := target.refusals().get(VARIANTS[variant][0]):
+                found[variant] = {"error": reason}
+            else:
+                try:
+                    graph, changes = lower(variant, target, options, captured.graph, context)
+                except EnginesmithError as error:
+                    found[variant] = {"error": str(error)}
+                    continue
+                found[variant] = {"changes": changes}
+                builds[variant] = pool.submit(build, variant, target, graph, model, sample, folder)
+    for variant, built in builds.items():
         try:
-            found[variant], runner = build(variant, target, options, captured.graph, context, model, sample, folder)
+            facts, info = built.result()
         except EnginesmithError as error:
             found[variant] = {"error": str(error)}
             continue
-        if runner is not None:
-            runners[variant] = runner
+        found[variant].update(facts)
+        if target.availability().run:
+            runners[variant] = target.runner(folder / variant, info)
     time_all(runners, found, sample, model.reference.run(sample))
     return found
 
 
-def build(
-    variant: str,
-    target: Target,
-    options: argparse.Namespace,
-    captured: Graph,
-    context: Context,
-    model: Model,
-    sample: dict[str, np.ndarray],
-    folder: Path,
-) -> tuple[dict[str, Any], Runner | None]:
+def lower(
+    variant: str, target: Target, options: argparse.Namespace, captured: Graph, context: Context
+) -> tuple[Graph, dict[str, Any]]:
+    """The graph of a variant, and what each pass changed."""
     precision, chosen = VARIANTS[variant]
-    if reason := target.refusals().get(precision):
-        return {"error": reason}, None
-    extra = ",".join(filter(None, (chosen, f"keep={options.keep}" if options.keep else "")))
     graph, changes = captured.clone(), {}
     for text in target.lowering(precision):
-        quantizes = text.startswith("quantize") and extra
-        changes[text] = dict(parse_pass(f"{text},{extra}" if quantizes else text)(graph, context).changes)
+        changed = with_options(text, chosen, options.keep) if text.startswith("quantize") else text
+        changes[changed] = dict(parse_pass(changed)(graph, context).changes)
+    return graph, changes
+
+
+def build(
+    variant: str, target: Target, graph: Graph, model: Model, sample: dict[str, np.ndarray], folder: Path
+) -> tuple[dict[str, Any], EngineInfo]:
+    precision, _ = VARIANTS[variant]
     directory, cache, log = folder / variant, folder / "cache", list[str]()
     directory.mkdir()
     cache.mkdir(exist_ok=True)
     start = time.perf_counter()
     info = target.build(BuildRequest(graph, model, model.signature, precision, sample, directory, cache, log.append))
     seconds = round(time.perf_counter() - start, 1)
-    layers = info.details["layers"]
-    found = {"changes": changes, "build_s": seconds, "flags": info.details["flags"], "layers": layers}
-    return found, target.runner(directory, info) if target.availability().run else None
+    return {"build_s": seconds, "flags": info.details["flags"], "layers": info.details["layers"]}, info
+
+
+def with_options(text: str, chosen: str, keep: str) -> str:
+    """A pass with further options."""
+    name, own = split(text)
+    _, others = split(f"{name}:{chosen}")
+    kept = "+".join(filter(None, (others.get("keep"), keep)))
+    merged = own | others | ({"keep": kept} if kept else {})
+    return f"{name}:{','.join(f'{key}={value}' for key, value in merged.items())}"
 
 
 def time_all(

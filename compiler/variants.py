@@ -53,15 +53,25 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
 
 
 def not_lowered(variants: Sequence[Variant], records: Sequence[PassRecord]) -> list[str]:
-    """Engines below full precision whose passes found nothing to lower, and the first reason why."""
+    """Engines below full precision whose passes found nothing to lower or to quantize, and the first reason why."""
     notes = []
     for variant in variants:
         ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
-        if len(ran) == len(variant.passes) > 0 and not any(record["modified"] for record in ran):
-            reasons = [refusal["reason"] for record in ran for refusal in record["refusals"]]
-            why = f": {reasons[0]}" if reasons else ""
-            notes.append(f"{variant.name} is as in full precision, nothing was lowered{why}")
+        quantizing = [record for record in ran if _quantizes(record["text"])]
+        if len(ran) != len(variant.passes) or any(record["modified"] for record in quantizing or ran) or not ran:
+            continue
+        reasons = [refusal["reason"] for record in quantizing or ran for refusal in record["refusals"]]
+        why = f": {reasons[0]}" if reasons else ""
+        # Beside passes that quantize stand those for the rest, which is then in fp16.
+        rest = len(ran) > len(quantizing) > 0
+        what = "in fp16, nothing was quantized" if rest else "in full precision, nothing was lowered"
+        notes.append(f"{variant.name} is as {what}{why}")
     return notes
+
+
+def _quantizes(text: str) -> bool:
+    name, options = split(text)
+    return name.startswith("quantize-") or options.get("to") == "int8"
 
 
 def _lowering(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, ...]:

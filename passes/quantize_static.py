@@ -24,10 +24,10 @@ from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened, is_constant
 from ..compiler.graph.selection import label, select
 from ..compiler.quantization import onnxruntime, tensorrt
-from ..compiler.quantization.attention import drop_guards
+from ..compiler.quantization.attention import attentions, drop_guards
 from ..compiler.quantization.bias import correct
 from ..compiler.quantization.equalize import equalize
-from ..compiler.quantization.forms import fold_weights, prepare
+from ..compiler.quantization.forms import fold_weights, pool_means, prepare
 from ..compiler.quantization.parameters import Parameters
 from ..compiler.quantization.plan import Plan, Weight
 from ..compiler.quantization.qdq import Quantized, insert, quantized_nodes
@@ -63,7 +63,7 @@ class QuantizeStatic(Pass):
     """Quantizes what the target computes in 8 bits; the rest stays float, each node with its reason.
 
     Attributes:
-        scheme: whose placement.
+        scheme: whose placement; tensorrt-8 is for TensorRT 8.6 and 9, which gain nothing from 8 bits around attention.
         dtype: fp8 is for scheme=tensorrt.
         method: how ranges of activations come from their statistics; "auto" is "mse" in convolutional networks, and
             "minmax" for what MatMul and Gemm multiply, see `compiler.quantization.ranges`. None: what of `TRIED` has
@@ -82,7 +82,7 @@ class QuantizeStatic(Pass):
     """
 
     name: ClassVar[str] = "quantize-static"
-    scheme: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    scheme: Literal["onnxruntime", "tensorrt", "tensorrt-8"] = "onnxruntime"
     dtype: Literal["int8", "fp8"] = "int8"
     method: Choice | None = None
     per_channel: bool = True
@@ -172,6 +172,8 @@ class _Run:
         self._prepare(asked)
         self._keep = {n: f"kept by choice: {asked[label(n)]!r}" for n in self.graph.nodes() if label(n) in asked}
         self.plan = self._plan()
+        if not self.plan.nodes:
+            return  # nothing to observe
         self.statistics = self._observe()
         while missing := unknown(self.graph, self.plan, self.statistics):
             self._keep.update(missing)
@@ -212,8 +214,10 @@ class _Run:
     def _prepare(self, asked: Collection[str]) -> None:
         if self.options.scheme == "onnxruntime":
             self.changes.update(prepare(self.graph, asked))
-        elif guards := drop_guards(self.graph):
-            self.changes["guards dropped"] = guards
+        else:
+            self.changes.update(pool_means(self.graph, asked))
+            if guards := drop_guards(self.graph):
+                self.changes["guards dropped"] = guards
         if self.options.equalize:
             self._note(*equalize(self.graph))
         self._smooth()
@@ -223,6 +227,8 @@ class _Run:
         asked = self.options.smooth
         if asked == 0 or (asked is None and (self.options.dtype == "fp8" or is_convolutional(self.graph))):
             return
+        if self.options.scheme == "tensorrt-8" and any(attentions(self.graph.model.graph)):
+            return  # what it would smooth stays float
         insert = asked is not None or self.options.scheme == "onnxruntime"
         statistics = self._calibration.statistics(self.graph, inputs(self.graph))
         changes, refusals = smooth(self.graph, statistics, ALPHA if asked is None else asked, insert=insert)
@@ -234,7 +240,14 @@ class _Run:
         if options.scheme == "onnxruntime":
             return onnxruntime.plan(self.graph, per_channel=options.per_channel, keep=keep)
         dtype, attention = _DTYPES[options.dtype], options.attention
-        return tensorrt.plan(self.graph, dtype=dtype, per_channel=options.per_channel, attention=attention, keep=keep)
+        return tensorrt.plan(
+            self.graph,
+            dtype=dtype,
+            per_channel=options.per_channel,
+            attention=attention,
+            regions=options.scheme != "tensorrt-8",
+            keep=keep,
+        )
 
     def _observe(self) -> Statistics:
         return self._calibration.statistics(self.graph, sorted(self.plan.activations))

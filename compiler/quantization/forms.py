@@ -1,5 +1,7 @@
 """Gives nodes the form that ONNX Runtime on the CPU has an integer kernel for; what they compute stays the same.
 
+The first of them is for TensorRT as well.
+
     ReduceMean over all positions       ->  GlobalAveragePool                  (Flatten where the axes go)
     BatchNormalization before Conv      ->  Conv 1x1 of one channel each       where no Conv before it takes it in
     Conv of stride 2 over few channels  ->  stride 1 over four times as many   see `stem`
@@ -35,14 +37,11 @@ def prepare(graph: Graph, keep: Collection[str] = ()) -> dict[str, int]:
     Args:
         keep: labels of nodes that are to stay float, and stay as they are.
     """
-    changes: collections.Counter[str] = collections.Counter()
+    changes = collections.Counter(pool_means(graph, keep))
     for node in list(graph.model.graph):
-        if node.domain or not node.outputs or node.outputs[0].dtype != ir.DataType.FLOAT or label(node) in keep:
+        if not _is_free(node, keep):
             continue
-        if node.op_type == "ReduceMean" and _is_over_positions(node):
-            _pool(graph, node)
-            changes["ReduceMean to GlobalAveragePool"] += 1
-        elif node.op_type == "BatchNormalization" and _is_between(node):
+        if node.op_type == "BatchNormalization" and _is_between(node):
             _to_conv(graph, node)
             changes["BatchNormalization to Conv"] += 1
         elif node.op_type == "Conv" and widen_stem(graph, node):
@@ -57,11 +56,25 @@ def prepare(graph: Graph, keep: Collection[str] = ()) -> dict[str, int]:
     return dict(changes)
 
 
+def pool_means(graph: Graph, keep: Collection[str] = ()) -> dict[str, int]:
+    """The first of the rewrites alone."""
+    found = [node for node in graph.model.graph if node.op_type == "ReduceMean" and _is_free(node, keep)]
+    means = [node for node in found if _is_over_positions(node)]
+    for node in means:
+        _pool(graph, node)
+    return {"ReduceMean to GlobalAveragePool": len(means)} if means else {}
+
+
 def fold_weights(graph: Graph) -> int:
     """Makes initializers of weights and biases that nodes compute from constants alone; returns how many."""
     constants = Constants(graph)
     weighted = [node for node in graph.model.graph if node.op_type in _WEIGHTED and not node.domain]
     return sum(constants.fold(value) for node in weighted for value in node.inputs[1:])
+
+
+def _is_free(node: ir.Node, keep: Collection[str]) -> bool:
+    result = node.outputs[0] if node.outputs else None
+    return not node.domain and result is not None and result.dtype == ir.DataType.FLOAT and label(node) not in keep
 
 
 def _is_over_positions(node: ir.Node) -> bool:

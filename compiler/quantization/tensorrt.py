@@ -10,8 +10,10 @@ where it goes, across layers that only move data. So Q/DQ stands, and stands now
     a, b - Q/DQ - Concat - Q/DQ                         with one scale, so that a and b are written in place
     q, k - Q/DQ - MatMul - Softmax - Q/DQ - MatMul - v  with `attention`: all four operands, or it is not one kernel
 
-MaxPool, Reshape, Transpose and their like need none of their own. Biases stay float: TensorRT takes no int32. Sums and
-normalizations of transformers stay in fp16: they cost little, and their outliers leave no range to all other numbers.
+MaxPool, Reshape, Transpose and their like need none of their own. A mean over all positions by ReduceMean would read
+floats: it is to be GlobalAveragePool first, see `forms.pool_means`. Biases stay float: TensorRT takes no int32. Sums
+and normalizations of transformers stay in fp16: they cost little, and their outliers leave no range to all other
+numbers.
 
 Sources: NVIDIA, "Working with Quantized Types", Q/DQ placement; the layers that TensorRT-RTX reports.
 """
@@ -31,6 +33,7 @@ from ..graph.selection import label
 from ..graph.verifier import subgraphs
 from .attention import Attention, attentions
 from .plan import Plan, Use, Weight, merge_groups
+from .regions import REASON, around_attention
 from .tensorrt_limits import NO_KERNEL, PRODUCTS, channel_axis, why_not
 
 LONGEST_INT8_ATTENTION = 512
@@ -51,6 +54,7 @@ def plan(
     dtype: ir.DataType = ir.DataType.INT8,
     per_channel: bool = True,
     attention: bool = False,
+    regions: bool = True,
     keep: Mapping[ir.Node, str] = MappingProxyType({}),
 ) -> Plan:
     """Decides what becomes 8-bit in the main graph; shapes and types must be inferred, constants be initializers.
@@ -59,8 +63,11 @@ def plan(
         dtype: INT8 or FLOAT8E4M3FN.
         per_channel: one scale for each output channel of a weight; needs opset 13.
         attention: whether the products with Softmax between them become 8-bit too.
+        regions: whether any product becomes 8-bit that is connected with attention, see `regions`.
         keep: nodes that stay float, and why.
     """
+    if not regions:
+        keep = dict.fromkeys(around_attention(list(graph.model.graph)), REASON) | dict(keep)
     planner = _Planner(graph, dtype, keep, attention=attention)
     planner.products()
     planner.residuals()

@@ -72,6 +72,13 @@ def prepare(
     return prepared, types
 
 
+def in_half(graph: Graph, signature: Signature, sample: Mapping[str, np.ndarray]) -> Graph:
+    """A graph in which nothing is quantized, as it is built in fp16; arguments as of `prepare`."""
+    cast = graph.clone()
+    Cast(to="fp16")(cast, Context(signature, OneSample(sample) if sample else None))
+    return cast
+
+
 def without_quantization(graph: Graph) -> Graph:
     """A copy whose nodes read what Q/DQ would round, under the old names."""
     copy = graph.clone()

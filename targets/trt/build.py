@@ -191,8 +191,12 @@ def _typed(graph: Graph, request: BuildRequest, *, weakly_typed: bool) -> tuple[
     """The graph to build from, and the types that its tensors are to have."""
     if not weakly_typed or request.precision not in ("int8", "mixed"):
         return graph, _types(graph)
-    from ...compiler.quantization.weak_typing import prepare
+    from ...compiler.quantization.qdq import quantized_nodes
+    from ...compiler.quantization.weak_typing import in_half, prepare
 
+    if not quantized_nodes(graph):
+        request.log(f"nothing is quantized: {request.precision} is built as fp16")
+        return (half := in_half(graph, request.signature, request.sample)), _types(half)
     return prepare(graph, request.signature, request.sample, request.log)
 
 

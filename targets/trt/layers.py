@@ -23,6 +23,7 @@ TENSORS = ("Inputs", "Outputs", "Constants")
 _TYPE = re.compile(r"\b(BF16|BFloat16|FP8E4M3|FP\d+|Float|Half|U?Int\d+|Bool)\b", re.I)
 _CONVOLUTION = re.compile(r"conv|correlation", re.I)
 _PRODUCT = re.compile(r"gemm|matrix_?multiply|fully_?connected|fusion", re.I)
+_NARROW_WEIGHT = re.compile(r"(?:^|\+ )Q/")
 _NARROW_TACTIC = re.compile(r"i8i8|_s8_|int8|imma|e4m3|_f8_", re.I)
 
 
@@ -97,9 +98,14 @@ def multiplies(layer: dict[str, Any]) -> bool:
 
 
 def is_narrow(layer: dict[str, Any]) -> bool:
-    """Whether a convolution or matrix product computes with 8-bit numbers."""
+    """Whether a convolution or matrix product computes with 8-bit numbers.
+
+    TensorRT 8.6 tells nothing but the name of a convolution with pooling and dynamic shapes. It is joined from those of
+    fused layers: QuantizeLinear of the weights, which `compiler.quantization.weak_typing` names, is among them.
+    """
     told = {data_type((layer.get("Inputs") or [{}])[0]), _weights(layer)}
-    return bool(told & {"INT8", "FP8"}) or bool(_NARROW_TACTIC.search(str(layer.get("TacticName", ""))))
+    fused = _NARROW_WEIGHT.search(str(layer.get("Name", "")))
+    return bool(told & {"INT8", "FP8"}) or bool(fused or _NARROW_TACTIC.search(str(layer.get("TacticName", ""))))
 
 
 def data_type(tensor: dict[str, Any]) -> str:

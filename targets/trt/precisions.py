@@ -14,7 +14,8 @@ TensorRT-RTX has them all, but for int8 on compute capability 7.5, where it dequ
 strongly typed from TensorRT 10 on: types come from the graph, and what is not 8-bit is cast to fp16. DequantizeLinear
 must then give fp16 itself, which takes opset 19: a Cast between it and a convolution may keep the two from being fused.
 Convolutions take bfloat16 from opset 22 on. TensorRT 8.6 and 9 choose between the types that they are allowed: there
-the graph stays in float32, and `compiler.quantization.weak_typing` prepares it.
+the graph stays in float32, and `compiler.quantization.weak_typing` prepares it; where nothing is quantized, as in a
+transformer, it is cast to fp16.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ LOWERINGS: Mapping[str, tuple[str, ...]] = {
 
 WEAK_LOWERINGS: Mapping[str, tuple[str, ...]] = {
     **LOWERINGS,
-    "int8": ("pin", "quantize-static:scheme=tensorrt"),
-    "mixed": ("pin", "precision:to=int8,scheme=tensorrt"),
+    "int8": ("pin", "quantize-static:scheme=tensorrt-8"),
+    "mixed": ("pin", "precision:to=int8,scheme=tensorrt-8"),
 }
 
 _NAMES = {"bf16": "bfloat16", "mixed-bf16": "bfloat16", "int8": "INT8", "fp8": "FP8", "int4-weights": "INT4 weights"}

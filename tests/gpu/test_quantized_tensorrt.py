@@ -113,10 +113,15 @@ def build(folder, target, precision, case, **options):
     return info.details, float(10 * np.log10(np.square(wanted).sum() / noise))
 
 
+def is_new(target):
+    return "quantize-static:scheme=tensorrt" in target.lowering("int8")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_int8_is_built_and_right(tmp_path, target, case):
     details, snr = build(tmp_path, target, "int8", case)
-    assert {"INT8", "STRONGLY_TYPED"} & set(details["flags"])
+    # Before version 10 nothing is quantized around attention.
+    assert bool({"INT8", "STRONGLY_TYPED"} & set(details["flags"])) == (case != "transformer" or is_new(target))
     assert snr > 20
     assert details["layers"]["source"] == "engine"
 

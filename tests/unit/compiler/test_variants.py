@@ -67,21 +67,36 @@ def test_what_makes_a_precision_is_not_to_be_chosen(option: str) -> None:
         variants("onnxruntime-cpu", precisions=["int8", "fp16"], quantization={option: "x"})
 
 
+def record(text: str, engine: str, *, modified: bool, variant: str = "its own") -> Any:
+    refusals = [{"reason": "no such node", "node": ""}]
+    return {"variant": variant, "engines": [engine], "text": text, "modified": modified, "refusals": refusals}
+
+
 def test_engines_that_nothing_was_lowered_in() -> None:
     made = list(variants("onnxruntime-cpu", precisions=["fp32", "int8", "fp16"]).values())
 
-    def record(variant: str, engine: str, *, modified: bool) -> Any:
-        refusals = [{"reason": "no such node", "node": ""}]
-        return {"variant": variant, "engines": [engine], "modified": modified, "refusals": refusals}
-
     records = [
-        record("all", "onnxruntime-cpu-int8", modified=True),
-        record("int8", "onnxruntime-cpu-int8", modified=False),
-        record("fp16", "onnxruntime-cpu-fp16", modified=True),
+        record("simplify", "onnxruntime-cpu-int8", modified=True, variant="all"),
+        record("quantize-static", "onnxruntime-cpu-int8", modified=False),
+        record("cast", "onnxruntime-cpu-fp16", modified=True),
     ]
     assert not_lowered(made, records) == [
         "onnxruntime-cpu-int8 is as in full precision, nothing was lowered: no such node"
     ]
+
+
+@pytest.mark.parametrize("precision", ["int8", "mixed"])
+@pytest.mark.parametrize("modified", [True, False])
+def test_engines_that_nothing_was_quantized_in(
+    monkeypatch: pytest.MonkeyPatch, precision: str, *, modified: bool
+) -> None:
+    monkeypatch.setattr("enginesmith.targets.tensorrt._weakly_typed", lambda found: True)
+    monkeypatch.setattr("enginesmith.targets.tensorrt.TensorRT.refusals", lambda target: {})
+    (variant,) = variants("tensorrt", precisions=[precision]).values()
+    texts = passes(variant)
+    records = [record(texts[0], variant.name, modified=True), record(texts[1], variant.name, modified=modified)]
+    told = f"tensorrt-{precision} is as in fp16, nothing was quantized: no such node"
+    assert not_lowered([variant], records) == ([] if modified else [told])
 
 
 def test_options_that_no_pass_has() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from enginesmith.compiler.calibration import Calibration, CalibrationSettings
 from enginesmith.compiler.graph.probe import run
+from enginesmith.compiler.quantization.regions import REASON
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.errors import RecipeError
 from enginesmith.passes import parse_pass
@@ -44,6 +45,25 @@ def test_results_are_close(name, options, pairs):
     (wanted,), (given,) = run(before, inputs).values(), run(graph, inputs).values()
     noise = np.square(given - wanted).sum() / np.square(wanted).sum()
     assert 1e-6 < noise < 1e-2
+
+
+def test_a_mean_over_all_positions_is_quantized_as_pooling(monkeypatch):
+    text = networks["RESNET"].replace("float[32] b6>", "float[32] b6, int64[2] axes = {2, 3}>")
+    text = text.replace("mean = GlobalAveragePool(c)\n  flat = Flatten(mean)", "flat = ReduceMean<keepdims=0>(c, axes)")
+    monkeypatch.setitem(networks, "RESNET", text)
+    _, graph, result, _ = quantize("RESNET", "quantize-static:scheme=tensorrt,method=minmax")
+    assert (result.changes["ReduceMean to GlobalAveragePool"], result.changes["activations quantized"]) == (1, 8)
+    assert "ReduceMean" not in graph.operators()
+
+
+def test_older_versions_quantize_convolutions_alike_and_nothing_around_attention(monkeypatch):
+    _, convolutional, _, _ = quantize("RESNET", "quantize-static:scheme=tensorrt-8,method=minmax")
+    _, newer, _, _ = quantize("RESNET", "quantize-static:scheme=tensorrt,method=minmax")
+    assert convolutional.fingerprint() == newer.fingerprint()
+    monkeypatch.delattr(Calibration, "statistics")  # nothing is observed where nothing is quantized
+    _, _, result, _ = quantize("TRANSFORMER", "quantize-static:scheme=tensorrt-8")
+    assert not result.modified
+    assert {refusal.reason for refusal in result.refusals} == {REASON}
 
 
 @pytest.mark.parametrize("options", ["scheme=tensorrt,dtype=int8", "scheme=tensorrt,dtype=fp8,attention=true"])

@@ -223,7 +223,7 @@ def test_what_is_found_is_asked_for_once(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("version", "passes"),
     [
-        ("8.6.0", ("pin", "quantize-static:scheme=tensorrt")),
+        ("8.6.0", ("pin", "quantize-static:scheme=tensorrt-8")),
         ("10.9.0", ("opset:least=19", "quantize-static:scheme=tensorrt", "cast:to=fp16")),
         (None, ("opset:least=19", "quantize-static:scheme=tensorrt", "cast:to=fp16")),
     ],

@@ -3,10 +3,11 @@
 import numpy as np
 import onnx.parser
 import onnx_ir as ir
+import pytest
 
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.graph.probe import run
-from enginesmith.compiler.quantization.weak_typing import prepare, without_quantization
+from enginesmith.compiler.quantization.weak_typing import in_half, prepare, without_quantization
 from enginesmith.compiler.signature import Signature
 from enginesmith.passes.base import Context
 from enginesmith.passes.pin import Pin
@@ -133,3 +134,14 @@ def test_a_graph_without_its_quantization():
     assert set(plain.operators()) == {"Conv", "Mul", "Erf"}
     (now,), (then,) = run(plain, sample()).values(), run(graph, sample()).values()
     assert np.mean(np.abs(now - then) > 0.3) < 0.02  # rounding may change the sign of what is near zero
+
+
+@pytest.mark.parametrize("given", [{}, {"x": np.ones((2, 4), np.float32)}])
+def test_what_is_not_quantized_is_cast_to_fp16(given):
+    header = '<ir_version: 8, opset_import: ["" : 17]>'
+    model = onnx.parser.parse_model(f"{header} g (float[n,4] x) => (float[n,4] y) {{ a = Relu(x) y = Erf(a) }}")
+    graph = Graph.from_proto(model)
+    graph.infer()
+    cast = in_half(graph, Signature(inputs=()), given)
+    assert dict(cast.operators()) == {"Cast": 2, "Relu": 1, "Erf": 1}
+    assert "Cast" not in graph.operators()

@@ -77,6 +77,12 @@ def test_layers_with_dynamic_shapes_are_counted_by_the_type_of_their_weights():
     assert (found["narrow"], found["wide"], found["reformats"]) == (2, ["a"], 1)
 
 
+@pytest.mark.parametrize(("names", "narrow"), [(("w/float", "Q/w/float", "conv1", "pool"), 1), (("conv1", "pool"), 0)])
+def test_a_convolution_with_pooling_is_told_by_the_weights_quantized_in_it(names, narrow):
+    layer = cask(" + ".join(names), "CaskConvActPool", "N/A due to dynamic shapes")
+    assert summarize([layer])["narrow"] == narrow
+
+
 @pytest.mark.parametrize(
     ("tensor", "expected"),
     [
