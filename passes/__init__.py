@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .base import Pass
 
 PASSES = {
+    "align": "align:Align",
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
     "opset": "opset:Opset",
