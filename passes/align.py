@@ -18,6 +18,7 @@ import numpy as np
 from ..compiler.alignment.cuts import Cuts
 from ..compiler.alignment.evaluate import unsafe
 from ..compiler.alignment.plan import Growth, Plan, make_plan, products_of
+from ..compiler.alignment.rewrites import flatten_products, pad_stems
 from ..compiler.alignment.share import aligned_share
 from ..compiler.alignment.tables import tie_again, untie
 from ..compiler.dimensions import Dimensions
@@ -37,12 +38,17 @@ class Align(Pass):
         multiple: 8 for fp16 and bf16, 16 for INT8 and FP8; 64 or 128 where that measures better. Dimensions that would
             waste too much so get a multiple of 8.
         waste: largest share of multiply-adds that this may add to the products of a dimension.
+        flatten: make products of more than two axes two-dimensional, their bias within, for runtimes that do not do so
+            by themselves as ONNX Runtime does.
+        stem: channels that a Conv on the input of the model gets, by a Pad at run time: 4 or 8 for images; 0 for none.
         keep: names or globs of nodes whose weights stay.
     """
 
     name: ClassVar[str] = "align"
     multiple: int = 8
     waste: float = 0.1
+    flatten: bool = False
+    stem: int = 0
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,6 +56,8 @@ class Align(Pass):
             raise ValueError(f"multiple is 2 or more, not {self.multiple}")
         if not self.waste > 0:
             raise ValueError(f"waste is above 0, not {self.waste:g}")
+        if self.stem < 0:
+            raise ValueError(f"stem is 0 or more, not {self.stem}")
 
     def apply(self, graph: Graph, context: Context) -> PassResult:
         """Aligns in place.
@@ -60,6 +68,7 @@ class Align(Pass):
         """
         run = _Run(prepared(graph), self, context.signature.sizes())
         run.grow()
+        run.rewrite()
         if not run.changes:
             return PassResult(modified=False, refusals=tuple(run.refusals))
         result = taken_over(graph, run.graph, run.changes, run.refusals)
@@ -104,6 +113,19 @@ class _Run:
             "tables copied": tie_again(self.graph, ties),
         }
         self.changes = {what: count for what, count in counts.items() if count}
+
+    def rewrite(self) -> None:
+        """Does what is asked for beside."""
+        if self._options.flatten:
+            self._note("products flattened", *flatten_products(self.graph))
+        if self._options.stem:
+            self._note("stems padded", *pad_stems(self.graph, self._options.stem))
+
+    def _note(self, what: str, count: int, refusals: list[Refusal]) -> None:
+        self.refusals += refusals
+        if count:
+            self.changes[what] = count
+            self.graph.infer()
 
     def _plan(self) -> tuple[Dimensions, Plan]:
         dimensions = Dimensions(self.graph)
