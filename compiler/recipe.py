@@ -92,6 +92,9 @@ class Recipe(BaseModel):
     """Node that stays in a precision, by name or glob, for instance fp32 '*/attention/*'."""
     quantization: Annotated[dict[str, Any], Flag(metavar="OPTION=VALUE")] = Field(default_factory=dict)
     """Option of the quantization pass, for instance method=entropy or rounding=gptq."""
+    sparsify: Literal["2:4"] | None = None
+    """Build each engine with 2:4 sparse weights too, where its target has kernels for them, and drop it where it is not
+    faster. --budget bounds what it may cost."""
     require: tuple[str, ...] = ()
     """Target without whose engine the compile fails (exit code 4)."""
     passes: Annotated[tuple[str, ...], Flag("pass", metavar="NAME[:OPTION=VALUE,...]")] = ("simplify", "dedupe")

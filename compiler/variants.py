@@ -23,14 +23,20 @@ class Variant:
     """One engine to build.
 
     Attributes:
-        name: ``<target>-<precision>``, numbered from the second on where one target is asked for with other options.
+        name: ``<target>-<precision>``, numbered from the second on where one target is asked for with other options,
+            and ``-sparse`` behind it with sparse weights.
         passes: what lowers the float32 graph; variants with equal passes share one graph.
+        sibling: name of the engine without the optional step that this one has, which this one has to beat; None where
+            it has none.
+        refusal: why the target cannot have that step; empty where it can.
     """
 
     name: str
     target: Target
     precision: str
     passes: tuple[Pass, ...]
+    sibling: str | None = None
+    refusal: str = ""
 
 
 def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, ...]:
@@ -47,7 +53,8 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
             name = f"{target.name}-{precision}"
             seen[name] += 1
             numbered = name if seen[name] == 1 else f"{name}-{seen[name]}"
-            variants.append(Variant(numbered, target, precision, _lowering(recipe, target, precision)))
+            dense = Variant(numbered, target, precision, _lowering(recipe, target, precision))
+            variants += [dense, *_sparse(recipe, dense)]
     _check_options(recipe, variants)
     return tuple(variants)
 
@@ -57,18 +64,40 @@ def not_lowered(variants: Sequence[Variant], records: Sequence[PassRecord]) -> l
     notes = []
     for variant in variants:
         ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
-        if len(ran) == len(variant.passes) > 0 and not any(record["modified"] for record in ran):
-            reasons = [refusal["reason"] for record in ran for refusal in record["refusals"]]
+        deciding = ran if variant.sibling is None else ran[:1]  # sparsify comes before what lowers
+        if len(ran) == len(variant.passes) > 0 and not any(record["modified"] for record in deciding):
+            reasons = [refusal["reason"] for record in deciding for refusal in record["refusals"]]
             why = f": {reasons[0]}" if reasons else ""
-            notes.append(f"{variant.name} is as in full precision, nothing was lowered{why}")
+            same = (
+                f"{variant.sibling}, nothing was made sparse"
+                if variant.sibling
+                else "in full precision, nothing was lowered"
+            )
+            notes.append(f"{variant.name} is as {same}{why}")
     return notes
 
 
 def _lowering(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, ...]:
     """The target's passes with the recipe's choices; none where the target does not build this precision."""
-    if precision not in target.capabilities.precisions or precision in target.refusals():
+    if not _builds(target, precision):
         return ()
     return tuple(_chosen(text, recipe) for text in target.lowering(precision))
+
+
+def _builds(target: Target, precision: str) -> bool:
+    return precision in target.capabilities.precisions and precision not in target.refusals()
+
+
+def _sparse(recipe: Recipe, dense: Variant) -> tuple[Variant, ...]:
+    """The engine with sparse weights beside a dense one, where the recipe asks: zeroed in float32, before lowering."""
+    if recipe.sparsify is None:
+        return ()
+    target, name = dense.target, f"{dense.name}-sparse"
+    if recipe.sparsify not in target.capabilities.sparsity:
+        refusal = f"{target.name} has no kernels for {recipe.sparsify} sparse weights"
+        return (dataclasses.replace(dense, name=name, passes=(), sibling=dense.name, refusal=refusal),)
+    zeroing = (parse_pass(f"sparsify:pattern={recipe.sparsify}"),) if _builds(target, dense.precision) else ()
+    return (dataclasses.replace(dense, name=name, passes=(*zeroing, *dense.passes), sibling=dense.name),)
 
 
 def _chosen(text: str, recipe: Recipe) -> Pass:

@@ -22,6 +22,7 @@ PASSES = {
     "quantize-static": "quantize_static:QuantizeStatic",
     "quantize-weights": "quantize_weights:QuantizeWeights",
     "simplify": "simplify:Simplify",
+    "sparsify": "sparsify:Sparsify",
 }
 """Name of a pass: module in this package and class."""
 

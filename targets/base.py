@@ -37,6 +37,7 @@ class Capabilities:
         devices: where its engines run.
         gpu_to_build: whether building needs a GPU.
         minimum: lowest version of each package that it needs.
+        sparsity: patterns of zeros in weights that it has kernels for.
     """
 
     consumes: Literal["graph", "module"]
@@ -45,6 +46,7 @@ class Capabilities:
     opset: tuple[int, int] | None = None
     gpu_to_build: bool = False
     minimum: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sparsity: tuple[Literal["2:4"], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,8 @@ def _parameter(name: str, hint: Any) -> click.Parameter:
     kind: Any = str if several else kinds[0]
     if typing.get_origin(hint) is typing.Literal:
         kind = click.Choice(kinds)
+    elif typing.get_origin(kinds[0]) is typing.Literal:
+        kind = click.Choice(typing.get_args(kinds[0]))
     elif typing.get_origin(hint) in (typing.Union, types.UnionType):
         kind = kinds[0]
     default = field.get_default(call_default_factory=True)

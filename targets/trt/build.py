@@ -161,6 +161,7 @@ def build_plan(
         raise BuildError(f"{module} builds from a graph, and this model has none", hint="see why capture failed")
     plan = request.directory / "model.plan"
     graph, types = _typed(request.graph, request, weakly_typed=weakly_typed)
+    options = {**options, "sparsity": _uses_sparsity(graph, options["sparsity"])}
     with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
         onnx = Path(folder) / "model.onnx"
         graph.save(onnx)
@@ -194,6 +195,13 @@ def _typed(graph: Graph, request: BuildRequest, *, weakly_typed: bool) -> tuple[
     from ...compiler.quantization.weak_typing import prepare
 
     return prepare(graph, request.signature, request.sample, request.log)
+
+
+def _uses_sparsity(graph: Graph, asked: bool | None) -> bool:
+    """Whether the builder may use kernels for sparse weights."""
+    from ...compiler.sparsity.detect import sparse_layers
+
+    return bool(sparse_layers(graph)) if asked is None else asked
 
 
 def _types(graph: Graph) -> dict[str, str]:
