@@ -18,6 +18,14 @@ LEVEL = 1.03
 FASTER = 1.02
 """Ratio to its sibling's speed that an engine has to beat with its whole interval; less is not worth another model."""
 
+ALIGNED = "-aligned"
+"""Behind the name of an engine with aligned dimensions, a step that changes no result."""
+
+
+def is_lossy(engine: EngineRecord) -> bool:
+    """Whether an optional step of an engine changes its results."""
+    return engine["sibling"] is not None and not engine["name"].endswith(ALIGNED)
+
 
 def drop(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> None:
     """Notes in the records of engines with a sibling why they are dropped: wrong, or not faster at the optimum sizes.

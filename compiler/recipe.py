@@ -95,6 +95,9 @@ class Recipe(BaseModel):
     sparsify: Literal["2:4"] | None = None
     """Build each engine with 2:4 sparse weights too, where its target has kernels for them, and drop it where it is not
     faster. --budget bounds what it may cost."""
+    align: Literal["auto", "8", "16", "32", "64", "128", "off"] = "off"
+    """Build each engine with dimensions grown to a multiple too, and drop it where it is not faster; auto: the multiple
+    that the target's Tensor Cores take."""
     require: tuple[str, ...] = ()
     """Target without whose engine the compile fails (exit code 4)."""
     passes: Annotated[tuple[str, ...], Flag("pass", metavar="NAME[:OPTION=VALUE,...]")] = ("simplify", "dedupe")
@@ -143,6 +146,11 @@ class Recipe(BaseModel):
             if name.lower() not in PRECISIONS:
                 raise UnknownNameError("precision", name, set(PRECISIONS.values()))
         return tuple(dict.fromkeys(PRECISIONS[name.lower()] for name in names))
+
+    @pydantic.field_validator("align", mode="before")
+    @classmethod
+    def _yaml_reads_numbers_and_off(cls, value: Any) -> Any:
+        return "off" if value is False else str(value) if isinstance(value, int) else value
 
     @pydantic.field_validator("budget")
     @classmethod

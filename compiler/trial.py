@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TORCH_BASELINES = ("torch", "torch.compile")
 
 LOSSY = "int8"
-"""The precision whose bounds hold for an engine with an optional step: it approximates weights, as 8 bits do."""
+"""The precision whose bounds hold for an engine with a lossy step: it approximates weights, as 8 bits do."""
 
 
 def load(recipe: Recipe, module: torch.nn.Module | None = None) -> Model:
@@ -89,7 +89,8 @@ def validate_engines(
     for number, engine in enumerate(ready):
         update(number / len(ready), engine["name"])
         directory = folder / "engines" / engine["name"]
-        spent = budget if engine["precision"] != "fp32" or engine["sibling"] else None
+        lossy = gains.is_lossy(engine)
+        spent = budget if engine["precision"] != "fp32" or lossy else None
         try:
             runner = open_runner(folder, engine)
         except EnginesmithError as error:
@@ -100,7 +101,7 @@ def validate_engines(
                 engine["name"],
                 runner,
                 reference,
-                precision=LOSSY if engine["sibling"] else engine["precision"],
+                precision=LOSSY if lossy else engine["precision"],
                 signature=EngineInfo.read(directory).signature,
                 tolerance=_tolerance(recipe, engine["precision"], spent),
                 floor=floor,

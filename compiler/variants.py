@@ -10,6 +10,7 @@ from ..errors import UnknownNameError
 from ..passes import parse_pass
 from ..passes.base import Pass
 from ..targets.base import Target
+from .gains import ALIGNED
 from .manifest import PassRecord
 from .options import split
 from .recipe import HIGH, Recipe
@@ -24,7 +25,7 @@ class Variant:
 
     Attributes:
         name: ``<target>-<precision>``, numbered from the second on where one target is asked for with other options,
-            and ``-sparse`` behind it with sparse weights.
+            and ``-sparse`` behind it with sparse weights, ``-aligned`` with aligned dimensions.
         passes: what lowers the float32 graph; variants with equal passes share one graph.
         sibling: name of the engine without the optional step that this one has, which this one has to beat; None where
             it has none.
@@ -54,7 +55,7 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
             seen[name] += 1
             numbered = name if seen[name] == 1 else f"{name}-{seen[name]}"
             dense = Variant(numbered, target, precision, _lowering(recipe, target, precision))
-            variants += [dense, *_sparse(recipe, dense)]
+            variants += [dense, *_sparse(recipe, dense), *_aligned(recipe, dense)]
     _check_options(recipe, variants)
     return tuple(variants)
 
@@ -64,16 +65,12 @@ def not_lowered(variants: Sequence[Variant], records: Sequence[PassRecord]) -> l
     notes = []
     for variant in variants:
         ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
-        deciding = ran if variant.sibling is None else ran[:1]  # sparsify comes before what lowers
+        deciding = ran if variant.sibling is None else ran[:1]  # an optional step comes before what lowers
         if len(ran) == len(variant.passes) > 0 and not any(record["modified"] for record in deciding):
             reasons = [refusal["reason"] for record in deciding for refusal in record["refusals"]]
             why = f": {reasons[0]}" if reasons else ""
-            same = (
-                f"{variant.sibling}, nothing was made sparse"
-                if variant.sibling
-                else "in full precision, nothing was lowered"
-            )
-            notes.append(f"{variant.name} is as {same}{why}")
+            done = "aligned" if variant.name.endswith(ALIGNED) else "made sparse" if variant.sibling else "lowered"
+            notes.append(f"{variant.name} is as {variant.sibling or 'in full precision'}, nothing was {done}{why}")
     return notes
 
 
@@ -98,6 +95,19 @@ def _sparse(recipe: Recipe, dense: Variant) -> tuple[Variant, ...]:
         return (dataclasses.replace(dense, name=name, passes=(), sibling=dense.name, refusal=refusal),)
     zeroing = (parse_pass(f"sparsify:pattern={recipe.sparsify}"),) if _builds(target, dense.precision) else ()
     return (dataclasses.replace(dense, name=name, passes=(*zeroing, *dense.passes), sibling=dense.name),)
+
+
+def _aligned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
+    """The engine with aligned dimensions beside a plain one, where the recipe asks: grown in float32, before lowering.
+
+    "auto" asks for it where the target has Tensor Cores for the precision, a number everywhere.
+    """
+    wanted = plain.target.capabilities.alignment.get(plain.precision) if recipe.align == "auto" else recipe.align
+    takes = plain.target.capabilities.consumes == "graph" and _builds(plain.target, plain.precision)
+    if wanted in (None, "off") or not takes:
+        return ()
+    passes = (parse_pass(f"align:multiple={wanted}"), *plain.passes)
+    return (dataclasses.replace(plain, name=f"{plain.name}{ALIGNED}", passes=passes, sibling=plain.name),)
 
 
 def _chosen(text: str, recipe: Recipe) -> Pass:

@@ -145,7 +145,7 @@ class _Run:
             for growth, products in self._rows
         ]
         share = aligned_share(self.graph, self._options.multiple, self._sizes)
-        return {"groups": rows, "aligned_share": {"before": self._share, "after": share}}
+        return {"aligned": rows, "aligned_share": {"before": self._share, "after": share}}
 
 
 def _positions(growth: Growth) -> np.ndarray:

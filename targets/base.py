@@ -38,6 +38,8 @@ class Capabilities:
         gpu_to_build: whether building needs a GPU.
         minimum: lowest version of each package that it needs.
         sparsity: patterns of zeros in weights that it has kernels for.
+        alignment: multiple that its Tensor Cores take the dimensions of products in, by precision; those that are
+            left out use none.
     """
 
     consumes: Literal["graph", "module"]
@@ -47,6 +49,7 @@ class Capabilities:
     gpu_to_build: bool = False
     minimum: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sparsity: tuple[Literal["2:4"], ...] = ()
+    alignment: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .trt import build as trt
-from .trt.precisions import LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_LOWERINGS, refusals
+from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_LOWERINGS, refusals
 
 MODULE = "tensorrt"
 OLDEST, NEWEST = (8, 6), (11, 99)
@@ -61,6 +61,7 @@ class TensorRT(Target):
         gpu_to_build=True,
         minimum={"tensorrt": "8.6"},
         sparsity=("2:4",),
+        alignment=ALIGNMENT,
     )
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = LOWERINGS
 

@@ -12,7 +12,7 @@ from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .tensorrt import check_options
 from .trt import build as trt
-from .trt.precisions import LOWERINGS, PRECISIONS, refusals
+from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, refusals
 
 MODULE = "tensorrt_rtx"
 COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -56,6 +56,7 @@ class TensorRTRTX(Target):
         opset=(9, 22),
         minimum={"tensorrt-rtx": "1.4"},
         sparsity=("2:4",),
+        alignment=ALIGNMENT,
     )
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = LOWERINGS
 
