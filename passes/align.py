@@ -17,7 +17,7 @@ import numpy as np
 
 from ..compiler.alignment.cuts import Cuts
 from ..compiler.alignment.evaluate import unsafe
-from ..compiler.alignment.plan import Growth, Plan, make_plan, products_of
+from ..compiler.alignment.plan import Growth, Plan, make_plan, products_by_dim
 from ..compiler.alignment.rewrites import flatten_products, pad_stems
 from ..compiler.alignment.share import aligned_share
 from ..compiler.alignment.tables import tie_again, untie
@@ -25,9 +25,12 @@ from ..compiler.dimensions import Dimensions
 from ..compiler.dimensions.resize import resize
 from ..compiler.graph import Graph
 from ..compiler.graph.cost import costs
-from ..compiler.graph.selection import select
+from ..compiler.graph.selection import label, select
 from ..compiler.quantization.candidates import prepared, taken_over
 from .base import Context, Pass, PassResult, Refusal
+
+_QUANTIZED = ("DynamicQuantizeLSTM", "MatMulNBits", "QLinearConv", "QLinearMatMul")
+"""Products whose weights have layouts of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,11 @@ class _Run:
     def __init__(self, graph: Graph, options: Align, sizes: dict[str, int]) -> None:
         self.graph = graph
         self.changes: dict[str, int] = {}
-        self.refusals: list[Refusal] = []
+        self.refusals = [
+            Refusal(f"{node.op_type} is not followed: align before quantizing", label(node))
+            for node in graph.nodes()
+            if node.op_type in _QUANTIZED
+        ]
         self._options = options
         self._sizes = sizes
         self._keep = select(graph, options.keep)
@@ -97,17 +104,18 @@ class _Run:
         changes = unsafe(dimensions, [growth.group.dim for growth in plan.growths])
         growths = [growth for growth in plan.growths if growth.group.dim not in changes]
         refused = {**plan.refusals, **{dimensions.group(dim): reason for dim, reason in changes.items()}}
-        self.refusals = [Refusal(f"size {group.size}: {reason}", group.name) for group, reason in refused.items()]
+        self.refusals += [Refusal(f"size {group.size}: {reason}", group.name) for group, reason in refused.items()]
         at_outputs, inside = cuts.close(dimensions, [growth.group.dim for growth in growths])
         if not growths:
-            if not refused:
+            if not self.refusals:
                 self.refusals = [Refusal(f"every dimension of its products is a multiple of {self._options.multiple}")]
             return
-        self._rows = [(growth, products_of(dimensions, growth.group.dim)) for growth in growths]
+        products = products_by_dim(dimensions)
+        self._rows = [(growth, products[growth.group.dim]) for growth in growths]
         padded = resize(dimensions, {growth.group.dim: _positions(growth) for growth in growths})
         counts = {
             "dimensions grown": len(growths),
-            "weights padded": len({(member.value, member.index and member.node) for member in padded}),
+            "constants padded": len({(member.value, member.index and member.node) for member in padded}),
             "slices at outputs": at_outputs,
             "slices before what looks at all positions": inside,
             "tables copied": tie_again(self.graph, ties),

@@ -20,9 +20,10 @@ from ..graph import Graph
 from ..graph.editing import Names, add_initializer, is_constant
 from ..graph.selection import label
 from ..graph.verifier import subgraphs
+from .plan import blocks, is_made
 from .share import PRODUCTS
 
-_PRODUCTS = frozenset((*PRODUCTS, "ConvInteger", "Einsum", "MatMulInteger", "QLinearConv", "QLinearMatMul"))
+_PRODUCTS = frozenset((*PRODUCTS, "Einsum", "QLinearConv", "QLinearMatMul"))
 
 Edge = tuple[ir.Node, int]
 
@@ -82,14 +83,14 @@ class Cuts:
         found: list[Edge] = []
         by_label = {label(node): node for node in self._graph.model.graph}
         for hold in group.holds:
-            if hold.blocks == "shrink" or hold.at_output:
+            if not blocks(hold):
                 continue
             node = by_label.get(hold.where)
             edges = _edges_into(dimensions, node, group.dim) if node is not None and _is_last(node) else []
             if not edges:
                 return []
             found.extend(edges)
-        return found if group.of("writes") else []
+        return found if is_made(group) else []
 
     def _slice(self, value: ir.Value, sizes: Mapping[int, int], *, at_output: bool) -> ir.Value:
         """The first positions of some axes; it takes over the name of an output."""

@@ -8,7 +8,6 @@ import onnx_ir as ir
 
 from ..dimensions import Dim, Dimensions
 from ..dimensions.layout import leaves
-from ..dimensions.relations import constant
 from ..dimensions.resize import new_number
 from ..graph.editing import is_constant
 from ..graph.selection import label
@@ -67,5 +66,6 @@ class _Walk:
             return Operand(self._lanes.get((value, dim), UNSAFE) if has_dim else None, None, value.dtype)
         if has_dim:
             return Operand(Lane(float(new_number(node, index))), None, value.dtype)
-        array = constant(node, index) if value.const_value is not None and value.const_value.size <= _LARGEST else None
+        tensor = value.const_value
+        array = tensor.numpy() if tensor is not None and tensor.size <= _LARGEST else None
         return Operand(None, array, value.dtype)

@@ -10,13 +10,14 @@ dimension in it has to grow:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
 
 import onnx_ir as ir
 
-from ..dimensions import Concat, Dim, Dimensions, Group, Product, Term
+from ..dimensions import Concat, Dim, Dimensions, Group, Hold, Product, Term
 from ..dimensions.layout import leaves, resolved
 from ..graph.editing import is_constant
 from ..graph.selection import label
@@ -60,9 +61,10 @@ def make_plan(dimensions: Dimensions, multiple: int, waste: float, keep: Collect
     growths: list[Growth] = []
     refusals: dict[Group, str] = {}
     held: list[Group] = []
+    products = products_by_dim(dimensions)
     for dim, factors in _wanted(dimensions, multiple).items():
         group = dimensions.group(dim)
-        size = _exempt(group, keep) or _size(dim.size, factors, multiple, waste)
+        size = _exempt(group, products[dim], keep) or _size(dim.size, factors, multiple, waste)
         if isinstance(size, str):
             refusals[group] = size
         elif reason := _held(group):
@@ -97,18 +99,19 @@ def _parts(dimensions: Dimensions, term: Term, multiple: int) -> Iterator[tuple[
                 yield from _parts(dimensions, part, multiple)
     else:
         inner = [part for part in found.parts if isinstance(part, Dim)]
-        free = [dim for dim in inner if not dimensions.group(dim).why_not("grow")] or inner
+        free = [dim for dim in inner if not any(map(blocks, dim.holds))] or inner
         if free:
             yield free[-1], found.size // free[-1].size
 
 
-def products_of(dimensions: Dimensions, dim: Dim) -> set[str]:
-    """Labels of the products that sum over a dimension, or make it."""
-    return {
-        label(node)
-        for node in _products(dimensions)
-        if any(dim in leaves(term) for term in product_axes(dimensions, node))
-    }
+def products_by_dim(dimensions: Dimensions) -> dict[Dim, set[str]]:
+    """Labels of the products that sum over each dimension, or make it."""
+    found: dict[Dim, set[str]] = collections.defaultdict(set)
+    for node in _products(dimensions):
+        for term in product_axes(dimensions, node):
+            for dim in leaves(term):
+                found[dim].add(label(node))
+    return found
 
 
 def _products(dimensions: Dimensions) -> Iterator[ir.Node]:
@@ -122,7 +125,7 @@ def product_axes(dimensions: Dimensions, node: ir.Node) -> list[Term]:
     if node.op_type in RECURRENT:
         hidden = relations.attributes[node].get("hidden_size")
         terms = [second[2] if len(second) > 2 else None, hidden if not isinstance(hidden, list) else None]
-    elif node.op_type in ("Conv", "ConvTranspose"):
+    elif node.op_type.startswith("Conv"):
         terms = [_of_one_group(relations.attributes[node].get("group"), term) for term in second[:2]]
         if any(term is None or term.size == 1 for term in terms):  # depthwise: Tensor Cores have no part in it
             terms = []
@@ -149,10 +152,10 @@ def _of(group: Term | list[Term]) -> Iterator[Dim]:
     return leaves(group) if not isinstance(group, list) else iter(())
 
 
-def _exempt(group: Group, keep: Collection[str]) -> str:
+def _exempt(group: Group, products: Collection[str], keep: Collection[str]) -> str:
     """Why a group is not looked at; empty where it is."""
-    nodes = [member.node for member in group.members if member.node is not None and is_constant(member.value)]
-    if kept := next((label(node) for node in nodes if label(node) in keep), None):
+    readers = [label(member.node) for member in group.members if member.node is not None and is_constant(member.value)]
+    if kept := next((name for name in (*products, *readers) if name in keep), None):
         return f"kept by choice ({kept})"
     where = next((found.where for found in group.holds if found.reason == _INPUT), None)
     if where is None:
@@ -162,12 +165,25 @@ def _exempt(group: Group, keep: Collection[str]) -> str:
 
 def _held(group: Group) -> str:
     """What in the graph stands against growing; empty where nothing does."""
-    if reason := group.why_not("grow", outputs_too=True):
-        return reason
+    if not is_made(group):
+        return "no constant weight makes it"
+    if found := next((hold for hold in group.holds if blocks(hold)), None):
+        return f"{found.reason} ({found.where})"
     for member in group.members:
         if member.value.is_graph_output() and (is_constant(member.value) or not isinstance(resolved(member.term), Dim)):
             return f"it is a part of an axis of the output {member.value.name}"
     return ""
+
+
+def is_made(group: Group) -> bool:
+    """Whether constant weights make a dimension, quantized ones too."""
+    constants = [member for member in group.members if is_constant(member.value)]
+    return any(m.role == "writes" or (m.node is not None and m.node.op_type == "DequantizeLinear") for m in constants)
+
+
+def blocks(hold: Hold) -> bool:
+    """Whether a hold stands against growing what is cut off again at outputs."""
+    return hold.blocks != "shrink" and not hold.at_output
 
 
 def _size(size: int, factors: list[int], multiple: int, waste: float) -> int | str:

@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 
 from ...passes.base import Refusal
-from ..dimensions.relations import constant
 from ..graph import Graph
 from ..graph.editing import Names, add_initializer, is_constant
 from ..graph.selection import label
@@ -77,8 +76,11 @@ def pad_stems(graph: Graph, channels: int) -> tuple[int, list[Refusal]]:
     names, refusals, count = Names(graph), [], 0
     for node in list(graph.model.graph):
         x = node.inputs[0] if node.op_type == "Conv" and not node.domain else None
-        weight = constant(node, 1) if x is not None and x.is_graph_input() else None
-        if x is None or weight is None or node.attributes.get_int("group", 1) != 1 or weight.shape[1] >= channels:
+        old = node.inputs[1] if x is not None and x.is_graph_input() else None
+        if x is None or old is None or old.const_value is None or node.attributes.get_int("group", 1) != 1:
+            continue
+        weight = old.const_value.numpy()
+        if weight.shape[1] >= channels:
             continue
         if graph.opset < _PAD_OPSET:
             refusals.append(Refusal(f"not padded: opset {graph.opset} has no Pad with inputs", label(node)))
@@ -88,8 +90,6 @@ def pad_stems(graph: Graph, channels: int) -> tuple[int, list[Refusal]]:
         pads[weight.ndim + 1] = new
         given = add_initializer(graph, names.free(f"{label(node)}/pads"), np.array(pads, dtype=np.int64))
         wide = np.pad(weight, [(0, new) if axis == 1 else (0, 0) for axis in range(weight.ndim)])
-        old = node.inputs[1]
-        assert old is not None
         padded = ir.node("Pad", [x, given], name=f"{label(node)}/Pad")
         padded.outputs[0].name, padded.outputs[0].type = names.free(f"{x.name}/padded"), x.type
         graph.model.graph.insert_before(node, padded)

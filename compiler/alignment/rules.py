@@ -11,7 +11,6 @@ import onnx_ir as ir
 from ..dimensions import Dim, Dimensions
 from ..dimensions.layout import Term, leaves
 from ..dimensions.pointwise import BROADCAST, UNARY
-from ..dimensions.relations import integers
 from .lanes import FINITE, UNSAFE, ZERO, Lane, Operand, computed, join, of
 
 Operands = Sequence[Operand | None]
@@ -156,9 +155,7 @@ def _reduction(node: ir.Node, operands: Operands, place: Place) -> Lane | str:
     """More zeros leave a sum as it is; along other axes the new places are reduced for themselves."""
     assert operands[0] is not None
     lane, axes = operands[0].lane or FINITE, place.dimensions.relations.input(node, 0) or []
-    found = node.attributes.get("axis")
-    reduced = [found.as_int()] if found is not None else integers(node, 1, "axes")
-    over = axes if not reduced else [axes[axis] for axis in reduced]
+    over = [axes[axis] for axis in _reduced(node)] or axes
     if place.within(*over):
         return lane if lane.is_zero else f"{node.op_type} sums over new places, which are not 0"
     if node.op_type == "ReduceLogSum" and not (lane.number or 0) > 0:
@@ -167,6 +164,16 @@ def _reduction(node: ir.Node, operands: Operands, place: Place) -> Lane | str:
         lane.is_zero and node.op_type not in ("ReduceLogSumExp", "ArgMax", "ArgMin")
     )
     return lane if alike else FINITE
+
+
+def _reduced(node: ir.Node) -> Sequence[int]:
+    """The axes that are reduced; none where all are."""
+    if (one := node.attributes.get("axis")) is not None:
+        return (one.as_int(),)
+    if "axes" in node.attributes:
+        return node.attributes.get_ints("axes") or ()
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    return [] if given is None or given.const_value is None else given.const_value.numpy().reshape(-1).tolist()
 
 
 def _zero_stays(node: ir.Node, operands: Operands, place: Place) -> Lane | str:

@@ -11,7 +11,7 @@ from ..graph.cost import costs
 from ..graph.selection import label
 
 RECURRENT = ("GRU", "LSTM", "RNN")
-PRODUCTS = ("Attention", "Conv", "ConvTranspose", "Gemm", "MatMul", *RECURRENT)
+PRODUCTS = ("Attention", "Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", *RECURRENT)
 """Operators whose dimensions are looked at: what is summed over (K) and what is made (N), not the rows (M)."""
 
 
@@ -44,12 +44,12 @@ def _lengths(node: ir.Node) -> Iterator[int]:
     if node.op_type in RECURRENT:
         yield from _axes(node, (1, 2))
         yield node.attributes.get_int("hidden_size", 0)
-    elif node.op_type in ("Conv", "ConvTranspose"):
+    elif node.op_type.startswith("Conv"):
         yield from _axes(node, (1, 1))
         yield from (length // node.attributes.get_int("group", 1) for length in _axes(node, (1, 0)))
     elif node.op_type == "Gemm":
         yield from _axes(node, (1, 0), (1, 1))
-    elif node.op_type == "MatMul":
+    elif node.op_type.startswith("MatMul"):
         yield from _axes(node, (0, -1), (1, -1))
     else:  # Attention of three axes has heads beside one another
         for index, heads in ((0, "q_num_heads"), (2, "kv_num_heads")):

@@ -11,7 +11,7 @@ from ..graph.editing import Names, add_initializer, is_constant
 from ..graph.selection import label
 from .analysis import Dimensions, Member
 from .layout import Dim, Term, leaves, positions, size_after
-from .relations import constant, integers
+from .relations import integers
 from .shapes import shape_entries
 
 _ONES = frozenset((("BatchNormalization", 4), ("DequantizeLinear", 1), ("Div", 1), ("Mod", 1), ("QuantizeLinear", 1)))
@@ -182,8 +182,9 @@ def _listed(term: Term | list[Term]) -> list[Term]:
 def new_number(node: ir.Node, index: int) -> int:
     """What new positions of a constant hold that a node reads: 0, or what stands for it where it is quantized."""
     if (place := _ZERO_POINTS.get((node.op_type, index))) is not None:
-        points = constant(node, place)
-        return int(points.flat[0]) if points is not None and (points == points.flat[0]).all() else 0
+        value = node.inputs[place] if place < len(node.inputs) else None
+        points = value.const_value.numpy() if value is not None and value.const_value is not None else np.zeros(1)
+        return int(points.flat[0]) if (points == points.flat[0]).all() else 0
     return 1 if (node.op_type, index) in _ONES else 0
 
 
