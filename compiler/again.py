@@ -28,7 +28,7 @@ def validate_bundle(
     """Judges the engines of a bundle again: on its own record of the reference, or on new data with the model.
 
     Args:
-        engines: names of the engines to judge; all that run here where empty.
+        engines: names of the engines to judge; all that run here and are not dropped where empty.
         fields: `data`, `metric`, `tolerances`, `max_samples` of the recipe.
 
     Raises:
@@ -65,7 +65,7 @@ def benchmark_bundle(
     """Measures the engines of a bundle again.
 
     Args:
-        engines: names of the engines to measure; all that run here where empty.
+        engines: names of the engines to measure; all that run here and are not dropped where empty.
         fields: `baselines`, `data`, `rounds`, `slice_s`, `with_transfers`, `seed` of the recipe.
 
     Raises:
@@ -109,10 +109,14 @@ def _choose(bundle: Bundle, names: Sequence[str]) -> list[EngineRecord]:
     for record in records:
         if (names and record["name"] not in names) or record["status"] not in ("ready", "built"):
             continue
+        if not names and record.get("dropped"):
+            continue
         check_files(bundle.path, record["name"], bundle.manifest)
         state = get_target(record["target"]).availability()
         if state.run:
-            chosen.append(EngineRecord(**{**record, "status": "ready", "validation": None}))
+            chosen.append(
+                EngineRecord(**{"sibling": None, "dropped": "", **record, "status": "ready", "validation": None})
+            )
         else:
             reasons.append(f"{record['name']}: {state.reason}")
     if not chosen or (names and reasons):

@@ -77,7 +77,7 @@ def check_left(engines: Sequence[EngineRecord], required: Sequence[str]) -> None
         BuildError: with the reason of each.
     """
     failed = [engine for engine in engines if engine["status"] in ("failed", "unavailable")]
-    missing = [engine for engine in failed if engine["target"] in required]
+    missing = [engine for engine in failed if engine["target"] in required and engine["sibling"] is None]
     if not missing and len(failed) < len(engines):
         return
     worst = (missing or failed)[0]
@@ -105,7 +105,12 @@ def _build(
         cached=False,
         details={},
         validation=None,
+        sibling=variant.sibling,
+        dropped="",
     )
+    if variant.refusal:
+        record["reason"] = variant.refusal
+        return record
     state = target.availability()
     if not state.build:
         record.update({"reason": state.reason, "to_do": state.install})

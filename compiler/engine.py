@@ -29,7 +29,7 @@ def load(bundle: str | Path, engine: str | None = None, *, device: Device | None
     """Loads the best engine of a bundle for this machine, or the one that is named.
 
     The best is the one with the lowest recorded median latency at the optimum sizes, among those that were built, did
-    not fail validation and can run here. Those that were never timed come after those that were.
+    not fail validation, were not dropped and can run here. Those that were never timed come after those that were.
 
     Args:
         bundle: the folder that `compile` wrote.
@@ -177,7 +177,7 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def ranked(manifest: Manifest) -> list[EngineRecord]:
-    """The engines that are ready and did not fail validation: the fastest first, then those without numbers."""
+    """The engines that may be chosen: the fastest first, then those without numbers."""
     times: dict[str, float] = {}
     signature = Signature.from_json(manifest["signature"])
     benchmark = manifest["benchmark"]
@@ -256,6 +256,8 @@ def _excluded(record: EngineRecord) -> str:
         return "built but never run; name it to load it all the same"
     if record["validation"] is not None and not record["validation"]["passed"]:
         return "failed validation; name it to load it all the same"
+    if record.get("dropped"):
+        return f"dropped, as {record['dropped']}; name it to load it all the same"
     return ""
 
 

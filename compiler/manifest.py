@@ -84,7 +84,10 @@ class SpeedUp(TypedDict):
 
 
 class Timing(TypedDict):
-    """One candidate at one size of the dynamic axes. Times are of the host, synchronised; device_* by device events."""
+    """One candidate at one size of the dynamic axes. Times are of the host, synchronised; device_* by device events.
+
+    `speed_up` is against the baseline, `against_sibling` against the engine that this one has to beat.
+    """
 
     candidate: str
     sizes: dict[str, int]
@@ -99,6 +102,7 @@ class Timing(TypedDict):
     device_mean_ms: float | None
     device_p50_ms: float | None
     speed_up: SpeedUp | None
+    against_sibling: SpeedUp | None
     gpu_utilization_percent: float | None
     gpu_memory_bytes: int | None
     sm_clock_mhz: float | None
@@ -176,7 +180,11 @@ class CaptureRecord(TypedDict):
 
 
 class EngineRecord(TypedDict):
-    """One engine that was asked for, built or not. `size_bytes` counts the files of its folder."""
+    """One engine that was asked for, built or not. `size_bytes` counts the files of its folder.
+
+    `sibling` names the engine without the optional step that this one has, None where it has none; `dropped` says why
+    it is not worth that step, and is empty where it is, or where that is not known.
+    """
 
     name: str
     target: str
@@ -189,6 +197,8 @@ class EngineRecord(TypedDict):
     cached: bool
     details: dict[str, Any]
     validation: Validation | None
+    sibling: str | None
+    dropped: str
 
 
 class Stage(TypedDict):

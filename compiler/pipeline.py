@@ -21,6 +21,7 @@ from ..targets.base import Target
 from .build import Job, build_all, check_left
 from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
+from .gains import drop
 from .machine.environment import environment
 from .manifest import FORMAT, Benchmark, CalibrationRecord, EngineRecord, Manifest, PassRecord
 from .progress import Progress, Stages
@@ -136,6 +137,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             check_left(engines, recipe.require)
         with stages("benchmark") as stage:
             benchmark = _benchmark(job, model, data, engines)
+            drop(engines, benchmark, model.signature)
             stage["detail"] = f"against {benchmark['baseline']}" if benchmark else "nothing to measure"
         with stages("write bundle"):
             manifest = Manifest(
@@ -259,7 +261,7 @@ def _run_passes(
         return {}, [], []
     calibration = calibration_of(job.recipe, model.signature, data, job.cache)
     context = Context(model.signature, data, calibration, load_budget(job.recipe), progress=job.stages.update)
-    engines = [variant for variant in job.variants if variant.target.capabilities.consumes == "graph"]
+    engines = [v for v in job.variants if v.target.capabilities.consumes == "graph" and not v.refusal]
     names = [variant.name for variant in engines]
     records = [_run_pass(rewrite, captured.graph, context, "all", names) for rewrite in job.passes]
     graphs: dict[str, Graph | str] = {}

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import RecipeError, UnknownNameError
 from .budget import Budget
+from .pruning.goal import parse_goal
 from .validation.metrics import resolve_tolerance
 
 PATHS = ("model", "weights", "data", "calibration_data", "metric")
@@ -92,6 +93,18 @@ class Recipe(BaseModel):
     """Node that stays in a precision, by name or glob, for instance fp32 '*/attention/*'."""
     quantization: Annotated[dict[str, Any], Flag(metavar="OPTION=VALUE")] = Field(default_factory=dict)
     """Option of the quantization pass, for instance method=entropy or rounding=gptq."""
+    prune: Annotated[str | None, Flag(metavar="RATIO|macs=SHARE|latency=SHARE")] = None
+    """Build each engine with fewer channels, neurons and heads too: 0.3 removes that share of each, macs=0.7 leaves
+    that share of the multiply-adds, latency=0.7x of the time. It is dropped where it is not faster. --budget bounds
+    what it may cost."""
+    pruning: Annotated[dict[str, Any], Flag(metavar="OPTION=VALUE")] = Field(default_factory=dict)
+    """Option of the pass prune, for instance importance=hessian or keep=head."""
+    sparsify: Literal["2:4"] | None = None
+    """Build each engine with 2:4 sparse weights too, where its target has kernels for them, and drop it where it is not
+    faster. --budget bounds what it may cost."""
+    align: Literal["auto", "8", "16", "32", "64", "128", "off"] = "off"
+    """Build each engine with dimensions grown to a multiple too, and drop it where it is not faster; auto: the multiple
+    that the target's Tensor Cores take."""
     require: tuple[str, ...] = ()
     """Target without whose engine the compile fails (exit code 4)."""
     passes: Annotated[tuple[str, ...], Flag("pass", metavar="NAME[:OPTION=VALUE,...]")] = ("simplify", "dedupe")
@@ -140,6 +153,18 @@ class Recipe(BaseModel):
             if name.lower() not in PRECISIONS:
                 raise UnknownNameError("precision", name, set(PRECISIONS.values()))
         return tuple(dict.fromkeys(PRECISIONS[name.lower()] for name in names))
+
+    @pydantic.field_validator("align", mode="before")
+    @classmethod
+    def _yaml_reads_numbers_and_off(cls, value: Any) -> Any:
+        return "off" if value is False else str(value) if isinstance(value, int) else value
+
+    @pydantic.field_validator("prune", mode="before")
+    @classmethod
+    def _goal_is_known(cls, value: Any) -> Any:
+        if value is not None:
+            parse_goal(str(value))
+        return None if value is None else str(value)
 
     @pydantic.field_validator("budget")
     @classmethod

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import EnginesmithError, RecipeError, UnknownNameError
 from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
+from . import gains
 from .data import open_data, resized
 from .manifest import Benchmark, EngineRecord, OutputMetrics
 from .recipe import Recipe
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 TORCH_BASELINES = ("torch", "torch.compile")
 
-LEVEL = 1.03
-"""Ratio of two medians up to which they are called equal."""
+LOSSY = "int8"
+"""The precision whose bounds hold for an engine with a lossy step: it approximates weights, as 8 bits do."""
 
 
 def load(recipe: Recipe, module: torch.nn.Module | None = None) -> Model:
@@ -88,6 +89,8 @@ def validate_engines(
     for number, engine in enumerate(ready):
         update(number / len(ready), engine["name"])
         directory = folder / "engines" / engine["name"]
+        lossy = gains.is_lossy(engine)
+        spent = budget if engine["precision"] != "fp32" or lossy else None
         try:
             runner = open_runner(folder, engine)
         except EnginesmithError as error:
@@ -98,12 +101,12 @@ def validate_engines(
                 engine["name"],
                 runner,
                 reference,
-                precision=engine["precision"],
+                precision=LOSSY if lossy else engine["precision"],
                 signature=EngineInfo.read(directory).signature,
-                tolerance=_tolerance(recipe, engine["precision"], budget),
+                tolerance=_tolerance(recipe, engine["precision"], spent),
                 floor=floor,
                 metric=metric,
-                budget=None if engine["precision"] == "fp32" else budget,
+                budget=spent,
                 directory=directory if save else None,
                 seed=recipe.seed,
             )
@@ -139,6 +142,7 @@ def benchmark_engines(
         protocol=Settings(
             rounds=recipe.rounds, slice_s=recipe.slice_s, transfers=recipe.with_transfers, seed=recipe.seed
         ),
+        siblings={engine["name"]: engine["sibling"] for engine in engines if engine["sibling"]},
         on_progress=update,
     )
     result["skipped"].update(skipped)
@@ -192,9 +196,9 @@ def load_budget(recipe: Recipe) -> Budget | None:
 
 
 def _tolerance(recipe: Recipe, precision: str, budget: Budget | None) -> Mapping[str, float]:
-    """The user's bounds; a budget below full precision stands in for the default bound on the same measure."""
+    """The user's bounds; a budget that an engine may spend stands in for the default bound on the same measure."""
     bounds = recipe.tolerances.get(precision, {})
-    if budget is None or precision == "fp32" or budget.kind not in resolve_tolerance(precision):
+    if budget is None or budget.kind not in resolve_tolerance(precision):
         return bounds
     return {budget.kind: budget.bound, **bounds}
 
@@ -205,9 +209,9 @@ def verdict(
     """Good where every engine that runs here loads and is right; the best is the fastest of them at the optimum sizes.
 
     Where engines were built but none of them runs on this machine the state is "unproven": nothing was compared. Notes
-    say what does not change the verdict, and should be known.
+    say what does not change the verdict, and should be known. Engines that are dropped count for nothing.
     """
-    judged = [engine for engine in engines if engine["validation"]]
+    judged = [engine for engine in engines if engine["validation"] and not engine["dropped"]]
     right = [engine["name"] for engine in judged if engine["validation"] and engine["validation"]["passed"]]
     wrong = [engine["name"] for engine in judged if engine["name"] not in right]
     broken = [engine["name"] for engine in engines if engine["status"] == "failed" and engine["build_s"] is not None]
@@ -227,30 +231,8 @@ def verdict(
         "best": fastest["candidate"] if fastest else next(iter(right), None),
         "speed_up": fastest["speed_up"] if fastest else None,
         "reasons": reasons,
-        "notes": [*notes, *_slower(engines, benchmark)],
+        "notes": [*notes, *gains.notes(engines, benchmark, signature)],
     }
-
-
-def _slower(engines: Sequence[EngineRecord], benchmark: Benchmark | None) -> list[str]:
-    """Engines that lost accuracy and gained nothing: slower somewhere than the same target's in full precision."""
-    full = {engine["target"]: engine["name"] for engine in engines if engine["precision"] == "fp32"}
-    timings = benchmark["timings"] if benchmark else []
-    p50_ms = {(timing["candidate"], timing["batch"], *timing["sizes"].items()): timing["p50_ms"] for timing in timings}
-    notes = []
-    for engine in engines:
-        name, against = engine["name"], full.get(engine["target"])
-        mine = {key[1:]: value for key, value in p50_ms.items() if key[0] == name}
-        if engine["precision"] == "fp32" or not mine:
-            continue
-        if against is None:
-            notes.append(f"{name} was not compared with fp32 on the same target; add --precision fp32")
-            continue
-        other = {key[1:]: value for key, value in p50_ms.items() if key[0] == against}
-        ratios = {key[0]: value / other[key] for key, value in mine.items() if key in other}
-        if slower := {batch: ratio for batch, ratio in ratios.items() if ratio > LEVEL}:
-            where = ", ".join(f"{ratio:.2f} times its time at batch {batch}" for batch, ratio in slower.items())
-            notes.append(f"{name} is slower than {against}: {where}")
-    return notes
 
 
 def _baselines(

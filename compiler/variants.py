@@ -10,8 +10,10 @@ from ..errors import UnknownNameError
 from ..passes import parse_pass
 from ..passes.base import Pass
 from ..targets.base import Target
+from . import gains
 from .manifest import PassRecord
 from .options import split
+from .pruning.goal import parse_goal
 from .recipe import HIGH, Recipe
 
 DEFINING = frozenset(("bits", "dtype", "keep", "scheme", "to"))
@@ -23,14 +25,33 @@ class Variant:
     """One engine to build.
 
     Attributes:
-        name: ``<target>-<precision>``, numbered from the second on where one target is asked for with other options.
-        passes: what lowers the float32 graph; variants with equal passes share one graph.
+        name: ``<target>-<precision>``, numbered from the second on where one target is asked for with other options,
+            and ``-pruned``, ``-sparse`` or ``-aligned`` behind it with such an optional step.
+        lowering: what lowers the float32 graph.
+        steps: the optional steps before that.
+        sibling: name of the engine without the optional step that this one has, which this one has to beat; None where
+            it has none.
+        refusal: why the target cannot have that step; empty where it can.
     """
 
     name: str
     target: Target
     precision: str
-    passes: tuple[Pass, ...]
+    lowering: tuple[Pass, ...]
+    steps: tuple[Pass, ...] = ()
+    sibling: str | None = None
+    refusal: str = ""
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """All that happens to the graph; variants with equal passes share one."""
+        return (*self.steps, *self.lowering)
+
+    def with_step(self, word: str, step: Pass | None, refusal: str = "") -> Variant:
+        """This engine with one more optional step, named by `word`; None where the target has to refuse it anyway."""
+        steps = self.steps if step is None else (*self.steps, step)
+        lowering = () if refusal else self.lowering
+        return Variant(f"{self.name}-{word}", self.target, self.precision, lowering, steps, self.name, refusal)
 
 
 def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, ...]:
@@ -47,7 +68,9 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
             name = f"{target.name}-{precision}"
             seen[name] += 1
             numbered = name if seen[name] == 1 else f"{name}-{seen[name]}"
-            variants.append(Variant(numbered, target, precision, _lowering(recipe, target, precision)))
+            plain = Variant(numbered, target, precision, _lowering(recipe, target, precision))
+            for base in (plain, *_pruned(recipe, plain)):
+                variants += [base, *_sparse(recipe, base), *_aligned(recipe, base)]
     _check_options(recipe, variants)
     return tuple(variants)
 
@@ -57,15 +80,18 @@ def not_lowered(variants: Sequence[Variant], records: Sequence[PassRecord]) -> l
     notes = []
     for variant in variants:
         ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
-        quantizing = [record for record in ran if _quantizes(record["text"])]
-        if len(ran) != len(variant.passes) or any(record["modified"] for record in quantizing or ran) or not ran:
+        own = ran if variant.sibling is None else ran[len(variant.steps) - 1 : len(variant.steps)]
+        quantizing = [record for record in own if _quantizes(record["text"])]
+        deciding = quantizing or own
+        if len(ran) != len(variant.passes) or not deciding or any(record["modified"] for record in deciding):
             continue
-        reasons = [refusal["reason"] for record in quantizing or ran for refusal in record["refusals"]]
+        reasons = [refusal["reason"] for record in deciding for refusal in record["refusals"]]
         why = f": {reasons[0]}" if reasons else ""
         # Beside passes that quantize stand those for the rest, which is then in fp16.
-        rest = len(ran) > len(quantizing) > 0
-        what = "in fp16, nothing was quantized" if rest else "in full precision, nothing was lowered"
-        notes.append(f"{variant.name} is as {what}{why}")
+        rest = len(own) > len(quantizing) > 0
+        same = variant.sibling or ("in fp16" if rest else "in full precision")
+        done = gains.STEPS[variant.name.rpartition("-")[2]] if variant.sibling else "quantized" if rest else "lowered"
+        notes.append(f"{variant.name} is as {same}, nothing was {done}{why}")
     return notes
 
 
@@ -76,9 +102,49 @@ def _quantizes(text: str) -> bool:
 
 def _lowering(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, ...]:
     """The target's passes with the recipe's choices; none where the target does not build this precision."""
-    if precision not in target.capabilities.precisions or precision in target.refusals():
+    if not _builds(target, precision):
         return ()
     return tuple(_chosen(text, recipe) for text in target.lowering(precision))
+
+
+def _builds(target: Target, precision: str) -> bool:
+    return precision in target.capabilities.precisions and precision not in target.refusals()
+
+
+def _pruned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
+    """The engine with fewer channels, neurons and heads beside a whole one, where the recipe asks."""
+    target, precision = plain.target, plain.precision
+    if recipe.prune is None or target.capabilities.consumes != "graph" or not _builds(target, precision):
+        return ()
+    goal = parse_goal(recipe.prune)
+    multiple = max(target.capabilities.channels, target.capabilities.alignment.get(precision, 1))
+    options = {**goal, "multiple": str(multiple), **{key: str(value) for key, value in recipe.pruning.items()}}
+    if "latency" in goal:
+        options["on"] = str(target).replace(",", "+")
+    return (plain.with_step("pruned", parse_pass("prune:" + ",".join(f"{k}={v}" for k, v in options.items()))),)
+
+
+def _sparse(recipe: Recipe, dense: Variant) -> tuple[Variant, ...]:
+    """The engine with sparse weights beside a dense one, where the recipe asks: zeroed in float32, before lowering."""
+    if recipe.sparsify is None or dense.refusal:
+        return ()
+    target = dense.target
+    if recipe.sparsify not in target.capabilities.sparsity:
+        return (dense.with_step("sparse", None, f"{target.name} has no kernels for {recipe.sparsify} sparse weights"),)
+    builds = _builds(target, dense.precision)
+    return (dense.with_step("sparse", parse_pass(f"sparsify:pattern={recipe.sparsify}") if builds else None),)
+
+
+def _aligned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
+    """The engine with aligned dimensions beside a plain one, where the recipe asks: grown in float32, before lowering.
+
+    "auto" asks for it where the target has Tensor Cores for the precision, a number everywhere.
+    """
+    wanted = plain.target.capabilities.alignment.get(plain.precision) if recipe.align == "auto" else recipe.align
+    takes = plain.target.capabilities.consumes == "graph" and _builds(plain.target, plain.precision)
+    if wanted in (None, "off") or not takes:
+        return ()
+    return (plain.with_step("aligned", parse_pass(f"align:multiple={wanted}")),)
 
 
 def _chosen(text: str, recipe: Recipe) -> Pass:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .base import Pass
 
 PASSES = {
+    "align": "align:Align",
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
     "opset": "opset:Opset",
@@ -22,6 +23,7 @@ PASSES = {
     "quantize-static": "quantize_static:QuantizeStatic",
     "quantize-weights": "quantize_weights:QuantizeWeights",
     "simplify": "simplify:Simplify",
+    "sparsify": "sparsify:Sparsify",
 }
 """Name of a pass: module in this package and class."""
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from ..compiler.graph import Graph
-from ..compiler.pruning.allocation import Scope
+from ..compiler.pruning.goal import Goal, Scope
 from ..compiler.pruning.importance import MEASURED, Importance
 from ..compiler.pruning.ratios import check_ratios
-from ..compiler.pruning.run import Goal, Pruning
+from ..compiler.pruning.run import Pruning
 from .base import Context, Pass, PassResult, Refusal
 
 MARK = "enginesmith.pruned"
@@ -39,6 +39,7 @@ class Prune(Pass):
         multiple: sizes are multiples of that; whole heads and groups are of their own size.
         sensitivity: measure the error that each dimension makes alone.
         keep: names or globs of dimensions that stay, as `enginesmith inspect --groups` tells them.
+        on: the target that `latency` is measured on, its options joined by ``+``.
     """
 
     name: ClassVar[str] = "prune"
@@ -52,6 +53,7 @@ class Prune(Pass):
     multiple: int = 8
     sensitivity: bool = True
     keep: tuple[str, ...] = ()
+    on: str = "onnxruntime-cpu"
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "macs", "latency") if getattr(self, name) is not None]
@@ -92,12 +94,14 @@ class Prune(Pass):
         if self.calibrates:
             calibration = context.require_calibration(self.name, "to see what its layers read")
         importance: Importance = ("obs" if calibration else "l2") if self.importance == "auto" else self.importance
-        run = Pruning(graph, context, importance, multiple=self.multiple, keep=self.keep)
-        sizes = run.allocate(self.goal)
+        fits = calibration is not None and self.refit is not False
+        run = Pruning(graph, context, importance, multiple=self.multiple, keep=self.keep, fits=fits)
+        if self.sensitivity:
+            run.measure()
+        sizes = run.allocate(self.goal, self.on)
         if not sizes:
             return PassResult(modified=False, refusals=run.refusals)
-        fits = calibration is not None and self.refit is not False
-        details: Mapping[str, Any] = run.prune(sizes, refit=fits, sensitivity=self.sensitivity)
+        details: Mapping[str, Any] = run.prune(sizes)
         graph.model = run.graph.model
         graph.model.metadata_props[MARK] = str(self)
         return PassResult(modified=True, changes=run.changes, refusals=run.refusals, details=details)

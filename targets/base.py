@@ -37,6 +37,10 @@ class Capabilities:
         devices: where its engines run.
         gpu_to_build: whether building needs a GPU.
         minimum: lowest version of each package that it needs.
+        channels: multiple that its kernels take channels in.
+        sparsity: patterns of zeros in weights that it has kernels for.
+        alignment: multiple that its Tensor Cores take the dimensions of products in, by precision; those that are
+            left out use none.
     """
 
     consumes: Literal["graph", "module"]
@@ -45,6 +49,9 @@ class Capabilities:
     opset: tuple[int, int] | None = None
     gpu_to_build: bool = False
     minimum: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sparsity: tuple[Literal["2:4"], ...] = ()
+    alignment: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    channels: int = 8
 
 
 @dataclasses.dataclass(frozen=True)

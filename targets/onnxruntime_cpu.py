@@ -39,6 +39,7 @@ class OnnxRuntimeCpu(Target):
         precisions=("fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "mixed"),
         devices=("cpu",),
         opset=OPSET,
+        channels=16,  # the block of its NCHWc convolutions with AVX-512
         minimum={"onnxruntime": MINIMUM},
     )
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {

@@ -59,6 +59,7 @@ class OnnxRuntimeCuda(Target):
         opset=OPSET,
         gpu_to_build=True,
         minimum={"onnxruntime-gpu": MINIMUM},
+        alignment=dict.fromkeys(("fp16", "bf16", "int4-weights", "mixed-fp16", "mixed-bf16"), 8),
     )
     # bf16 stays below opset 22, where Conv would become bfloat16, and pooling too, which has no such CUDA kernel.
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {

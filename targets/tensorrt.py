@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .trt import build as trt
-from .trt.precisions import LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_LOWERINGS, refusals
+from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_LOWERINGS, refusals
 
 MODULE = "tensorrt"
 OLDEST, NEWEST = (8, 6), (11, 99)
@@ -36,7 +36,8 @@ class TensorRT(Target):
         profiles: "range" tunes for the usual sizes of the dynamic axes; "points" tunes for the smallest, usual and
             largest separately as well, at about four times the build time and memory.
         tf32: whether fp32 may compute with TF32's ten bits of mantissa.
-        sparsity: whether to use kernels for 2:4 sparse weights.
+        sparsity: whether to use kernels for 2:4 sparse weights where they are faster. None: where the graph has such
+            weights.
         cuda_graph: whether to replay launches as a CUDA graph.
         aux_streams: streams beside the main one; None for TensorRT's choice.
     """
@@ -46,7 +47,7 @@ class TensorRT(Target):
     timing_cache: bool = True
     profiles: Literal["range", "points"] = "range"
     tf32: bool = False
-    sparsity: bool = False
+    sparsity: bool | None = None
     cuda_graph: bool = True
     aux_streams: int | None = None
 
@@ -59,6 +60,8 @@ class TensorRT(Target):
         opset=(9, 22),
         gpu_to_build=True,
         minimum={"tensorrt": "8.6"},
+        sparsity=("2:4",),
+        alignment=ALIGNMENT,
     )
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = LOWERINGS
 

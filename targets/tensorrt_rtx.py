@@ -12,7 +12,7 @@ from ..errors import RecipeError, TargetUnavailableError
 from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
 from .tensorrt import check_options
 from .trt import build as trt
-from .trt.precisions import LOWERINGS, PRECISIONS, refusals
+from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, refusals
 
 MODULE = "tensorrt_rtx"
 COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -33,7 +33,8 @@ class TensorRTRTX(Target):
         workspace_gib: memory that tactics may use; None for all that the GPU has.
         builder_level: 0 to 5, how long to search for fast kernels.
         tf32: whether fp32 may compute with TF32's ten bits of mantissa.
-        sparsity: whether to use kernels for 2:4 sparse weights.
+        sparsity: whether to use kernels for 2:4 sparse weights where they are faster. None: where the graph has such
+            weights.
         cuda_graph: whether to replay launches as a CUDA graph.
         runtime_cache: whether to keep kernels compiled on first use, in the user's cache folder.
     """
@@ -42,7 +43,7 @@ class TensorRTRTX(Target):
     workspace_gib: float | None = None
     builder_level: int = 3
     tf32: bool = False
-    sparsity: bool = False
+    sparsity: bool | None = None
     cuda_graph: bool = True
     runtime_cache: bool = True
 
@@ -54,6 +55,8 @@ class TensorRTRTX(Target):
         devices=("cuda",),
         opset=(9, 22),
         minimum={"tensorrt-rtx": "1.4"},
+        sparsity=("2:4",),
+        alignment=ALIGNMENT,
     )
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = LOWERINGS
 

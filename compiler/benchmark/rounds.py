@@ -17,7 +17,7 @@ import numpy as np
 
 from ...errors import EnginesmithError, RecipeError, UnknownNameError, UsageError
 from ...targets.base import Arrays, Bound, HostBound, Runner
-from ..manifest import Benchmark, Protocol, Timing
+from ..manifest import Benchmark, Protocol, SpeedUp, Timing
 from ..signature import Signature
 from .cpu_monitor import ForeignCpu
 from .gpu_monitor import GpuMonitor, GpuUse
@@ -97,6 +97,7 @@ def benchmark(
     *,
     baseline: str,
     protocol: Settings | None = None,
+    siblings: Mapping[str, str] | None = None,
     on_progress: Callable[[float, str], None] = lambda fraction, phase: None,
 ) -> Benchmark:
     """Times every candidate at every size. One that fails is skipped with the reason, under its name and size.
@@ -105,6 +106,7 @@ def benchmark(
     compares host times with the baseline's at the same size (see `intervals.speed_up`).
 
     Args:
+        siblings: names of candidates that others are compared with beside the baseline, by the name of the other.
         on_progress: takes the fraction done, 0 to 1, and what is being measured.
 
     Raises:
@@ -118,7 +120,7 @@ def benchmark(
     if len(set(names)) < len(names):
         raise UsageError("two candidates of a benchmark have the same name", found=", ".join(names))
     with contextlib.ExitStack() as stack:
-        run = _Run(settings, baseline, stack.enter_context(GpuMonitor()))
+        run = _Run(settings, baseline, siblings or {}, stack.enter_context(GpuMonitor()))
         for candidate in candidates:
             on_progress(0.0, f"load {candidate.name}")
             run.load(candidate, stack)
@@ -132,11 +134,12 @@ def benchmark(
 class _Run:
     """What is loaded and measured so far. `memory` is what each candidate added to the device until now, in bytes."""
 
-    def __init__(self, settings: Settings, baseline: str, gpu: GpuMonitor) -> None:
+    def __init__(self, settings: Settings, baseline: str, siblings: Mapping[str, str], gpu: GpuMonitor) -> None:
         self.timings: list[Timing] = []
         self.skipped: dict[str, str] = {}
         self._settings = settings
         self._baseline = baseline
+        self._siblings = siblings
         self._gpu = gpu
         self._runners: dict[str, Runner] = {}
         self._memory: dict[str, int] = {}
@@ -160,12 +163,11 @@ class _Run:
             with self._skipping(name, sized), self._counting_memory(name):
                 active[name] = self._prepare(self._runners[name], sized)
         self._interleave(active, sized)
-        baseline = active.get(self._baseline)
         for name, slices in active.items():
             use = GpuUse()
             if any(slices.device_ms[0]) or self._memory[name]:
                 use = slices.gpu_use(self._gpu)
-            self.timings.append(self._timing(name, sized, slices, use, baseline))
+            self.timings.append(self._timing(name, sized, active, use))
 
     def protocol(self) -> Protocol:
         """How it was run, with what happened on the way."""
@@ -223,13 +225,11 @@ class _Run:
             kept += 1
             self._disturbed += disturbed
 
-    def _timing(self, name: str, sized: SizedInputs, slices: Slices, use: GpuUse, baseline: Slices | None) -> Timing:
+    def _timing(self, name: str, sized: SizedInputs, active: Mapping[str, Slices], use: GpuUse) -> Timing:
+        slices = active[name]
         host, device = np.concatenate(slices.host_ms), np.concatenate(slices.device_ms)
         p50, p90, p99 = np.percentile(host, [50, 90, 99]).tolist()
         requests_per_s = 1000 / float(host.mean())
-        ratio = None
-        if baseline is not None and name != self._baseline:
-            ratio = speed_up(self._baseline, baseline.round_medians(), slices.round_medians(), self._settings.seed)
         return Timing(
             candidate=name,
             sizes=dict(sized.sizes),
@@ -243,12 +243,18 @@ class _Run:
             requests_per_s=requests_per_s,
             device_mean_ms=float(device.mean()) if len(device) else None,
             device_p50_ms=float(np.median(device)) if len(device) else None,
-            speed_up=ratio,
+            speed_up=self._ratio(name, self._baseline, active),
+            against_sibling=self._ratio(name, self._siblings.get(name), active),
             gpu_utilization_percent=use.utilization_percent,
             gpu_memory_bytes=self._memory[name] or None,
             sm_clock_mhz=use.sm_clock_mhz,
             steady=slices.steady,
         )
+
+    def _ratio(self, name: str, other: str | None, active: Mapping[str, Slices]) -> SpeedUp | None:
+        if other is None or other == name or other not in active:
+            return None
+        return speed_up(other, active[other].round_medians(), active[name].round_medians(), self._settings.seed)
 
     @contextlib.contextmanager
     def _skipping(self, name: str, sized: SizedInputs | None = None) -> Iterator[None]:

@@ -89,7 +89,8 @@ def show_bundle(bundle: Bundle) -> None:
         console.print(view.RATIO, style="dim", soft_wrap=True)
     for engine in manifest["engines"]:
         _show_reason(console, engine["name"], engine["reason"], engine["to_do"])
-        _show_failures(console, engine["validation"])
+        if not engine["dropped"]:
+            _show_failures(console, engine["validation"])
     for calibration in manifest["calibration"]:
         for finding in calibration["findings"]:
             if finding["severe"]:
@@ -226,6 +227,8 @@ def _engine_cells(name: str, engine: EngineRecord | None) -> tuple[str, str, str
     errors = [output["relative_l2"] for output in validation["outputs"]] if validation else []
     worst = max((error for error in errors if error is not None), default=None)
     mark = MARKS[validation["passed"]] if validation else f"[yellow]{engine['status']}[/]"
+    if engine["dropped"]:
+        mark = "[yellow]dropped[/]"
     return name, mark, _number(worst, ".1e")
 
 

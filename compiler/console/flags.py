@@ -74,6 +74,8 @@ def _parameter(name: str, hint: Any) -> click.Parameter:
     kind: Any = str if several else kinds[0]
     if typing.get_origin(hint) is typing.Literal:
         kind = click.Choice(kinds)
+    elif typing.get_origin(kinds[0]) is typing.Literal:
+        kind = click.Choice(typing.get_args(kinds[0]))
     elif typing.get_origin(hint) in (typing.Union, types.UnionType):
         kind = kinds[0]
     default = field.get_default(call_default_factory=True)
@@ -103,7 +105,7 @@ def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
             fields["model"] = value
         elif name == "provider":
             fields["targets"] = tuple(PROVIDERS[provider] for provider in value)
-        elif name in ("arguments", "quantization", "tolerances"):
+        elif name in ("arguments", "pruning", "quantization", "tolerances"):
             fields[name] = _assignments(name, value)
         elif name == "keep":
             fields[name] = {high: tuple(node for other, node in value if other == high) for high, _ in value}

@@ -156,7 +156,7 @@ def _built(bundle: Bundle, name: str) -> EngineRecord:
 
 def _worst(bundle: Bundle) -> EngineRecord:
     """The engine farthest beyond its tolerance, or nearest to it, among those whose graph is known."""
-    ready = [r for r in bundle.manifest["engines"] if r["status"] in ("ready", "built")]
+    ready = [r for r in bundle.manifest["engines"] if r["status"] in ("ready", "built") and not r.get("dropped")]
     choice = [r for r in ready if get_target(r["target"]).capabilities.consumes == "graph"]
     if not choice:
         raise UsageError(

@@ -37,6 +37,16 @@ def costs(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Cost]:
     Args:
         sizes: of the dynamic axes, by name.
     """
+    sized = at_sizes(graph, sizes)
+    found: dict[str, Cost] = {}
+    for node in sized.nodes():
+        before = found.get(label(node), Cost())
+        found[label(node)] = Cost(before.macs + _macs(node), before.weight_bytes + _weight_bytes(node))
+    return found
+
+
+def at_sizes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
+    """A copy whose shapes are those at given sizes of the dynamic axes, as far as they can be inferred."""
     sized = graph.clone()
     main = sized.model.graph
     for value in (*main.inputs, *main.outputs, *(output for node in sized.nodes() for output in node.outputs)):
@@ -45,12 +55,8 @@ def costs(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Cost]:
     try:
         sized.infer()
     except GraphError:  # a shape that is fixed inside contradicts these sizes: what the graph itself knows must do
-        sized = graph
-    found: dict[str, Cost] = {}
-    for node in sized.nodes():
-        before = found.get(label(node), Cost())
-        found[label(node)] = Cost(before.macs + _macs(node), before.weight_bytes + _weight_bytes(node))
-    return found
+        return graph
+    return sized
 
 
 def share(costs: Mapping[str, Cost], labels: Iterable[str]) -> float:

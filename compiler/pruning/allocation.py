@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+
+import numpy as np
 
 from ..dimensions import Dim, Group
 from .cost import CostModel
 from .importance import Ranking
 
-Scope = Literal["local", "global"]
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Candidate:
 
     Attributes:
         ranking: its positions, and what they are worth.
+        alone: the error that the outputs get when it alone shrinks to `tried` positions; None where not measured.
         multiple: what its size should be a multiple of.
         least: the fewest positions that it may have.
     """
@@ -27,6 +29,8 @@ class Candidate:
     ranking: Ranking
     multiple: int
     least: int
+    alone: float | None = None
+    tried: int = 0
 
     def sizes(self) -> list[int]:
         """The sizes that it may have, from its own down."""
@@ -38,8 +42,11 @@ class Candidate:
         return min(self.sizes(), key=lambda one: (abs(one - size), -one))
 
     def loss(self, size: int) -> float:
-        """What shrinking to a size costs."""
-        return float(self.ranking.loss[self.group.size - size])
+        """What shrinking to a size costs: the squared error of the outputs where that was measured at one size."""
+        loss = float(self.ranking.loss[self.group.size - size])
+        if self.alone is None:
+            return loss
+        return loss * self.alone**2 / max(float(self.ranking.loss[self.group.size - self.tried]), _TINY)
 
 
 def by_ratio(candidates: Sequence[Candidate], ratios: Mapping[str, float]) -> dict[Dim, int]:

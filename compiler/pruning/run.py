@@ -1,21 +1,19 @@
-"""One graph on its way: what may shrink, how much of it, and what that does to the outputs."""
+"""One graph on its way: how much of each dimension goes, what that does to the outputs, and the fit of what is left."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import RecipeError
 from ...passes.base import Context, Refusal
 from ..budget import Budget
-from ..dimensions import Dim, Dimensions, Group
-from ..dimensions.layout import Product, Term, resolved
+from ..dimensions import Dim, Dimensions
 from ..dimensions.resize import resize
 from ..graph import Graph
 from ..graph.cost import costs
@@ -23,28 +21,27 @@ from ..graph.editing import flattened
 from ..graph.selection import label
 from ..quantization.layers import as_layer
 from ..sensitivity import Evaluation
-from .allocation import Candidate, Scope, by_ratio, to_cost, to_share
-from .cost import CostModel, Macs
-from .importance import Importance, Ranking, by_gradients, by_moments, by_weights
-from .ratios import matching, ratios_of
-from .readers import with_moments
-from .refit import refit
-
-if TYPE_CHECKING:
-    from ..calibration import Calibration
+from ..sensitivity.evaluation import number
+from .allocation import Candidate, by_ratio, to_cost, to_share
+from .candidates import find
+from .cost import Macs
+from .goal import Goal
+from .importance import Importance
+from .latency import Latency
+from .normalization import reestimate
+from .ratios import ratios_of
+from .refit import Fit, refit
 
 BATCHES = 4
-"""Batches of data that sensitivities and the error of the whole are measured on."""
+"""Batches of data that errors are measured on."""
 
+FITTED = 16
+"""Batches of data that a dimension is fitted on when it alone shrinks."""
 
-@dataclasses.dataclass(frozen=True)
-class Goal:
-    """How much is to go."""
-
-    kind: Literal["ratio", "macs", "latency"]
-    value: float
-    scope: Scope = "local"
-    ratios: tuple[str, ...] = ()
+_TRIED = 0.7
+"""Part of its positions that a dimension keeps when it alone shrinks."""
+_TRIES = 4
+"""How many times sizes are chosen anew where the pruned graph takes longer than the table says."""
 
 
 class Pruning:
@@ -53,8 +50,9 @@ class Pruning:
     Args:
         graph: stays as it is.
         importance: how positions are ranked.
-        multiple: what sizes should be multiples of.
+        multiple: what lengths of axes should be multiples of.
         keep: names or globs of dimensions that stay.
+        fits: whether the weights that are left are fitted.
 
     Attributes:
         graph: the copy.
@@ -63,183 +61,172 @@ class Pruning:
 
     Raises:
         RecipeError: `keep` matches nothing; the importance needs what the context has not.
+        GraphError: ONNX Runtime refuses the graph or the data.
     """
 
     def __init__(
-        self, graph: Graph, context: Context, importance: Importance, *, multiple: int, keep: Sequence[str]
+        self, graph: Graph, context: Context, importance: Importance, *, multiple: int, keep: Sequence[str], fits: bool
     ) -> None:
         self.graph = flattened(graph)
         self.changes: collections.Counter[str] = collections.Counter()
         self._whole = self.graph.clone()
         self._context = context
         self._importance = importance
-        self._table = costs(self.graph, context.signature.sizes())
+        self._fits = fits
         self._dimensions = Dimensions(self.graph)
-        self._refusals: list[Refusal] = []
-        self._candidates = self._find(multiple, keep)
+        self._macs = Macs(self._dimensions, costs(self.graph, context.signature.sizes()))
+        self._details: dict[str, Any] = {"importance": importance}
+        self._candidates, self._refusals = find(self._dimensions, context, importance, multiple=multiple, keep=keep)
+        samples = context.samples if context.calibration is None else context.calibration.samples
+        bound = Budget("relative_l2", 1.0)
+        self._evaluation = None if samples is None else Evaluation(self._whole, samples, bound, batches=BATCHES)
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """Why what is left alone is left alone."""
         return tuple(self._refusals)
 
-    def _find(self, multiple: int, keep: Sequence[str]) -> list[Candidate]:
-        """The dimensions that may shrink, ranked."""
-        groups = [group for group in self._dimensions.groups if group.of("writes")]
-        free = {group.dim: group for group in groups if not self._why_not(group)}
-        chosen: list[tuple[Group, int]] = []
-        for group in groups:
-            step = multiple // math.gcd(multiple, inner_size(group))
-            if reason := self._why_not(group):
-                self._refusals.append(Refusal(reason, group.name))
-            elif outer := [free[dim] for dim in group.parents if dim in free]:
-                self._refusals.append(Refusal(f"it is a part of {outer[0].name}, of which whole ones go", group.name))
-            elif group.size <= step:
-                self._refusals.append(Refusal(f"its {group.size} positions are not more than {step}", group.name))
-            else:
-                chosen.append((group, step))
-        kept = {name for pattern in keep for name in matching([group.name for group, _ in chosen], pattern)}
-        self._refusals += [Refusal("kept by choice", group.name) for group, _ in chosen if group.name in kept]
-        steps = {group.name: step for group, step in chosen if group.name not in kept}
-        left = [group for group, _ in chosen if group.name in steps]
-        return [
-            Candidate(group, ranking, steps[group.name], steps[group.name])
-            for group, ranking in self._rank(left, steps)
+    def measure(self) -> None:
+        """Measures the error that each dimension makes alone at about 70 % of its positions; nothing without data."""
+        if self._evaluation is None:
+            return
+        measured = []
+        for place, candidate in enumerate(self._candidates):
+            self._context.progress(0.3 + 0.3 * place / len(self._candidates), f"alone: {candidate.group.name}")
+            tried = min(candidate.nearest(candidate.group.size * _TRIED), candidate.sizes()[1])
+            graph, dimensions = self._again()
+            same = next(g.dim for g in dimensions.groups if g.name == candidate.group.name)
+            own = {label(m.node) for m in candidate.group.of("reads") if m.node is not None}
+            self._shrink(graph, dimensions, {same: candidate.ranking.kept(tried)}, only=own)
+            error = self._evaluation.measure(graph).error
+            measured.append(dataclasses.replace(candidate, alone=error if np.isfinite(error) else None, tried=tried))
+        self._candidates = measured
+        rows = [
+            {"group": c.group.name, "size": c.group.size, "tried": c.tried, "error": number(c.alone or 0.0)}
+            for c in measured
         ]
+        self._details["sensitivity"] = sorted(rows, key=lambda row: -(row["error"] or 0.0))
 
-    def _why_not(self, group: Group) -> str:
-        return group.why_not("shrink")
-
-    def _rank(self, groups: Sequence[Group], steps: Mapping[str, int]) -> list[tuple[Group, Ranking]]:
-        if self._importance in ("l1", "l2"):
-            return [(group, by_weights(group, self._importance)) for group in groups]
-        if self._importance == "taylor":
-            return self._by_taylor(groups)
-        ranked = {}
-        unread = [group for group in groups if not group.of("reads")]
-        for group in unread:  # what is read by other activations only
-            ranked[group.name] = by_weights(group, "l2")
-        samples = self._calibration().limited()
-        for number, (group, own) in enumerate(
-            with_moments(self.graph, [g for g in groups if g not in unread], samples)
-        ):
-            self._context.progress(0.4 * number / len(groups), f"ranking {group.name}")
-            ranked[group.name] = by_moments(group, own, self._importance, step=steps[group.name])
-        return [(group, ranked[group.name]) for group in groups]
-
-    def _by_taylor(self, groups: Sequence[Group]) -> list[tuple[Group, Ranking]]:
-        if self._context.gradients is None:
-            raise RecipeError(
-                "importance=taylor needs gradients, and there is no torch module to take them from",
-                expected="a model from file.py:factory or a torch module, with data",
-                hint="choose importance=obs",
-            )
-        gradients = self._context.gradients()
-        found = []
-        for group in groups:
-            ranking = by_gradients(group, gradients)
-            if isinstance(ranking, str):
-                self._refusals.append(Refusal(f"not pruned by gradients: {ranking}", group.name))
-            else:
-                found.append((group, ranking))
-        return found
-
-    def _calibration(self) -> Calibration:
-        return self._context.require_calibration("prune", "to see what its layers read")
-
-    def allocate(self, goal: Goal) -> dict[Dim, int]:
+    def allocate(self, goal: Goal, on: str) -> dict[Dim, int]:
         """The sizes of the dimensions that shrink; empty where none does.
 
+        Args:
+            on: target whose time is meant, where latency is the goal.
+
         Raises:
-            RecipeError: a glob of `goal.ratios` matches nothing; latency is the goal, and nothing can be timed.
+            RecipeError: a glob of `goal.ratios` matches nothing.
+            TargetUnavailableError: latency is the goal, and its target does not run here.
         """
         names = [candidate.group.name for candidate in self._candidates]
-        macs = Macs(self._dimensions, self._table)
         if goal.kind == "ratio" and goal.scope == "local":
             sizes = by_ratio(self._candidates, ratios_of(names, goal.value, goal.ratios))
         elif goal.kind == "ratio":
             sizes = to_share(self._candidates, 1 - goal.value)
+        elif goal.kind == "macs":
+            sizes = to_cost(self._candidates, self._macs, goal.value * self._macs.total({}))
+            self._check(goal, self._macs.total(sizes) / self._macs.total({}))
         else:
-            model: CostModel = macs if goal.kind == "macs" else self._latency(macs)
-            sizes = to_cost(self._candidates, model, goal.value * model.total({}))
-            if (reached := model.total(sizes) / model.total({})) > goal.value:
-                what = f"{goal.kind} falls to {reached:.3g} of what it was, {goal.value:g} was asked for"
-                self._refusals.append(Refusal(f"{what}: no dimension that is left can shrink further"))
-        self._macs = macs
+            sizes = self._to_latency(goal, on)
         return {dim: size for dim, size in sizes.items() if size < dim.size}
 
-    def _latency(self, macs: Macs) -> CostModel:
-        raise NotImplementedError
+    def _to_latency(self, goal: Goal, on: str) -> dict[Dim, int]:
+        """Chooses by the table, and anew with less where the pruned graph takes longer than the table says."""
+        dims = [candidate.group.dim for candidate in self._candidates]
+        sizes_at = self._context.signature.sizes()
+        model = Latency(
+            self._whole, self._macs, dims, on, sizes_at, lambda done: self._context.progress(done, "timing layers")
+        )
+        share, rows = goal.value, []
+        for _ in range(_TRIES):
+            sizes = to_cost(self._candidates, model, share * model.total({}))
+            graph, dimensions = self._again()
+            self._shrink(graph, dimensions, self._kept(sizes, dimensions), only=())
+            before, after = model.stopwatch.milliseconds(self._whole, graph)
+            rows.append({"share": share, "before_ms": before, "after_ms": after})
+            if after / before <= goal.value or share < goal.value / 2:
+                break
+            share *= 0.98 * goal.value / (after / before)
+        self._details["latency"] = {"target": on, "goal": goal.value, "tries": rows}
+        self._check(goal, after / before)
+        return sizes
 
-    def prune(self, sizes: Mapping[Dim, int], *, refit: bool, sensitivity: bool) -> dict[str, Any]:
+    def _check(self, goal: Goal, reached: float) -> None:
+        if reached > goal.value:
+            what = f"{goal.kind} falls to {reached:.3g} of what it was, {goal.value:g} was asked for"
+            self._refusals.append(Refusal(f"{what}: what is left cannot shrink that far"))
+
+    def prune(self, sizes: Mapping[Dim, int]) -> dict[str, Any]:
         """Prunes the graph to these sizes; returns the details of the result."""
-        kept = {c.group.dim: c.ranking.kept(sizes[c.group.dim]) for c in self._candidates if c.group.dim in sizes}
-        rows = [self._row(candidate, sizes) for candidate in self._candidates if candidate.group.dim in sizes]
+        chosen = [candidate for candidate in self._candidates if candidate.group.dim in sizes]
+        rows = [self._row(candidate, sizes) for candidate in chosen]
         before, after = self._macs.total({}), self._macs.total(sizes)
-        evaluation = self._evaluation()
-        if evaluation is not None and sensitivity:
-            self._measure_alone(rows, kept, evaluation)
-        fits = self._apply(self.graph, self._dimensions, kept, fit=refit, report=True)
+        kept = {candidate.group.dim: candidate.ranking.kept(sizes[candidate.group.dim]) for candidate in chosen}
+        fits = self._shrink(self.graph, self._dimensions, kept)
         self.changes["dimensions pruned"] = len(rows)
         self.changes["positions removed"] = sum(row["before"] - row["after"] for row in rows)
-        error = None if evaluation is None else evaluation.measure(self.graph).error
+        error = None if self._evaluation is None else number(self._evaluation.measure(self.graph).error)
         return {
+            **self._details,
             "prune": rows,
-            "importance": self._importance,
             "macs": {"before": before, "after": after},
-            "parameters": {"before": self._whole.weight_bytes // 4, "after": self.graph.weight_bytes // 4},
+            "weight_bytes": {"before": self._whole.weight_bytes, "after": self.graph.weight_bytes},
             "error": error,
             "fits": [fit.record() for fit in fits],
         }
 
     def _row(self, candidate: Candidate, sizes: Mapping[Dim, int]) -> dict[str, Any]:
         dim = candidate.group.dim
-        size = sizes[dim]
+        share = 1 - self._macs.total({dim: sizes[dim]}) / max(self._macs.total({}), 1.0)
         return {
             "group": candidate.group.name,
             "before": dim.size,
-            "after": size,
-            "loss": candidate.loss(size),
-            "macs": 1 - self._macs.total({dim: size}) / max(self._macs.total({}), 1.0),
+            "after": sizes[dim],
+            "loss": candidate.loss(sizes[dim]),
+            "macs": share,
         }
 
-    def _evaluation(self) -> Evaluation | None:
-        samples = self._context.samples
-        if samples is None and self._context.calibration is not None:
-            samples = self._context.calibration.samples
-        return (
-            None if samples is None else Evaluation(self._whole, samples, Budget("relative_l2", 1.0), batches=BATCHES)
-        )
+    def _again(self) -> tuple[Graph, Dimensions]:
+        """A copy of the whole graph with the same dimensions."""
+        graph = self._whole.clone()
+        return graph, Dimensions(graph)
 
-    def _measure_alone(
-        self, rows: Sequence[dict[str, Any]], kept: Mapping[Dim, np.ndarray], evaluation: Evaluation
-    ) -> None:
-        """Notes the error of each dimension when it alone is pruned, nothing fitted."""
-        for number, (row, (dim, positions)) in enumerate(zip(rows, kept.items(), strict=True)):
-            self._context.progress(0.4 + 0.2 * number / len(rows), f"alone: {row['group']}")
-            graph = self._whole.clone()
-            dimensions = Dimensions(graph)
-            same = next(g.dim for g in dimensions.groups if g.name == self._dimensions.group(dim).name)
-            resize(dimensions, {same: positions})
-            row["alone"] = evaluation.measure(graph).error
+    def _kept(self, sizes: Mapping[Dim, int], dimensions: Dimensions) -> dict[Dim, np.ndarray]:
+        """The positions that stay, by the dimensions of a copy."""
+        named = {group.name: group.dim for group in dimensions.groups}
+        return {
+            named[c.group.name]: c.ranking.kept(sizes[c.group.dim])
+            for c in self._candidates
+            if sizes.get(c.group.dim, c.group.size) < c.group.size
+        }
 
-    def _apply(
-        self, graph: Graph, dimensions: Dimensions, kept: Mapping[Dim, np.ndarray], *, fit: bool, report: bool
-    ) -> list[Any]:
+    def _shrink(
+        self,
+        graph: Graph,
+        dimensions: Dimensions,
+        kept: Mapping[Dim, np.ndarray],
+        *,
+        only: Iterable[str] | None = None,
+    ) -> list[Fit]:
+        """Takes the positions that are kept, and fits layers behind them: all, or `only` some, on fewer batches."""
+        changed = _reached(m.value for dim in kept for m in dimensions.group(dim).of("carries"))
         taken = resize(dimensions, kept)
-        if not fit:
+        if not self._fits or only == ():
             return []
         outputs = {label(m.node): places for m, places in taken.items() if m.role == "writes" and m.node is not None}
+        follows = {label(m.node): places for m, places in taken.items() if m.role == "follows" and m.node is not None}
         layers: dict[str, np.ndarray] = {}
-        changed = _reached(m.value for dim in kept for m in dimensions.group(dim).of("carries"))
         for node in graph.model.graph:
             layer = as_layer(node)
-            if layer is not None and node.inputs[0] in changed:
-                layers[label(node)] = outputs.get(label(node), np.arange(layer.load().shape[0]))
-        progress: Callable[[float], None] = lambda done: self._context.progress(0.6 + 0.4 * done, "fitting")  # noqa: E731
-        fits, refusals = refit(self._whole, graph, layers, self._calibration().limited(), progress=progress)
-        if report:
-            self._refusals += refusals
+            if layer is not None and node.inputs[0] in changed and (only is None or label(node) in only):
+                layers[label(node)] = outputs.get(label(node), np.arange(len(layer.load())))
+        samples = self._context.require_calibration("prune", "to fit what is left").limited()
+        if only is not None:
+            return refit(self._whole, graph, layers, list(itertools.islice(samples, FITTED)))[0]
+        fits, refusals = refit(
+            self._whole, graph, layers, samples, progress=lambda f: self._context.progress(0.6 + 0.4 * f, "fitting")
+        )
+        self._refusals += refusals
+        self.changes.update(reestimate(self._whole, graph, follows, samples))
         return fits
 
 
@@ -253,20 +240,3 @@ def _reached(values: Iterable[ir.Value]) -> set[ir.Value]:
             found.update(new)
             pending.extend(new)
     return found
-
-
-def inner_size(group: Group) -> int:
-    """How many positions of an axis a position of the group always takes together: a head of 64 takes 64."""
-    return math.gcd(*(_inner(member.term, group.dim) for member in group.members)) or 1
-
-
-def _inner(term: Term, dim: Dim) -> int:
-    """Positions that lie together for each of the dimension's; 0 where it is not in the term."""
-    found = resolved(term)
-    if isinstance(found, Dim):
-        return int(found is dim)
-    sizes = [_inner(part, dim) for part in found.parts]
-    if not isinstance(found, Product):
-        return math.gcd(*sizes)
-    place = next((place for place, size in enumerate(sizes) if size), None)
-    return 0 if place is None else sizes[place] * math.prod(part.size for part in found.parts[place + 1 :])

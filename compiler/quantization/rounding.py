@@ -15,17 +15,13 @@ import onnx_ir as ir
 from ...passes.base import Refusal
 from ..graph import Graph
 from ..graph.selection import label
+from ..sparsity.pattern import is_sparse
+from .compensation import DAMPING, compensated, factored, squared_error
 from .hessians import hessians
 from .layers import Layer, as_layer, constant, is_shared
 from .parameters import Parameters
 from .plan import Weight
 from .qdq import Quantized
-
-DAMPING = 0.01
-"""Part of the mean of the Hessian's diagonal that is added to it."""
-
-BLOCK = 128
-"""Inputs whose errors are carried to the inputs behind them in one product."""
 
 
 def round_weights(
@@ -81,18 +77,20 @@ def _rounded(layer: Layer, hessian: np.ndarray, parameters: Parameters) -> Quant
     rows = weight.reshape(nearest.shape)
     scales = np.broadcast_to(parameters.scale.reshape(-1), len(weight)).reshape(len(hessian), -1)
     result = np.empty_like(nearest)
+    sparse = is_sparse(weight)
     for group, moments in enumerate(hessian):
         scale = scales[group]
-        candidate = gptq(rows[group], moments, scale, parameters.bounds)
-        errors = [_error(rows[group] - scale[:, None] * q, moments) for q in (candidate, nearest[group])]
+        bounds = _pinned(rows[group], parameters.bounds) if sparse else parameters.bounds
+        candidate = gptq(rows[group], moments, scale, bounds)
+        errors = [squared_error(rows[group] - scale[:, None] * q, moments) for q in (candidate, nearest[group])]
         result[group] = np.where((errors[0] < errors[1])[:, None], candidate, nearest[group])
     array = layer.viewed(result.reshape(weight.shape).astype(nearest.dtype))
     return Quantized(np.ascontiguousarray(array), parameters)
 
 
-def _error(difference: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """Squared error of each output."""
-    return np.asarray(((difference @ hessian) * difference).sum(axis=1))
+def _pinned(rows: np.ndarray, bounds: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of each weight that leave the zeros of a 2:4 pattern at zero, whatever error they could make up for."""
+    return np.where(rows == 0, 0, bounds[0]), np.where(rows == 0, 0, bounds[1])
 
 
 def gptq(
@@ -119,41 +117,13 @@ def gptq(
     steps = np.asarray(scale, np.float32)
     steps = np.broadcast_to(steps if steps.ndim == 2 else steps.reshape(-1, 1), weight.shape)[:, order]
     low, high = (np.broadcast_to(bound, weight.shape)[:, order] for bound in bounds)
-    factor = _factor(hessian[np.ix_(order, order)], damping)
-    left = weight[:, order].astype(np.float32)
-    rounded = np.empty_like(left)
-    for start in range(0, left.shape[1], BLOCK):
-        stop = min(start + BLOCK, left.shape[1])
-        errors = np.empty((len(left), stop - start), np.float32)
-        for i in range(start, stop):
-            rounded[:, i] = np.clip(np.rint(left[:, i] / steps[:, i]), low[:, i], high[:, i])
-            errors[:, i - start] = (left[:, i] - rounded[:, i] * steps[:, i]) / factor[i, i]
-            left[:, i + 1 : stop] -= np.outer(errors[:, i - start], factor[i, i + 1 : stop])
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    rounded = np.empty(weight.shape, np.float32)
+
+    def settle(i: int, left: np.ndarray) -> np.ndarray:
+        rounded[:, i] = np.clip(np.rint(left[:, 0] / steps[:, i]), low[:, i], high[:, i])
+        return np.asarray(rounded[:, i] * steps[:, i])
+
+    compensated(weight[:, order], factored(hessian[np.ix_(order, order)], damping), settle)
     result = np.empty_like(rounded)
     result[:, order] = rounded
     return result.astype(np.int32)
-
-
-def _factor(hessian: np.ndarray, damping: float) -> np.ndarray:
-    """The upper Cholesky factor U of the inverse, H^-1 = U^T U."""
-    damped = hessian.astype(np.float64)
-    diagonal = np.diag(damped).copy()
-    dead = diagonal <= 0
-    live_mean = diagonal[~dead].mean() if not dead.all() else 1.0
-    damped[dead, dead] = live_mean
-    damped[np.diag_indices_from(damped)] += damping * live_mean
-    # With J reversing rows and columns, J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J.
-    return np.asarray(_inverse(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1], np.float32)
-
-
-def _inverse(lower: np.ndarray) -> np.ndarray:
-    """The inverse of a lower triangular matrix, in a third of the time of a general one."""
-    if len(lower) <= BLOCK:
-        return np.linalg.inv(lower)
-    half = len(lower) // 2
-    result = np.zeros_like(lower)
-    result[:half, :half] = first = _inverse(lower[:half, :half])
-    result[half:, half:] = second = _inverse(lower[half:, half:])
-    result[half:, :half] = -second @ (lower[half:, :half] @ first)
-    return result

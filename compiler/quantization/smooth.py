@@ -118,7 +118,7 @@ def _scale(
         return f"the ranges of {value.name!r} are along another axis"
     activations = np.maximum(np.abs(found.channel_low), np.abs(found.channel_high))
     alive = (activations > _SMALLEST) & (weights > _SMALLEST)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         scale: np.ndarray = np.where(alive, activations**alpha / weights ** (1 - alpha), 1)
     return scale
 

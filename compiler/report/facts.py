@@ -15,6 +15,7 @@ LABELS = {
     "slice_s": "Time slice",
     "warmup_s": "Warm-up",
     "sm_clock_mhz": "SM clock",
+    "sparse": "2:4 sparse layers",
 }
 """Labels that the name of the key alone does not give."""
 

@@ -81,7 +81,7 @@ def best_engine(manifest: Manifest) -> str | None:
     """The engine that the verdict names; where it names none, the fastest valid one at the optimum size."""
     if isinstance(named := manifest["verdict"].get("best"), str):
         return named
-    valid = {e["name"] for e in manifest["engines"] if e["validation"] and e["validation"]["passed"]}
+    valid = {e["name"] for e in _kept(manifest["engines"]) if e["validation"] and e["validation"]["passed"]}
     candidates = [t for t in optimum(manifest) if t["candidate"] in valid and math.isfinite(t["p50_ms"] or math.nan)]
     return min(candidates, key=lambda t: t["p50_ms"])["candidate"] if candidates else None
 
@@ -111,8 +111,9 @@ def size_label(timing: Timing) -> str:
 
 
 def wrong_engines(engines: Sequence[EngineRecord]) -> tuple[str, ...]:
-    """Names of the engines that failed validation."""
-    return tuple(engine["name"] for engine in engines if engine["validation"] and not engine["validation"]["passed"])
+    """Names of the engines that failed validation, but for those that are dropped."""
+    judged = [(engine["name"], engine["validation"]) for engine in _kept(engines)]
+    return tuple(name for name, validation in judged if validation and not validation["passed"])
 
 
 def floor_of(validation: Validation, output: str) -> OutputMetrics | None:
@@ -178,6 +179,10 @@ def source_name(source: Mapping[str, Any]) -> str:
     return str(source.get("model") or source.get("kind") or "a model")
 
 
+def _kept(engines: Sequence[EngineRecord]) -> list[EngineRecord]:
+    return [engine for engine in engines if not engine["dropped"]]
+
+
 def _timing(manifest: Manifest, name: str | None) -> Timing | None:
     return next((timing for timing in optimum(manifest) if timing["candidate"] == name), None)
 
@@ -201,7 +206,7 @@ def _interval(speed_up: SpeedUp) -> str:
 
 
 def _tally(engines: Sequence[EngineRecord]) -> str:
-    validated = [engine for engine in engines if engine["validation"]]
+    validated = [engine for engine in _kept(engines) if engine["validation"]]
     right = sum(bool(engine["validation"] and engine["validation"]["passed"]) for engine in validated)
     words = []
     if validated:
@@ -209,6 +214,8 @@ def _tally(engines: Sequence[EngineRecord]) -> str:
     for status, text in (("built", "built but not run"), ("unavailable", "unavailable here"), ("failed", "failed")):
         if count := sum(engine["status"] == status for engine in engines):
             words.append(f"{count} {text}")
+    if dropped := len(engines) - len(_kept(engines)):
+        words.append(f"{dropped} dropped")
     return ", ".join(words) + "." if words else ""
 
 

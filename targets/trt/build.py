@@ -161,6 +161,7 @@ def build_plan(
         raise BuildError(f"{module} builds from a graph, and this model has none", hint="see why capture failed")
     plan = request.directory / "model.plan"
     graph, types = _typed(request.graph, request, weakly_typed=weakly_typed)
+    options = {**options, "sparsity": _uses_sparsity(graph, options["sparsity"])}
     with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
         onnx = Path(folder) / "model.onnx"
         graph.save(onnx)
@@ -198,6 +199,13 @@ def _typed(graph: Graph, request: BuildRequest, *, weakly_typed: bool) -> tuple[
         request.log(f"nothing is quantized: {request.precision} is built as fp16")
         return (half := in_half(graph, request.signature, request.sample)), _types(half)
     return prepare(graph, request.signature, request.sample, request.log)
+
+
+def _uses_sparsity(graph: Graph, asked: bool | None) -> bool:
+    """Whether the builder may use kernels for sparse weights."""
+    from ...compiler.sparsity.detect import sparse_layers
+
+    return bool(sparse_layers(graph)) if asked is None else asked
 
 
 def _types(graph: Graph) -> dict[str, str]:

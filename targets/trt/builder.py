@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .callbacks import make_progress_monitor
+from .callbacks import listen, make_progress_monitor
 from .driver import Failure, gpu
 from .layers import engine_layers, graph_layers, logged_layers, summarize
 from .session import write_atomically
+from .sparsity import sparse_layers
 
 
 class Rules(NamedTuple):
@@ -129,31 +130,19 @@ def build(
         "builder_s": round(seconds, 3),
         "graph_layers": network.num_layers,
     }
+    if options.get("sparsity"):
+        details["sparse"] = sparse_layers(told.sparsity)
     engine = _open(trt, get_trt_logger(), serialized, options)
     if engine is not None:
         information, source = engine_layers(trt, engine[1]), "engine"
         details["device_memory_bytes"] = _device_memory(engine[1])
-    elif logged := [layer for message in told for layer in logged_layers(message)]:
+    elif logged := [layer for message in told.layers for layer in logged_layers(message)]:
         information, source = logged, "log of the build"
     else:
         information, source = graph_layers(network), "graph before fusion, as no GPU here can open the engine"
     with open(layers, "w") as file:
         json.dump({"source": source, "layers": information}, file, indent=1)
     return {**details, "layers": {"source": source, **summarize(information)}}
-
-
-def listen(logger: Any) -> list[str]:
-    """Keeps the messages that list an engine's layers, which Polygraphy's logger finds too long for the log."""
-    told: list[str] = []
-    log = logger.log
-
-    def listening(severity: Any, message: str) -> None:
-        if message.startswith("Layers:"):
-            told[:] = [message]
-        log(severity, message)
-
-    logger.log = listening
-    return told
 
 
 def _open(trt: Any, logger: Any, serialized: Any, options: dict[str, Any]) -> tuple[Any, Any] | None:

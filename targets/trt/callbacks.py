@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from .driver import Driver, allocate, u64
+from .sparsity import PREFIX
 
 
 def make_logger(trt: Any) -> Any:
@@ -29,6 +30,32 @@ def make_logger(trt: Any) -> Any:
                 print(f"[TensorRT {severity.name}] {message}", file=sys.stderr)
 
     return Log()
+
+
+class Told(NamedTuple):
+    """Messages of TensorRT that Polygraphy's logger finds too long for the log: those that list an engine's layers.
+
+    Of the layers themselves the last message is kept, of their sparsity all.
+    """
+
+    layers: list[str]
+    sparsity: list[str]
+
+
+def listen(logger: Any) -> Told:
+    """Keeps messages, from now on."""
+    told = Told([], [])
+    log = logger.log
+
+    def listening(severity: Any, message: str) -> None:
+        if message.startswith("Layers:"):
+            told.layers[:] = [message]
+        elif message.startswith(PREFIX):
+            told.sparsity.append(message)
+        log(severity, message)
+
+    logger.log = listening
+    return told
 
 
 def make_allocator(trt: Any, driver: Driver) -> Any:

@@ -45,6 +45,12 @@ WEAK_LOWERINGS: Mapping[str, tuple[str, ...]] = {
     "mixed": ("pin", "precision:to=int8,scheme=tensorrt-8"),
 }
 
+ALIGNMENT: Mapping[str, int] = {
+    **dict.fromkeys(("fp16", "bf16", "int4-weights", "mixed-fp16", "mixed-bf16"), 8),
+    **dict.fromkeys(("int8", "fp8", "mixed"), 16),
+}
+"""The multiple that Tensor Cores take dimensions in: 16 bytes."""
+
 _NAMES = {"bf16": "bfloat16", "mixed-bf16": "bfloat16", "int8": "INT8", "fp8": "FP8", "int4-weights": "INT4 weights"}
 _STRONG = frozenset(("bf16", "mixed-bf16", "fp8", "int4-weights"))
 _LEAST_CAPABILITY = {"bf16": "8.0", "mixed-bf16": "8.0", "fp8": "8.9"}

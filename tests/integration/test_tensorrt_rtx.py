@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import onnx.parser
+import onnx_ir as ir
 import pytest
 
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import Model
 from enginesmith.errors import BuildError, StorageError, TargetUnavailableError
-from enginesmith.targets import parse_target
+from enginesmith.targets import get_target, parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
 from enginesmith.targets.trt import build as trt
 
@@ -101,6 +102,23 @@ def test_the_precision_is_that_of_the_graph(request_for):
     request, _, _ = request_for(CNN_FP16, "fp16")
     info = parse_target("tensorrt-rtx:compute_capabilities=8.9").build(request)
     assert info.details["layers"]["precisions"]["FP16"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "zeros", "expected"), [(None, True, True), (None, False, False), (False, True, False)]
+)
+def test_sparse_kernels_are_allowed_where_weights_are_sparse(request_for, asked, zeros, expected):
+    request, _, _ = request_for(CNN)
+    if zeros:
+        pattern = np.tile(np.array([[1], [0], [0], [1]], np.float32), (2, 8))
+        request.graph.model.graph.initializers["w2"].const_value = ir.Tensor(pattern, name="w2")
+    info = get_target("tensorrt-rtx", {"compute_capabilities": ["8.9"], "sparsity": asked}).build(request)
+    assert ("SPARSE_WEIGHTS" in info.details["flags"]) is expected
+    assert ("--sparse-weights" in info.details["reproduce"]) is expected
+    assert info.options["sparsity"] is asked
+    # TensorRT-RTX logs nothing of sparse kernels: it chooses them on the GPU.
+    told = {"eligible": [], "picked": [], "source": "none, the log of the build says nothing of sparse kernels"}
+    assert info.details.get("sparse") == (told if expected else None)
 
 
 def test_a_graph_that_the_parser_refuses(request_for):

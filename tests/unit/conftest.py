@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import onnx.numpy_helper
 import onnx.parser
 import pytest
 
@@ -31,6 +33,26 @@ def context_of(graph: Graph, samples: object = None) -> Context:
         dtype = value.dtype.numpy().name
         specs.append(TensorSpec(value.name, dtype, shape))
     return Context(Signature(inputs=tuple(specs), axes=axes), samples=samples)
+
+
+def fill_graph(text: str) -> Graph:
+    """A graph from ONNX text whose float constants, declared without values, hold noise."""
+    model = onnx.parser.parse_model(text if text.lstrip().startswith("<") else HEADER + text)
+    random = np.random.default_rng(0)
+    for value in model.graph.value_info:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        array = (random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) + 1)).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
+    del model.graph.value_info[:]
+    graph = Graph.from_proto(model)
+    graph.infer()
+    graph.verify()
+    return graph
+
+
+@pytest.fixture(scope="session")
+def fill() -> Callable[[str], Graph]:
+    return fill_graph
 
 
 @pytest.fixture(scope="session")

@@ -238,6 +238,8 @@ def _engine(
         "cached": cached,
         "details": details or {},
         "validation": validation,
+        "sibling": None,
+        "dropped": "",
     }
 
 
@@ -346,6 +348,7 @@ def _timing(candidate: str, batch: int, p50_ms: float, ratio: float | None) -> T
         "device_mean_ms": None,
         "device_p50_ms": None,
         "speed_up": speed_up,
+        "against_sibling": None,
         "gpu_utilization_percent": None,
         "gpu_memory_bytes": None,
         "sm_clock_mhz": None,

@@ -78,6 +78,16 @@ def bundle(tmp_path):
     return tmp_path
 
 
+def test_a_dropped_engine_is_loaded_by_name_alone(tmp_path):
+    records = [write_engine(tmp_path, "dense"), {**write_engine(tmp_path, "sparse"), "dropped": "it is not faster"}]
+    write_manifest(tmp_path, records, [timing("dense", 2.0), timing("sparse", 1.0)])
+    assert load(tmp_path).name == "dense"
+    assert load(tmp_path, "sparse").name == "sparse"
+    write_manifest(tmp_path, records[1:])
+    with pytest.raises(EngineError, match="sparse: dropped, as it is not faster; name it to load it all the same"):
+        load(tmp_path)
+
+
 def test_call_nests_and_run_is_flat(bundle):
     engine = load(bundle)
     nested = engine(image=IMAGE)

@@ -37,6 +37,7 @@ def test_dump_is_read_back(tmp_path):
         ({"target": ["a"]}, UnknownNameError, r"unknown field of the recipe 'target'(.|\n)*did you mean 'targets'"),
         ({"rounds": 1}, RecipeError, r"field 'rounds' of the recipe is not valid\n.*greater than or equal to 6\n.*1"),
         ({"exporter": "onnx"}, RecipeError, r"field 'exporter'(.|\n)*'auto', 'dynamo' or 'torchscript'"),
+        ({"sparsify": "1:4"}, RecipeError, r"field 'sparsify'(.|\n)*'2:4'"),
         ({"tolerances": {"fp16": {"l2": 1}}}, UnknownNameError, "unknown tolerance 'l2'"),
         ({"tolerances": {"fp16": {"cosine": "high"}}}, RecipeError, "field 'tolerances.fp16.cosine'"),
     ],

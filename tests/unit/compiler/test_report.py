@@ -191,6 +191,33 @@ def test_random_data_is_said_in_a_banner(random: bool) -> None:
     assert ("Inputs were random." in found.text) == random
 
 
+def test_a_dropped_engine_says_why_and_is_not_counted_among_the_wrong() -> None:
+    manifest = example()
+    manifest["verdict"] |= {"best": None}
+    assert "onnxruntime-cpu-fp16" in view.wrong_engines(manifest["engines"])
+    for name in ("onnxruntime-cpu-fp16", BEST):
+        engine_of(manifest, name)["dropped"] = "it is not faster than <b>another</b>"
+    text = page(manifest).text
+    assert "Dropped: it is not faster than <b>another</b>." in text
+    assert "2 dropped." in text
+    assert view.wrong_engines(manifest["engines"]) == ()
+    assert view.best_engine(manifest) == "torchscript-fp32"
+
+
+def test_layers_made_sparse_are_listed_and_so_are_those_that_run_sparse() -> None:
+    manifest = example()
+    row = {"layer": "conv<1>", "operator": "Conv", "method": "sparsegpt", "outputs": 32, "inputs": 16, "zeroed": 2304}
+    row |= {"weight_error": 0.31, "output_error": 0.052}
+    manifest["passes"][0] |= {"text": "sparsify", "details": {"sparse": [row, {**row, "output_error": None}]}}
+    sparse = {"eligible": ["conv<1> + relu", "head"], "picked": [], "source": "log of the build"}
+    engine_of(manifest, "tensorrt-rtx-fp16")["details"] = {"sparse": sparse}
+    text = page(manifest).text
+    assert "2 layers made sparse by sparsify" in text
+    assert f"conv<1> sparsegpt 32 16 2,304 {numbers.error(0.31)} {numbers.error(0.052)}" in text
+    assert f"{numbers.error(0.31)} {numbers.ABSENT}" in text
+    assert "2:4 sparse layers eligible conv<1> + relu, head picked none source log of the build" in text
+
+
 def empty() -> Manifest:
     nothing: Any = {"verdict": {"passed": False}, "signature": {}, "data": {}, "stages": [], "passes": []}
     nothing |= {"calibration": [], "engines": [], "benchmark": None, "environment": {}, "source": {}}

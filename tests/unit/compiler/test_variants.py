@@ -99,6 +99,48 @@ def test_engines_that_nothing_was_quantized_in(
     assert not_lowered([variant], records) == ([] if modified else [told])
 
 
+def test_an_engine_with_sparse_weights_stands_behind_each_dense_one() -> None:
+    targets = ("tensorrt-rtx:compute_capabilities=8.9", "tensorrt-rtx", "onnxruntime-cpu")
+    found = variants(*targets, precisions=["fp16"], sparsify="2:4")
+    assert {name: (variant.sibling, passes(variant), variant.refusal) for name, variant in found.items()} == {
+        "tensorrt-rtx-fp16": (None, ["cast"], ""),
+        "tensorrt-rtx-fp16-sparse": ("tensorrt-rtx-fp16", ["sparsify", "cast"], ""),
+        "tensorrt-rtx-fp16-2": (None, ["cast"], ""),
+        "tensorrt-rtx-fp16-2-sparse": ("tensorrt-rtx-fp16-2", ["sparsify", "cast"], ""),
+        "onnxruntime-cpu-fp16": (None, ["cast"], ""),
+        "onnxruntime-cpu-fp16-sparse": (
+            "onnxruntime-cpu-fp16", [], "onnxruntime-cpu has no kernels for 2:4 sparse weights",
+        ),
+    }  # fmt: skip
+
+
+def test_weights_are_zeroed_before_anything_is_lowered() -> None:
+    found = variants("tensorrt-rtx:compute_capabilities=8.9", precisions=["fp32", "int8"], sparsify="2:4")
+    assert passes(found["tensorrt-rtx-fp32-sparse"]) == ["sparsify"]
+    assert passes(found["tensorrt-rtx-int8-sparse"]) == ["sparsify", *passes(found["tensorrt-rtx-int8"])]
+    assert passes(found["tensorrt-rtx-int8"])[1].startswith("quantize-static")
+
+
+def test_a_precision_that_the_target_does_not_build_is_not_made_sparse() -> None:
+    found = variants("tensorrt-rtx", precisions=["fp8"], sparsify="2:4")
+    assert passes(found["tensorrt-rtx-fp8-sparse"]) == []
+    assert found["tensorrt-rtx-fp8-sparse"].refusal == ""
+
+
+def test_an_engine_that_nothing_was_made_sparse_in_is_named() -> None:
+    made = list(variants("tensorrt-rtx", precisions=["fp16"], sparsify="2:4").values())
+    refusals = [{"reason": "already 2:4 sparse, and kept", "node": "conv"}]
+    record: Any = {
+        "variant": "x", "text": "sparsify", "engines": ["tensorrt-rtx-fp16-sparse"], "modified": False,
+        "refusals": refusals,
+    }  # fmt: skip
+    cast: Any = {**record, "text": "cast:to=fp16", "modified": True, "refusals": []}
+    assert not_lowered(made, [record, cast]) == [
+        "tensorrt-rtx-fp16-sparse is as tensorrt-rtx-fp16, nothing was made sparse: already 2:4 sparse, and kept"
+    ]
+    assert not_lowered(made, [cast, cast]) == []
+
+
 def test_options_that_no_pass_has() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown option of quantization 'rouding'\n(.*\n)*.*mean 'rounding'"):
         variants("onnxruntime-cpu", precisions=["int8"], quantization={"rouding": "gptq"})

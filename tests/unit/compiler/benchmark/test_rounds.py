@@ -53,6 +53,23 @@ def run(runners, inputs=INPUTS, settings=SETTINGS, baseline="torch"):
     return benchmark([Candidate(n, r) for n, r in runners.items()], inputs, baseline=baseline, protocol=settings)
 
 
+def test_a_candidate_is_compared_with_its_sibling_beside_the_baseline():
+    runners = {"torch": FakeRunner(pattern=[4.0]), "dense": FakeRunner(pattern=[2.0]), "sparse": FakeRunner()}
+    candidates = [Candidate(name, runner) for name, runner in runners.items()]
+    siblings = {"sparse": "dense", "dense": "absent"}
+    result = benchmark(candidates, INPUTS, baseline="torch", protocol=SETTINGS, siblings=siblings)
+    found = {timing["candidate"]: (timing["speed_up"], timing["against_sibling"]) for timing in result["timings"]}
+    assert found["torch"] == (None, None)
+    assert found["dense"][1] is None
+    assert found["sparse"][0]["ratio"] == pytest.approx(4)
+    assert found["sparse"][1] == {
+        "against": "dense",
+        "ratio": pytest.approx(2),
+        "low": pytest.approx(2),
+        "high": pytest.approx(2),
+    }
+
+
 def test_percentiles_mean_and_throughput_are_of_single_calls():
     timing = run({"torch": FakeRunner(pattern=[1.0] * 97 + [5.0, 6.0, 7.0])})["timings"][0]
     assert (timing["p50_ms"], timing["p90_ms"]) == (1.0, 1.0)

@@ -37,6 +37,16 @@ def test_engines_with_error_times_and_speed_up(shown: Any) -> None:
     assert lines[-1] == "verdict: PASS report: out/report.html"
 
 
+def test_a_dropped_engine_is_no_failure(shown: Any) -> None:
+    manifest = example()
+    engine = next(engine for engine in manifest["engines"] if engine["name"] == "onnxruntime-cpu-fp16")
+    assert any("onnxruntime-cpu-fp16, output" in line for line in shown(manifest))
+    engine["dropped"] = "it is not faster"
+    lines = shown(manifest)
+    assert any(line.startswith("onnxruntime-cpu-fp16 dropped") for line in lines)
+    assert not any("onnxruntime-cpu-fp16, output" in line for line in lines)
+
+
 def test_a_narrow_terminal_gets_fewer_columns_rather_than_cut_ones(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(width=36)
     _print_table(

@@ -40,6 +40,13 @@ def test_lists_and_mappings():
     assert recipe.targets == ("onnxruntime-cpu", "torchscript", "tensorrt:tf32=true")
 
 
+def test_a_choice_that_may_be_left_out():
+    assert parse("--sparsify", "2:4") == {"sparsify": "2:4"}
+    assert make_recipe({}).sparsify is None
+    with pytest.raises(click.BadParameter, match="'1:4' is not '2:4'"):
+        parse("--sparsify", "1:4")
+
+
 def test_spellings_of_trtexec_polygraphy_and_olive():
     fields = parse(
         "--onnx=m.onnx", "--minShapes=a:1x3,b:1x4", "--optShapes=a:8x3,b:8x4", "--trt-max-shapes", "a:[16,3]",

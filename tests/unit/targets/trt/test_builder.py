@@ -6,11 +6,10 @@ from enginesmith.targets.trt.builder import (
     _load_timing_cache,
     _save_timing_cache,
     _weak_typing,
-    listen,
     rules,
     write_atomically,
 )
-from enginesmith.targets.trt.callbacks import make_progress_monitor
+from enginesmith.targets.trt.callbacks import listen, make_progress_monitor
 
 
 def member(name):
@@ -128,10 +127,12 @@ def test_what_tensorrt_logs_of_layers_is_kept():
     passed = []
     logger = types.SimpleNamespace(log=lambda severity, message: passed.append((severity, message)))
     told = listen(logger)
-    for message in ("Layers:\nold", "Layers are many", "Layers:\nName: a"):
+    messages = ("Layers:\nold", "Layers are many", "(Sparsity) one", "Layers:\nName: a", "(Sparsity) two")
+    for message in messages:
         logger.log("verbose", message)
-    assert told == ["Layers:\nName: a"]
-    assert len(passed) == 3
+    assert told.layers == ["Layers:\nName: a"]
+    assert told.sparsity == ["(Sparsity) one", "(Sparsity) two"]
+    assert len(passed) == len(messages)
 
 
 def test_nested_phases_become_one_growing_fraction():
