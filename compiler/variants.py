@@ -64,16 +64,10 @@ def not_lowered(variants: Sequence[Variant], records: Sequence[PassRecord]) -> l
     notes = []
     for variant in variants:
         ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
-        deciding = ran if variant.sibling is None else ran[:1]  # sparsify comes before what lowers
-        if len(ran) == len(variant.passes) > 0 and not any(record["modified"] for record in deciding):
-            reasons = [refusal["reason"] for record in deciding for refusal in record["refusals"]]
+        if len(ran) == len(variant.passes) > 0 and not any(record["modified"] for record in ran):
+            reasons = [refusal["reason"] for record in ran for refusal in record["refusals"]]
             why = f": {reasons[0]}" if reasons else ""
-            same = (
-                f"{variant.sibling}, nothing was made sparse"
-                if variant.sibling
-                else "in full precision, nothing was lowered"
-            )
-            notes.append(f"{variant.name} is as {same}{why}")
+            notes.append(f"{variant.name} is as in full precision, nothing was lowered{why}")
     return notes
 
 
@@ -82,6 +76,17 @@ def _lowering(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, ...
     if not _builds(target, precision):
         return ()
     return tuple(_chosen(text, recipe) for text in target.lowering(precision))
+
+
+def not_sparse(variants: Sequence[Variant], records: Sequence[PassRecord]) -> list[str]:
+    """Engines that were to have sparse weights and have none, and the first reason why."""
+    notes = []
+    for variant in variants:
+        ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
+        if variant.sibling is not None and ran and not ran[0]["modified"]:  # sparsify comes before what lowers
+            why = f": {refusals[0]['reason']}" if (refusals := ran[0]["refusals"]) else ""
+            notes.append(f"{variant.name} is as {variant.sibling}, nothing was made sparse{why}")
+    return notes
 
 
 def _builds(target: Target, precision: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from enginesmith.compiler.recipe import make_recipe
-from enginesmith.compiler.variants import Variant, make_variants, not_lowered
+from enginesmith.compiler.variants import Variant, make_variants, not_lowered, not_sparse
 from enginesmith.errors import RecipeError, UnknownNameError
 from enginesmith.targets import parse_target
 
@@ -117,10 +117,10 @@ def test_an_engine_that_nothing_was_made_sparse_in_is_named() -> None:
     refusals = [{"reason": "already 2:4 sparse, and kept", "node": "conv"}]
     record: Any = {"variant": "x", "engines": ["tensorrt-rtx-fp16-sparse"], "modified": False, "refusals": refusals}
     cast: Any = {**record, "modified": True, "refusals": []}
-    assert not_lowered(made, [record, cast]) == [
+    assert not_sparse(made, [record, cast]) == [
         "tensorrt-rtx-fp16-sparse is as tensorrt-rtx-fp16, nothing was made sparse: already 2:4 sparse, and kept"
     ]
-    assert not_lowered(made, [cast, cast]) == []
+    assert not_sparse(made, [cast, cast]) == []
 
 
 def test_options_that_no_pass_has() -> None:
