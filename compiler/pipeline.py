@@ -32,7 +32,7 @@ from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, 
 from .storage.memory import release
 from .trial import TORCH_BASELINES, benchmark_engines, load, load_budget, load_metric, validate_engines, verdict
 from .validation.reference import ReferenceOutputs
-from .variants import Variant, make_variants, not_lowered
+from .variants import Variant, make_variants, not_lowered, without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -140,11 +140,13 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             drop(engines, benchmark, model.signature)
             stage["detail"] = f"against {benchmark['baseline']}" if benchmark else "nothing to measure"
         with stages("write bundle"):
+            dense = [variant for variant in job.variants if variant.sibling is None]
+            notes = [*not_lowered(dense, pass_records), *without_effect(job.variants, pass_records)]
             manifest = Manifest(
                 format=FORMAT,
                 enginesmith=__version__,
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                verdict=verdict(engines, benchmark, model.signature, not_lowered(job.variants, pass_records)),
+                verdict=verdict(engines, benchmark, model.signature, notes),
                 source=_describe(recipe, model),
                 signature=model.signature.to_json(),
                 data=describe(data),

@@ -166,6 +166,11 @@ class Recipe(BaseModel):
             parse_goal(str(value))
         return None if value is None else str(value)
 
+    @pydantic.field_validator("sparsify", mode="before")
+    @classmethod
+    def _pattern_is_no_time(cls, value: Any) -> Any:
+        return "2:4" if value == 2 * 60 + 4 else value  # as YAML 1.1 reads it without quotes, in base 60
+
     @pydantic.field_validator("budget")
     @classmethod
     def _budget_is_known(cls, text: str | None) -> str | None:

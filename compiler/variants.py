@@ -80,19 +80,32 @@ def not_lowered(variants: Sequence[Variant], records: Sequence[PassRecord]) -> l
     notes = []
     for variant in variants:
         ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
-        own = ran if variant.sibling is None else ran[len(variant.steps) - 1 : len(variant.steps)]
-        quantizing = [record for record in own if _quantizes(record["text"])]
-        deciding = quantizing or own
-        if len(ran) != len(variant.passes) or not deciding or any(record["modified"] for record in deciding):
+        quantizing = [record for record in ran if _quantizes(record["text"])]
+        deciding = quantizing or ran
+        if len(ran) != len(variant.passes) or not ran or any(record["modified"] for record in deciding):
             continue
-        reasons = [refusal["reason"] for record in deciding for refusal in record["refusals"]]
-        why = f": {reasons[0]}" if reasons else ""
         # Beside passes that quantize stand those for the rest, which is then in fp16.
-        rest = len(own) > len(quantizing) > 0
-        same = variant.sibling or ("in fp16" if rest else "in full precision")
-        done = gains.STEPS[variant.name.rpartition("-")[2]] if variant.sibling else "quantized" if rest else "lowered"
-        notes.append(f"{variant.name} is as {same}, nothing was {done}{why}")
+        rest = len(ran) > len(quantizing) > 0
+        what = "in fp16, nothing was quantized" if rest else "in full precision, nothing was lowered"
+        notes.append(f"{variant.name} is as {what}{_first_reason(deciding)}")
     return notes
+
+
+def without_effect(variants: Sequence[Variant], records: Sequence[PassRecord]) -> list[str]:
+    """Engines whose optional step changed nothing, and the first reason why."""
+    notes = []
+    for variant in variants:
+        ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
+        own = ran[len(variant.steps) - 1 : len(variant.steps)] if variant.steps else []
+        if own and not own[0]["modified"]:
+            done = gains.STEPS[variant.name.rpartition("-")[2]]
+            notes.append(f"{variant.name} is as {variant.sibling}, nothing was {done}{_first_reason(own)}")
+    return notes
+
+
+def _first_reason(records: Sequence[PassRecord]) -> str:
+    reasons = [refusal["reason"] for record in records for refusal in record["refusals"]]
+    return f": {reasons[0]}" if reasons else ""
 
 
 def _quantizes(text: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from enginesmith.compiler.recipe import make_recipe
-from enginesmith.compiler.variants import Variant, make_variants, not_lowered
+from enginesmith.compiler.variants import Variant, make_variants, not_lowered, without_effect
 from enginesmith.errors import RecipeError, UnknownNameError
 from enginesmith.targets import parse_target
 
@@ -135,10 +135,10 @@ def test_an_engine_that_nothing_was_made_sparse_in_is_named() -> None:
         "refusals": refusals,
     }  # fmt: skip
     cast: Any = {**record, "text": "cast:to=fp16", "modified": True, "refusals": []}
-    assert not_lowered(made, [record, cast]) == [
+    assert without_effect(made, [record, cast]) == [
         "tensorrt-rtx-fp16-sparse is as tensorrt-rtx-fp16, nothing was made sparse: already 2:4 sparse, and kept"
     ]
-    assert not_lowered(made, [cast, cast]) == []
+    assert without_effect(made, [cast, cast]) == []
 
 
 def test_options_that_no_pass_has() -> None:

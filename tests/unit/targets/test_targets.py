@@ -28,3 +28,9 @@ def test_onnxruntime_cpu_has_no_bfloat16():
     assert (
         parse_target("onnxruntime-cpu").refusals()["bf16"].startswith("ONNX Runtime has no bfloat16 kernels for CPUs")
     )
+
+
+def test_only_tensorrt_has_kernels_for_sparse_weights():
+    patterns = {name: parse_target(name).capabilities.sparsity for name in TARGETS}
+    assert {name for name, found in patterns.items() if found} == {"tensorrt", "tensorrt-rtx"}
+    assert patterns["tensorrt"] == patterns["tensorrt-rtx"] == ("2:4",)
