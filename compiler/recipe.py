@@ -144,6 +144,11 @@ class Recipe(BaseModel):
                 raise UnknownNameError("precision", name, set(PRECISIONS.values()))
         return tuple(dict.fromkeys(PRECISIONS[name.lower()] for name in names))
 
+    @pydantic.field_validator("sparsify", mode="before")
+    @classmethod
+    def _pattern_is_no_time(cls, value: Any) -> Any:
+        return "2:4" if value == 2 * 60 + 4 else value  # as YAML 1.1 reads it without quotes, in base 60
+
     @pydantic.field_validator("budget")
     @classmethod
     def _budget_is_known(cls, text: str | None) -> str | None:

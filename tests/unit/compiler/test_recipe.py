@@ -31,6 +31,15 @@ def test_dump_is_read_back(tmp_path):
     assert "slice_s" not in yaml.safe_load(recipe.dump())
 
 
+@pytest.mark.parametrize("text", ["2:4", "'2:4'"])
+def test_a_pattern_needs_no_quotes(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(f"model: m.onnx\nsparsify: {text}\n")
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert recipe.sparsify == "2:4"
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
