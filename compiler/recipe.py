@@ -152,6 +152,11 @@ class Recipe(BaseModel):
     def _yaml_reads_numbers_and_off(cls, value: Any) -> Any:
         return "off" if value is False else str(value) if isinstance(value, int) else value
 
+    @pydantic.field_validator("sparsify", mode="before")
+    @classmethod
+    def _pattern_is_no_time(cls, value: Any) -> Any:
+        return "2:4" if value == 2 * 60 + 4 else value  # as YAML 1.1 reads it without quotes, in base 60
+
     @pydantic.field_validator("budget")
     @classmethod
     def _budget_is_known(cls, text: str | None) -> str | None:

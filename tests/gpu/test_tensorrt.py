@@ -79,7 +79,13 @@ UNKNOWN = """
 g (float[batch,4] x) => (float[batch,4] y) { y = NoSuchOperator(x) }
 """
 
-SHAPES = {"w": (8, 3, 3, 3), "b": (8,), "w2": (8, 10), "b2": (10,), "table": (5, 2)}
+SPARSE = """
+<ir_version: 8, opset_import: ["" : 17]>
+g (float16[batch,256,14,14] x) => (float16[batch,256,14,14] y) <float16[256,256,3,3] sparse>
+{ [conv] y = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, sparse) }
+"""
+
+SHAPES = {"w": (8, 3, 3, 3), "b": (8,), "w2": (8, 10), "b2": (10,), "table": (5, 2), "sparse": (256, 256, 3, 3)}
 
 IN_PROCESS = """
 import json, sys
@@ -106,7 +112,9 @@ np.savez({outputs!r}, **outputs)
 
 def weights():
     random = np.random.default_rng(0)
-    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    made = {name: random.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    made["sparse"][:, ::2] = 0
+    return made
 
 
 def graph(text):
@@ -169,6 +177,16 @@ def runner(engine):
     runner = parse_target("tensorrt").runner(directory, info)
     yield runner
     runner.close()
+
+
+def test_the_builder_finds_sparse_weights_and_tells_what_it_made_of_them(tmp_path):
+    signature = parse_inputs(["x:1x256x14x14:float16"], ["x:0=1..8..8"])
+    _, info = make(tmp_path, SPARSE, signature, precision="fp16")
+    assert "SPARSE_WEIGHTS" in info.details["flags"]
+    found = info.details["sparse"]
+    assert found["source"] == "log of the build"
+    assert [name for name in found["eligible"] if "conv" in name]
+    assert set(found["picked"]) <= set(found["eligible"])
 
 
 def test_an_engine_gives_what_torch_gives_at_every_batch_size(runner):
