@@ -55,8 +55,8 @@ class Align(Pass):
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.multiple < 2:
-            raise ValueError(f"multiple is 2 or more, not {self.multiple}")
+        if self.multiple < 2 or self.multiple & (self.multiple - 1):
+            raise ValueError(f"multiple is a power of two, not {self.multiple}")
         if not self.waste > 0:
             raise ValueError(f"waste is above 0, not {self.waste:g}")
         if self.stem < 0:

@@ -55,6 +55,7 @@ def make_plan(dimensions: Dimensions, multiple: int, waste: float, keep: Collect
     """Looks at every product.
 
     Args:
+        multiple: a power of two, so that other dimensions that grow leave an axis aligned.
         waste: largest share of multiply-adds that alignment may add to the products of a dimension.
         keep: labels of nodes whose dimensions stay.
     """
@@ -192,7 +193,7 @@ def _size(size: int, factors: list[int], multiple: int, waste: float) -> int | s
     What the largest multiple adds is counted from the size that the least one gives, so that to align again what was
     aligned changes nothing.
     """
-    least = _next(size, factors, multiple if multiple % LEAST else LEAST)
+    least = _next(size, factors, min(multiple, LEAST))
     largest = _next(size, factors, multiple)
     if least - size <= waste * size:
         if largest - least <= waste * least:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from enginesmith.compiler.gains import drop
+from enginesmith.compiler.gains import drop, is_lossy
 from enginesmith.compiler.signature import Signature
 from enginesmith.compiler.trial import verdict
 
@@ -114,3 +114,9 @@ def test_a_sibling_does_not_stand_for_full_precision() -> None:
     ]
     measured = benchmark(sparse=(1.5, 1.4, 1.6), half=(0.5, 0.4, 0.6))
     assert settled(engines, measured)["notes"] == [f"half is slower than dense: 2.00 times its time at batch {BATCH}"]
+
+
+def test_alignment_changes_no_result() -> None:
+    assert is_lossy(engine("dense-sparse", "dense"))
+    assert not is_lossy(engine("dense-aligned", "dense"))
+    assert not is_lossy(engine("dense"))

@@ -40,12 +40,19 @@ def test_a_pattern_needs_no_quotes(tmp_path, text):
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
 
 
+@pytest.mark.parametrize(("text", "value"), [("off", "off"), ("16", "16"), ("'64'", "64"), ("auto", "auto")])
+def test_align_as_yaml_reads_it(tmp_path, text, value):
+    (tmp_path / "recipe.yaml").write_text(f"model: m.onnx\nalign: {text}\n")
+    assert read_recipe(tmp_path / "recipe.yaml").align == value
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
         ({"target": ["a"]}, UnknownNameError, r"unknown field of the recipe 'target'(.|\n)*did you mean 'targets'"),
         ({"rounds": 1}, RecipeError, r"field 'rounds' of the recipe is not valid\n.*greater than or equal to 6\n.*1"),
         ({"exporter": "onnx"}, RecipeError, r"field 'exporter'(.|\n)*'auto', 'dynamo' or 'torchscript'"),
+        ({"align": 12}, RecipeError, r"field 'align'(.|\n)*'auto', '8', '16', '32', '64', '128' or 'off'"),
         ({"sparsify": "1:4"}, RecipeError, r"field 'sparsify'(.|\n)*'2:4'"),
         ({"tolerances": {"fp16": {"l2": 1}}}, UnknownNameError, "unknown tolerance 'l2'"),
         ({"tolerances": {"fp16": {"cosine": "high"}}}, RecipeError, "field 'tolerances.fp16.cosine'"),

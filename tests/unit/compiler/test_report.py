@@ -218,6 +218,16 @@ def test_layers_made_sparse_are_listed_and_so_are_those_that_run_sparse() -> Non
     assert "2:4 sparse layers eligible conv<1> + relu, head picked none source log of the build" in text
 
 
+def test_dimensions_that_were_grown_are_listed() -> None:
+    manifest = example()
+    row = {"group": "up<1>", "before": 1001, "after": 1008, "macs_before": 2522520, "macs_after": 2540160}
+    details = {"aligned": [row], "aligned_share": {"before": 0.25, "after": 1.0}}
+    manifest["passes"][0] |= {"text": "align", "details": details}
+    text = page(manifest).text
+    assert "1 dimension grown by align, 25 % of multiply-adds aligned before and 100 % after" in text
+    assert "up<1> 1,001 1,008 2,522,520 2,540,160" in text
+
+
 def empty() -> Manifest:
     nothing: Any = {"verdict": {"passed": False}, "signature": {}, "data": {}, "stages": [], "passes": []}
     nothing |= {"calibration": [], "engines": [], "benchmark": None, "environment": {}, "source": {}}

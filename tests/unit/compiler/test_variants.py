@@ -141,6 +141,44 @@ def test_an_engine_that_nothing_was_made_sparse_in_is_named() -> None:
     assert without_effect(made, [cast, cast]) == []
 
 
+@pytest.mark.parametrize(
+    ("target", "precision", "align", "expected"),
+    [
+        ("tensorrt-rtx", "fp16", "auto", ["align", "cast"]),
+        ("tensorrt-rtx", "fp32", "auto", None),
+        ("onnxruntime-cuda", "bf16", "auto", ["align", "cast:to=bf16"]),
+        ("onnxruntime-cuda", "int8", "8", None),
+        ("onnxruntime-cpu", "fp16", "auto", None),
+        ("onnxruntime-cpu", "fp32", "64", ["align:multiple=64"]),
+        ("onnxruntime-cpu", "fp16", "off", None),
+        ("torchscript", "fp32", "8", None),
+    ],
+)
+def test_an_engine_with_aligned_dimensions_stands_behind_each_plain_one(target, precision, align, expected) -> None:
+    found = variants(target, precisions=[precision], align=align)
+    plain = f"{target}-{precision}"
+    assert list(found) == [plain] + [f"{plain}-aligned"] * (expected is not None)
+    if expected is not None:
+        assert passes(found[f"{plain}-aligned"]) == expected
+        assert found[f"{plain}-aligned"].sibling == plain
+
+
+def test_8_bits_are_aligned_to_16_before_they_are_quantized() -> None:
+    found = variants("tensorrt-rtx:compute_capabilities=8.9", precisions=["int8"], align="auto", sparsify="2:4")
+    assert passes(found["tensorrt-rtx-int8-aligned"]) == ["align:multiple=16", *passes(found["tensorrt-rtx-int8"])]
+    assert list(found) == ["tensorrt-rtx-int8", "tensorrt-rtx-int8-sparse", "tensorrt-rtx-int8-aligned"]
+
+
+def test_an_engine_that_nothing_was_aligned_in_is_named() -> None:
+    made = list(variants("onnxruntime-cpu", align="8").values())
+    refusals = [{"reason": "every dimension of its products is a multiple of 8", "node": ""}]
+    record: Any = {"variant": "x", "engines": ["onnxruntime-cpu-fp32-aligned"], "modified": False, "refusals": refusals}
+    assert not_lowered(made, [record]) == [
+        "onnxruntime-cpu-fp32-aligned is as onnxruntime-cpu-fp32, nothing was aligned: "
+        "every dimension of its products is a multiple of 8"
+    ]
+
+
 def test_options_that_no_pass_has() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown option of quantization 'rouding'\n(.*\n)*.*mean 'rounding'"):
         variants("onnxruntime-cpu", precisions=["int8"], quantization={"rouding": "gptq"})

@@ -17,6 +17,14 @@ def test_each_precision_is_lowered_by_passes_that_exist(name):
             parse_pass(text)
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_tensor_cores_take_precisions_that_the_target_builds(name):
+    capabilities = parse_target(name).capabilities
+    assert set(capabilities.alignment) <= set(capabilities.precisions) - {"fp32"}
+    assert bool(capabilities.alignment) == (capabilities.devices == ("cuda",) and capabilities.consumes == "graph")
+    assert {capabilities.alignment.get(precision, 16) for precision in ("int8", "fp8", "mixed")} == {16}
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "fp8"])
 def test_onnxruntime_cuda_points_to_tensorrt_for_8_bits(precision):
     target = parse_target("onnxruntime-cuda")
