@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .layout import Dim, Product, Term
+from .layout import Concat, Dim, Product, Term
 from .relations import Axes, Relations, axis_of, present
 
 _MOVED_OVER = "a kernel moves over it"
@@ -118,17 +118,12 @@ def recurrent(node: ir.Node, relations: Relations) -> None:
         return
     hidden = Dim(size)
 
-    def gated(count: int) -> Product:
-        gate = Dim(count)
-        relations.hold(node, (gate,), "its positions are the gates of the cell")
-        return Product((gate, hidden))
-
     _tie_if(node, relations, x[2], weight[2])
     _tie_if(node, relations, recurrence[2], hidden)
     for index, count in ((1, gates), (2, gates), (3, 2 * gates), (7, 3)):
         axes = relations.input(node, index)
         if axes is not None:
-            _tie_if(node, relations, axes[1], gated(count))
+            _tie_if(node, relations, axes[1], Concat((hidden,) * count))
             relations.hold(node, (axes[0],), "its positions are the directions")
     states = [relations.input(node, index) for index in (5, 6)] + [relations.output(node, index) for index in range(3)]
     for axes in states:
