@@ -75,13 +75,14 @@ def livened(case: Case) -> nn.Module:
     With biases of 0, scales of 1 and a layer scale of 1e-6, mixing up channels would go unseen.
     """
     model = seeded(case.make)
-    batch = batch_of(parse_inputs(case.inputs, case.dynamic))
+    signature = parse_inputs(case.inputs, case.dynamic)
+    batch = random_batch(signature, np.random.default_rng(2), signature.sizes("max"))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in model.parameters():
             if parameter.numel() > 1 and parameter.min() == parameter.max():
                 zero = bool((parameter == 0).all())
-                nn.init.normal_(parameter, 0, 0.1) if zero else nn.init.uniform_(parameter, 0.5, 1.5)
+                nn.init.normal_(parameter, 0, 0.1) if zero else nn.init.uniform_(parameter, 0.8, 1.2)
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         for module in norms:
             module.momentum = 1.0

@@ -205,9 +205,9 @@ class Dimensions:
         readers = [(place.node, place.index)] if place.node else list(value.uses())
         for node, index in readers:
             role: Role = "follows"
-            if self.relations.reads.get(node) == (index, axis):
+            if (index, axis) in self.relations.reads.get(node, ()):
                 role = "reads"
-            elif self.relations.writes.get(node) == (index, axis):
+            elif (index, axis) in self.relations.writes.get(node, ()):
                 role = "writes"
             yield Member(value, node, axis, term, role, place.index if place.node else None)
 

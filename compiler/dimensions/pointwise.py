@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ..graph.editing import is_constant
 from .layout import Blocks, Dim, Product
-from .relations import Relations, axis_of, present
+from .relations import Relations, axis_of, hold_offset, present
 from .shapes import tell_shape
 
 UNARY = frozenset((
@@ -145,6 +146,8 @@ def quantize(node: ir.Node, relations: Relations) -> None:
     """QuantizeLinear and DequantizeLinear, with one scale for all, or for each position of an axis."""
     x, y = relations.input(node, 0), relations.output(node)
     relations.tie_all(node, x, y)
+    if is_constant(node.inputs[0]):
+        hold_offset(node, 2, x or (), relations)
     for index in (1, 2):
         scales = relations.input(node, index)
         if scales is None or not any(scales):

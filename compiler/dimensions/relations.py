@@ -22,6 +22,8 @@ from .layout import Blocks, Concat, Dim, Hold, LayoutConflictError, Term, hold, 
 from .lengths import Computed, Lengths, Sizes
 
 Axes = list[Term | None]
+Marks = dict[ir.Node, set[tuple[int, int]]]
+"""Axes of constants, by the node that reads them: input and axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +55,10 @@ class Relations:
         """Where a Slice cuts, by axis: what lies before, and what is taken."""
         self.places: dict[ir.Node, Term] = {}
         """What lies before the one position that a Gather takes."""
-        self.reads: dict[ir.Node, tuple[int, int]] = {}
-        """Nodes that sum over an axis of a constant weight: input and axis."""
-        self.writes: dict[ir.Node, tuple[int, int]] = {}
-        """Nodes whose constant weight has an axis over what they make: input and axis."""
+        self.reads: Marks = collections.defaultdict(set)
+        """Axes of a constant weight that are summed over."""
+        self.writes: Marks = collections.defaultdict(set)
+        """Axes of a constant weight over what is made of it."""
 
     def of(self, value: ir.Value) -> Axes | None:
         """The axes of a tensor; None where not even their number is known."""
@@ -181,6 +183,13 @@ class Relations:
 def axis_of(axes: Sequence[Term | None], axis: int) -> Term | None:
     """An axis that may be counted from the end."""
     return axes[axis] if -len(axes) <= axis < len(axes) else None
+
+
+def hold_offset(node: ir.Node, index: int, axes: Iterable[Term | None], relations: Relations) -> None:
+    """Keeps a quantized weight from growing whose zero is not stored as 0, which is what new positions are."""
+    offset = relations.constant(node, index)
+    if present(node, index) and (offset is None or bool((offset != 0).any())):
+        relations.hold(node, axes, "its zero point is not 0", "grow")
 
 
 def present(node: ir.Node, index: int) -> bool:

@@ -195,7 +195,7 @@ def gather(node: ir.Node, relations: Relations) -> None:
     relations.tie_all(node, x[:axis] + x[axis + 1 :], y[:axis] + y[axis + len(chosen) :])
     relations.tie_all(node, chosen, y[axis : axis + len(chosen)])
     if axis == 0 and len(x) == 2 and is_constant(node.inputs[0]):
-        relations.writes[node] = (0, 1)
+        relations.writes[node].add((0, 1))
 
 
 def _look_up(node: ir.Node, relations: Relations, term: Term | None, axis: int) -> None:
