@@ -239,6 +239,20 @@ def positions(term: Term, chosen: Mapping[Dim, np.ndarray]) -> np.ndarray:
     return result
 
 
+def owners(term: Term, dim: Dim) -> np.ndarray:
+    """For each position of an axis, which position of the dimension it belongs to; -1 where to none."""
+    found = resolved(term)
+    if isinstance(found, Dim):
+        return np.arange(found.size) if found is dim else np.full(found.size, -1)
+    parts = [owners(part, dim) for part in found.parts]
+    if isinstance(found, Concat):
+        return np.concatenate(parts)
+    result = parts[0]
+    for after in parts[1:]:
+        result = np.maximum(result[:, None], after[None, :]).reshape(-1)
+    return result
+
+
 def describe(term: Term) -> str:
     """``12 x 64``, ``(64 + 64) x 2``."""
     found = resolved(term)

@@ -186,10 +186,11 @@ def axis_of(axes: Sequence[Term | None], axis: int) -> Term | None:
 
 
 def hold_offset(node: ir.Node, index: int, axes: Iterable[Term | None], relations: Relations) -> None:
-    """Keeps a quantized weight from growing whose zero is not stored as 0, which is what new positions are."""
-    offset = relations.constant(node, index)
-    if present(node, index) and (offset is None or bool((offset != 0).any())):
-        relations.hold(node, axes, "its zero point is not 0", "grow")
+    """Keeps a quantized weight from growing where no one number stands for 0, which is what new positions are."""
+    if present(node, index):
+        offset = relations.constant(node, index)
+        if offset is None or bool((offset != offset.flat[0]).any()):
+            relations.hold(node, axes, "its zero points differ", "grow")
 
 
 def present(node: ir.Node, index: int) -> bool:

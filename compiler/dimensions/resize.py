@@ -16,7 +16,13 @@ from .layout import Dim, Term, leaves, positions, resolved, size_after
 from .lengths import Computed
 
 _ONES = frozenset((("BatchNormalization", 4), ("DequantizeLinear", 1), ("Div", 1), ("Mod", 1), ("QuantizeLinear", 1)))
-"""Inputs of operators in which new positions are 1, since something is divided by them; elsewhere they are 0."""
+"""Inputs of operators in which new positions are 1, since something is divided by them."""
+
+_ZERO_POINTS = {
+    **dict.fromkeys((("ConvInteger", 1), ("ConvInteger", 3), ("MatMulInteger", 1), ("MatMulInteger", 3)), 3),
+    **dict.fromkeys((("DequantizeLinear", 0), ("DequantizeLinear", 2), ("QuantizeLinear", 2)), 2),
+}
+"""Inputs in which new positions are what stands for 0, and the input that tells what does."""
 
 
 def resize(dimensions: Dimensions, chosen: Mapping[Dim, np.ndarray]) -> dict[Member, np.ndarray]:
@@ -24,7 +30,7 @@ def resize(dimensions: Dimensions, chosen: Mapping[Dim, np.ndarray]) -> dict[Mem
 
     Args:
         chosen: for each dimension that changes, which of its positions are there afterwards, in order; -1 for a new
-            one, whose weights are 0 (1 where something is divided by them).
+            one, whose weights are 0 (see `new_number`).
 
     Returns:
         For every constant and axis that changed, the positions that were taken.
@@ -60,8 +66,7 @@ class _Resizing:
             tensor = member.value.const_value
             assert tensor is not None
             array = arrays.get(key, tensor.numpy())
-            new = 1 if member.node is not None and _is_divided_by(member) else 0
-            arrays[key] = _take(array, taken[member], member.axis, new)
+            arrays[key] = _take(array, taken[member], member.axis, _new(member))
         self._store(arrays)
         return taken
 
@@ -212,11 +217,20 @@ class _Resizing:
         return any(dim in self._chosen for dim in leaves(term))
 
 
-def _is_divided_by(member: Member) -> bool:
-    node = member.node
-    assert node is not None
-    index = next(place for place, value in enumerate(node.inputs) if value is member.value)
-    return (node.op_type, index if member.index is None else member.index) in _ONES
+def new_number(node: ir.Node, index: int) -> int:
+    """What new positions of a constant hold that a node reads: 0, or what stands for it where it is quantized."""
+    if (place := _ZERO_POINTS.get((node.op_type, index))) is not None:
+        value = node.inputs[place] if place < len(node.inputs) else None
+        points = value.const_value.numpy() if value is not None and value.const_value is not None else np.zeros(1)
+        return int(points.flat[0]) if (points == points.flat[0]).all() else 0
+    return 1 if (node.op_type, index) in _ONES else 0
+
+
+def _new(member: Member) -> int:
+    if member.node is None:
+        return 0
+    index = next(place for place, value in enumerate(member.node.inputs) if value is member.value)
+    return new_number(member.node, index if member.index is None else member.index)
 
 
 def _take(array: np.ndarray, places: np.ndarray, axis: int, new: int) -> np.ndarray:
