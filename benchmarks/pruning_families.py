@@ -45,7 +45,10 @@ from enginesmith.passes.base import Context
 RATIO = 0.3
 NEW = 3
 LIMIT = 1e-5
-"""Relative L2 between the outputs before and after growing or reordering."""
+"""Relative L2 between the outputs before and after growing."""
+
+REORDERED = 1e-4
+"""The same for another order, in which sums are rounded otherwise, and random weights carry that from layer to layer."""
 
 EXPORTERS: tuple[Literal["dynamo", "torchscript"], ...] = ("dynamo", "torchscript")
 
@@ -199,7 +202,7 @@ def broken(found: Mapping[str, Any]) -> bool:
     if not found["captured"]:
         return False
     works = found["shapes_kept"] and found["finite"] and found["shrinkable"]
-    return not (works and found["grow_error"] < LIMIT and found["reorder_error"] < LIMIT)
+    return not (works and found["grow_error"] < LIMIT and found["reorder_error"] < REORDERED)
 
 
 def line(name: str, exporter: str, found: Mapping[str, Any]) -> str:
@@ -229,7 +232,13 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for all of attention, which cannot be exported
     path = arguments.out or RESULTS / "pruning_families.json"
-    results: dict[str, Any] = {"ratio": RATIO, "new": NEW, "limit": LIMIT, "models": {}}
+    results: dict[str, Any] = {
+        "ratio": RATIO,
+        "new": NEW,
+        "grow_limit": LIMIT,
+        "reorder_limit": REORDERED,
+        "models": {},
+    }
     with contextlib.suppress(FileNotFoundError):
         results["models"] = json.loads(path.read_text())["results"]["models"]
     for name in arguments.models:
