@@ -199,15 +199,32 @@ def _debug() -> click.Command:
 
 
 def _inspect() -> click.Command:
-    def run(path: Path, as_json: bool, quiet: bool) -> int:
-        from .compiler.console.console import show_inspection
-        from .compiler.inspection import inspect
+    from .compiler.console.flags import field_options, overrides
 
-        result = inspect(path)
+    def run(path: str, groups: bool, everything: bool, as_json: bool, quiet: bool, **values: Any) -> int:
+        from .compiler.inspection import inspect, inspect_groups
+
+        if groups:
+            from .compiler.console.groups import show_groups
+
+            found = inspect_groups(path, overrides(values), everything=everything)
+            _show(found, as_json, quiet, lambda: show_groups(found))
+            return 0
+        from .compiler.console.console import show_inspection
+
+        result = inspect(Path(path))
         _show(result, as_json, quiet, lambda: show_inspection(result))
         return 0
 
-    return click.Command("inspect", params=[click.Argument(["path"], type=click.Path(path_type=Path))], callback=run)
+    options: list[click.Parameter] = [
+        click.Argument(["path"]),
+        click.Option(
+            ["--groups"], is_flag=True, help="Show which axes change together; captures a model that is no graph."
+        ),
+        click.Option(["--all", "everything"], is_flag=True, help="Show groups too that no weight makes."),
+        *field_options("weights", "arguments", "inputs", "dynamic", "data", "exporter", "opset", "passes"),
+    ]
+    return click.Command("inspect", params=options, callback=run)
 
 
 def _doctor() -> click.Command:

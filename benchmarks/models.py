@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,97 @@ def minilm_inputs(count: int) -> dict[str, np.ndarray]:
     lengths = random.integers(TOKENS // 4, TOKENS + 1, (count, 1))
     mask = (np.arange(TOKENS) < lengths).astype(np.int64)
     return {"input_ids": random.integers(1000, 30000, (count, TOKENS)) * mask, "attention_mask": mask}
+
+
+class DLRM(nn.Module):
+    """Deep learning recommendation model: embeddings of categories and a bottom MLP, their products, a top MLP."""
+
+    def __init__(self, tables: int = 8, rows: int = 1000, width: int = 16, dense: int = 13) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, width) for _ in range(tables))
+        self.bottom = nn.Sequential(nn.Linear(dense, 64), nn.ReLU(), nn.Linear(64, width), nn.ReLU())
+        pairs = torch.tril_indices(tables + 1, tables + 1, -1)
+        self.register_buffer("pairs", pairs[0] * (tables + 1) + pairs[1])
+        self.top = nn.Sequential(
+            nn.Linear(width + pairs.shape[1], 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1)
+        )
+
+    def forward(self, dense: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
+        bottom = self.bottom(dense)
+        rows = [bottom] + [table(categories[:, place]) for place, table in enumerate(self.tables)]
+        stacked = torch.stack(rows, 1)
+        products = torch.bmm(stacked, stacked.transpose(1, 2)).flatten(1)[:, self.pairs]
+        return torch.sigmoid(self.top(torch.cat([bottom, products], 1)))
+
+
+class UNet(nn.Module):
+    """Down by pooling, up by transposed convolutions, each level joined to the one across."""
+
+    def __init__(self, channels: tuple[int, ...] = (16, 32, 64), classes: int = 5) -> None:
+        super().__init__()
+        self.down = nn.ModuleList()
+        inputs = 3
+        for outputs in channels:
+            self.down.append(self.block(inputs, outputs))
+            inputs = outputs
+        self.middle = self.block(inputs, 2 * inputs)
+        inputs = 2 * inputs
+        self.up, self.join = nn.ModuleList(), nn.ModuleList()
+        for outputs in reversed(channels):
+            self.up.append(nn.ConvTranspose2d(inputs, outputs, 2, 2))
+            self.join.append(self.block(2 * outputs, outputs))
+            inputs = outputs
+        self.head = nn.Conv2d(inputs, classes, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for width in (inputs, outputs):
+            layers += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        across = []
+        for block in self.down:
+            x = block(x)
+            across.append(x)
+            x = nn.functional.max_pool2d(x, 2)
+        x = self.middle(x)
+        for up, join in zip(self.up, self.join, strict=True):
+            x = join(torch.cat([up(x), across.pop()], 1))
+        return self.head(x)
+
+
+class Tagger(nn.Module):
+    """Two layers of LSTM over words, each in both directions, and a class for each word."""
+
+    def __init__(self, words: int = 1000, width: int = 64, hidden: int = 96, classes: int = 17) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, width)
+        self.lstm = nn.LSTM(width, hidden, num_layers=2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * hidden, classes)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.words(words))[0])
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model with the same random weights each time, for inference."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return make().eval()
+
+
+def dlrm() -> nn.Module:
+    """A small DLRM with seeded random weights."""
+    return seeded(DLRM)
+
+
+def unet() -> nn.Module:
+    """A small U-Net with seeded random weights."""
+    return seeded(UNet)
+
+
+def tagger() -> nn.Module:
+    """A small bidirectional LSTM with seeded random weights."""
+    return seeded(Tagger)

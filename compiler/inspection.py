@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
 from ..targets.base import EngineInfo
 from .bundle import Bundle
 from .signature import Signature
 from .storage.files import size_bytes
+
+if TYPE_CHECKING:
+    from .graph import Graph
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -24,6 +28,88 @@ def inspect(path: Path) -> dict[str, Any]:
     if (path / "engine.json").is_file():
         return _engine(path)
     return _model(path)
+
+
+def inspect_groups(source: str, fields: Mapping[str, Any], *, everything: bool = False) -> list[dict[str, Any]]:
+    """The dimension groups of a model, as `compiler.dimensions.dump` tells them.
+
+    Args:
+        source: an ONNX file, an engine's folder, a bundle, whose best graph is taken, or anything that can be captured.
+        fields: of the recipe, for a source that must be captured.
+
+    Raises:
+        SourceError: there is no graph: an engine in a format of its runtime.
+        CaptureError: no exporter captures the model.
+        RecipeError: `fields` do not fit.
+    """
+    from .dimensions.dump import dump
+    from .graph import Graph
+
+    path = Path(source)
+    if (path / "manifest.json").is_file():
+        path = _best_graph(path)
+    if (path / "engine.json").is_file():
+        return dump(Graph.load(_graph_file(path)), everything=everything)
+    if path.is_file() and _is_onnx(path):
+        graph = Graph.load(path)
+        graph.verify()
+        return dump(graph, everything=everything)
+    with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
+        return dump(_captured(source, fields, Path(folder)), everything=everything)
+
+
+def _best_graph(bundle: Path) -> Path:
+    """The folder of the best engine that is a graph."""
+    manifest = Bundle.open(bundle).manifest
+    names = [engine["name"] for engine in manifest["engines"] if engine["status"] in ("ready", "built")]
+    for name in sorted(names, key=lambda name: name != manifest["verdict"]["best"]):
+        if EngineInfo.read(bundle / "engines" / name).entry.endswith(".onnx"):
+            return bundle / "engines" / name
+    raise SourceError(f"no engine of {str(bundle)!r} is an ONNX graph", hint="inspect the model that it was made from")
+
+
+def _graph_file(engine: Path) -> Path:
+    entry = engine / EngineInfo.read(engine).entry
+    if entry.suffix != ".onnx":
+        raise SourceError(
+            f"engine {str(engine)!r} is no ONNX graph", found=entry.name, hint="inspect the model that it was made from"
+        )
+    return entry
+
+
+def _is_onnx(path: Path) -> bool:
+    from .sources.detect import detect
+
+    return detect(path) == "onnx"
+
+
+def _captured(source: str, fields: Mapping[str, Any], folder: Path) -> Graph:
+    """The graph of a model, after the passes that a compile begins with."""
+    from ..passes import parse_pass
+    from ..passes.base import Context
+    from .capture import capture
+    from .data import open_data
+    from .recipe import make_recipe
+    from .trial import load
+
+    recipe = make_recipe({**fields, "model": source})
+    model = load(recipe)
+    captured = capture(
+        model,
+        exporter=recipe.exporter,
+        opset=recipe.opset,
+        opset_range=(9, 20),
+        samples=open_data(recipe.data, model.signature, seed=recipe.seed),
+        seed=recipe.seed,
+        directory=folder,
+        log=lambda line: None,
+        required=True,
+    )
+    assert captured.graph is not None
+    for text in recipe.passes:
+        if text != "none":
+            parse_pass(text)(captured.graph, Context(model.signature))
+    return captured.graph
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -51,6 +137,9 @@ def _bundle(path: Path) -> dict[str, Any]:
         "engines": engines,
         "precisions": {name: facts["precisions"] for name, facts in graphs.items()},
         "operators": {name: facts["operators"] for name, facts in graphs.items()},
+        "parameters": {name: facts["parameters"] for name, facts in graphs.items()},
+        "macs": {name: facts["macs"] for name, facts in graphs.items()},
+        "aligned_share": {name: facts["aligned_share"] for name, facts in graphs.items()},
         "size_bytes": size_bytes(path),
     }
 
@@ -80,17 +169,16 @@ def _engine_graph(path: Path) -> dict[str, Any]:
     from .graph import Graph
     from .sources.onnx_file import graph_facts
 
-    return graph_facts(Graph.load(entry))
+    return graph_facts(Graph.load(entry), EngineInfo.read(path).signature.sizes())
 
 
 def _model(path: Path) -> dict[str, Any]:
     """A model file or factory, as far as it tells without inputs."""
     from .sources import describe_source
-    from .sources.detect import detect
 
     if not path.exists() and ".py:" not in str(path):
         raise SourceError(f"{str(path)!r} does not exist", expected="a model file, a bundle or an engine's folder")
-    if path.is_file() and detect(path) == "onnx":
+    if path.is_file() and _is_onnx(path):
         from .sources.onnx_file import describe  # without torch
 
         return describe(path)

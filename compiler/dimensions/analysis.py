@@ -13,16 +13,14 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ...errors import GraphError
 from ..graph import Graph
 from ..graph.editing import is_constant
 from ..graph.selection import label
 from ..graph.verifier import subgraphs
 from . import pointwise, products, shapes
 from .layout import Dim, Hold, Product, Term, describe, hold, leaves, resolved
-from .relations import Lengths, Place, Relations
-
-_PRIMES = (127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
+from .lengths import Sizes
+from .relations import Place, Relations
 
 Rule = Callable[[ir.Node, Relations], None]
 Role = Literal["writes", "reads", "follows", "carries"]
@@ -60,6 +58,7 @@ RULES: Mapping[str, Rule] = {
     "Gather": shapes.gather,
     "Pad": shapes.pad,
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), shapes.depth_to_space),
+    "ConstantOfShape": shapes.constant_of_shape,
     "Shape": shapes.shape_of,
 }
 """What each operator says; one that is not here holds all its axes."""
@@ -146,7 +145,7 @@ class Dimensions:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.relations = Relations(_lengths(graph))
+        self.relations = Relations(Sizes(graph))
         self._relate()
         self.groups = tuple(_named(self._members()))
         self._by_dim = {group.dim: group for group in self.groups}
@@ -166,12 +165,15 @@ class Dimensions:
             for term in relations.of(value) or ():
                 hold(term, Hold("it is an input of the model", value.name or ""))
         for node in main:
+            if node.op_type != "Shape" and relations.computed(node.outputs[0]) is not None:
+                continue  # its axes are places of a shape
             if any(True for _ in subgraphs(node)):
                 self._hold_captured(node)
             elif (rule := RULES.get(node.op_type)) is None or node.domain not in ("", "com.microsoft"):
                 relations.hold_all(node, f"{node.op_type} is not followed")
             else:
                 rule(node, relations)
+        shapes.hold_sums(relations)
         for value in main.outputs:
             for term in relations.of(value) or ():
                 hold(term, Hold("it is an output of the model", value.name or "", at_output=True))
@@ -203,35 +205,11 @@ class Dimensions:
         readers = [(place.node, place.index)] if place.node else list(value.uses())
         for node, index in readers:
             role: Role = "follows"
-            if self.relations.reads.get(node) == (index, axis):
+            if (index, axis) in self.relations.reads.get(node, ()):
                 role = "reads"
-            elif self.relations.writes.get(node) == (index, axis):
+            elif (index, axis) in self.relations.writes.get(node, ()):
                 role = "writes"
             yield Member(value, node, axis, term, role, place.index if place.node else None)
-
-
-def _lengths(graph: Graph) -> dict[str, Lengths]:
-    """Lengths of axes by the name of the tensor. A dynamic axis has a prime that no model is made of."""
-    sized = graph.clone()
-    main = sized.model.graph
-    axes = [axis for value in main.inputs for axis in value.shape or () if not isinstance(axis, int)]
-    names = dict.fromkeys(str(axis.value) for axis in axes if axis.value is not None)
-    chosen = {name: _PRIMES[place % len(_PRIMES)] for place, name in enumerate(names)}
-    for value in (*main.inputs, *main.outputs, *(output for node in main for output in node.outputs)):
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                [axis if isinstance(axis, int) else chosen.get(str(axis.value), axis) for axis in value.shape]
-            )
-    try:
-        sized.infer()
-    except GraphError:  # such lengths cannot be: what is known without them must do
-        sized = graph
-    values = (*sized.model.graph.inputs, *(value for node in sized.model.graph for value in node.outputs))
-    return {
-        value.name or "": [axis if isinstance(axis, int) else None for axis in value.shape]
-        for value in values
-        if value.shape is not None
-    }
 
 
 def _named(members: Mapping[Dim, list[Member]]) -> Iterator[Group]:

@@ -259,5 +259,7 @@ def describe(term: Term) -> str:
     if isinstance(found, Dim):
         return str(found.size)
     if isinstance(found, Concat):
+        if all(part is found.parts[0] for part in found.parts):
+            return f"{len(found.parts)} x {describe(found.parts[0])}"
         return "(" + " + ".join(map(describe, found.parts)) + ")"
     return " x ".join(map(describe, found.parts))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ..graph.editing import is_constant
 from .layout import Blocks, Dim, Product
-from .relations import Relations, axis_of, integers, present
+from .relations import Relations, axis_of, hold_offset, present
+from .shapes import tell_shape
 
 UNARY = frozenset((
     "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BiasGelu", "BitwiseNot", "Cast", "Ceil",
@@ -98,7 +100,7 @@ def softmax(node: ir.Node, relations: Relations) -> None:
     """Softmax, LogSoftmax, Hardmax and CumSum: what is done along an axis holds it."""
     y = relations.output(node)
     relations.tie_all(node, relations.input(node, 0), y)
-    axis = integers(node, 1, "axis") if node.op_type == "CumSum" else [node.attributes.get_int("axis", -1)]
+    axis = relations.integers(node, 1, "axis") if node.op_type == "CumSum" else [node.attributes.get_int("axis", -1)]
     held = y or [] if axis is None else [axis_of(y or [], axis[0])]
     relations.hold(node, held, f"{node.op_type} runs over it")
 
@@ -107,7 +109,7 @@ def reduction(node: ir.Node, relations: Relations) -> None:
     """Reduce*, ArgMax and ArgMin."""
     x, y = relations.input(node, 0), relations.output(node)
     found = node.attributes.get("axis")
-    axes = [found.as_int()] if found is not None else integers(node, 1, "axes")
+    axes = [found.as_int()] if found is not None else relations.integers(node, 1, "axes")
     if present(node, 1) and axes is None:
         relations.hold_all(node, "the axes that it reduces are computed")
         return
@@ -137,13 +139,15 @@ def pool(node: ir.Node, relations: Relations) -> None:
     relations.tie_all(node, x[:2], y[:2])
     relations.hold(node, (*x[2:], *y[2:]), "a kernel moves over it")
     if node.op_type == "Resize" and present(node, 3):
-        relations.attributes[node]["sizes"] = [term or Dim(1) for term in y]
+        tell_shape(node, 3, relations, y)
 
 
 def quantize(node: ir.Node, relations: Relations) -> None:
     """QuantizeLinear and DequantizeLinear, with one scale for all, or for each position of an axis."""
     x, y = relations.input(node, 0), relations.output(node)
     relations.tie_all(node, x, y)
+    if is_constant(node.inputs[0]):
+        hold_offset(node, 2, x or (), relations)
     for index in (1, 2):
         scales = relations.input(node, index)
         if scales is None or not any(scales):

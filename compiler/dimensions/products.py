@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .layout import Dim, Product, Term
-from .relations import Axes, Relations, axis_of, present
+from ..graph.editing import is_constant
+from .layout import Concat, Dim, Product, Term
+from .relations import Axes, Marks, Relations, axis_of, hold_offset, present
+
+_STORED = frozenset(("Cast", "DequantizeLinear", "Identity", "Transpose"))
+"""What a constant weight may pass before it is used."""
 
 _MOVED_OVER = "a kernel moves over it"
 
@@ -34,7 +38,10 @@ def conv(node: ir.Node, relations: Relations) -> None:
     for index in range(2, len(node.inputs)):  # the bias of Conv; zero points of ConvInteger
         for term in relations.input(node, index) or ():
             relations.tie(node, term, weight[0])
-    _note(node, relations, group, reads=1, writes=0)
+    if node.op_type == "ConvInteger":
+        hold_offset(node, 3, weight, relations)
+    _note_groups(node, relations, group)
+    _note(node, relations, 1, reads=1, writes=0)
 
 
 def conv_transpose(node: ir.Node, relations: Relations) -> None:
@@ -52,7 +59,8 @@ def conv_transpose(node: ir.Node, relations: Relations) -> None:
     _hold_places(node, relations, x, weight, y)
     if present(node, 2):
         relations.tie_all(node, relations.input(node, 2), [y[1]])
-    _note(node, relations, group, reads=0, writes=1)
+    _note_groups(node, relations, group)
+    _note(node, relations, 1, reads=0, writes=1)
 
 
 def matmul(node: ir.Node, relations: Relations) -> None:
@@ -74,8 +82,11 @@ def matmul(node: ir.Node, relations: Relations) -> None:
         for index, other in ((2, axis_of(a, -2)), (3, b[-1])):
             for term in relations.input(node, index) or ():
                 _tie_if(node, relations, term, other)
+        hold_offset(node, 3, b, relations)
     if len(b) > 1:
-        relations.reads[node], relations.writes[node] = (1, len(b) - 2), (1, len(b) - 1)
+        _note(node, relations, 1, reads=len(b) - 2, writes=len(b) - 1)
+    if len(a) > 1:
+        _note(node, relations, 0, reads=len(a) - 1, writes=len(a) - 2)
 
 
 def gemm(node: ir.Node, relations: Relations) -> None:
@@ -90,7 +101,8 @@ def gemm(node: ir.Node, relations: Relations) -> None:
     _tie_if(node, relations, b[1 - second], y[1])
     if present(node, 2):
         relations.broadcast(node, (2,), y)
-    relations.reads[node], relations.writes[node] = (1, second), (1, 1 - second)
+    _note(node, relations, 1, reads=second, writes=1 - second)
+    _note(node, relations, 0, reads=1 - first, writes=first)
 
 
 def einsum(node: ir.Node, relations: Relations) -> None:
@@ -106,6 +118,9 @@ def einsum(node: ir.Node, relations: Relations) -> None:
         for letter, term in zip(letters, axes or (), strict=False):
             if term is not None:
                 _tie_if(node, relations, term, found.setdefault(letter, term))
+    for index, letters in enumerate(inputs.split(",")):
+        for axis, letter in enumerate(letters):
+            _mark(node, index, axis, relations.writes if letter in output else relations.reads)
 
 
 def recurrent(node: ir.Node, relations: Relations) -> None:
@@ -118,17 +133,12 @@ def recurrent(node: ir.Node, relations: Relations) -> None:
         return
     hidden = Dim(size)
 
-    def gated(count: int) -> Product:
-        gate = Dim(count)
-        relations.hold(node, (gate,), "its positions are the gates of the cell")
-        return Product((gate, hidden))
-
     _tie_if(node, relations, x[2], weight[2])
     _tie_if(node, relations, recurrence[2], hidden)
     for index, count in ((1, gates), (2, gates), (3, 2 * gates), (7, 3)):
         axes = relations.input(node, index)
         if axes is not None:
-            _tie_if(node, relations, axes[1], gated(count))
+            _tie_if(node, relations, axes[1], Concat((hidden,) * count))
             relations.hold(node, (axes[0],), "its positions are the directions")
     states = [relations.input(node, index) for index in (5, 6)] + [relations.output(node, index) for index in range(3)]
     for axes in states:
@@ -136,7 +146,7 @@ def recurrent(node: ir.Node, relations: Relations) -> None:
             _tie_if(node, relations, axes[-1], hidden)
             relations.hold(node, axes[:-1], "it is the batch, the steps or the directions")
     relations.attributes[node]["hidden_size"] = hidden
-    relations.reads[node], relations.writes[node] = (1, 2), (1, 1)
+    _note(node, relations, 1, reads=2, writes=1)
 
 
 def attention(node: ir.Node, relations: Relations) -> None:
@@ -197,7 +207,25 @@ def _hold_places(node: ir.Node, relations: Relations, *tensors: Axes) -> None:
     relations.hold(node, (tensors[0][0], tensors[-1][0]), "it is the batch")
 
 
-def _note(node: ir.Node, relations: Relations, group: Term | None, *, reads: int, writes: int) -> None:
+def _note_groups(node: ir.Node, relations: Relations, group: Term | None) -> None:
     if group is not None:
         relations.attributes[node]["group"] = group
-    relations.reads[node], relations.writes[node] = (1, reads), (1, writes)
+
+
+def _note(node: ir.Node, relations: Relations, index: int, *, reads: int, writes: int) -> None:
+    """Notes which axis of a weight is summed over, and which lies over what is made."""
+    _mark(node, index, reads, relations.reads)
+    _mark(node, index, writes, relations.writes)
+
+
+def _mark(node: ir.Node, index: int, axis: int, marks: Marks) -> None:
+    """Marks an axis of a constant, through what stores it in another form."""
+    value = node.inputs[index]
+    producer = None if value is None else value.producer()
+    if is_constant(value):
+        marks[node].add((index, axis))
+    elif producer is not None and producer.op_type in _STORED:
+        if producer.op_type == "Transpose":
+            order = producer.attributes.get_ints("perm", ())
+            axis = order[axis] if order else len(value.shape or ()) - 1 - axis  # type: ignore[union-attr]
+        _mark(producer, 0, axis, marks)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,9 +19,11 @@ import onnx_ir as ir
 from ..graph.editing import is_constant
 from ..graph.selection import label
 from .layout import Blocks, Concat, Dim, Hold, LayoutConflictError, Term, hold, unify
+from .lengths import Computed, Lengths, Sizes
 
 Axes = list[Term | None]
-Lengths = list[int | None]
+Marks = dict[ir.Node, set[tuple[int, int]]]
+"""Axes of constants, by the node that reads them: input and axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +39,26 @@ class Relations:
     """What is known of the axes so far; rules ask for axes, tie them and hold them.
 
     Args:
-        lengths: of the axes of activations, by name.
+        sizes: of the graph.
     """
 
-    def __init__(self, lengths: Mapping[str, Lengths]) -> None:
-        self._lengths = lengths
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
         self.axes: dict[Place, Axes] = {}
-        self.attributes: dict[ir.Node, dict[str, Term | list[Term]]] = collections.defaultdict(dict)
-        """Attributes, or inputs, that tell sizes."""
-        self.reads: dict[ir.Node, tuple[int, int]] = {}
-        """Nodes that sum over an axis of a constant weight: input and axis."""
-        self.writes: dict[ir.Node, tuple[int, int]] = {}
-        """Nodes whose constant weight has an axis over what they make: input and axis."""
+        self.attributes: dict[ir.Node, dict[str, Term]] = collections.defaultdict(dict)
+        """Attributes that tell sizes."""
+        self.shapes: dict[ir.Node, tuple[int, list[Term]]] = {}
+        """Inputs that tell all lengths of a node's output: which input, and what they must be."""
+        self.splits: dict[ir.Node, list[Term]] = {}
+        """The pieces that a Split makes."""
+        self.cuts: dict[ir.Node, dict[int, tuple[Term, Term]]] = collections.defaultdict(dict)
+        """Where a Slice cuts, by axis: what lies before, and what is taken."""
+        self.places: dict[ir.Node, Term] = {}
+        """What lies before the one position that a Gather takes."""
+        self.reads: Marks = collections.defaultdict(set)
+        """Axes of a constant weight that are summed over."""
+        self.writes: Marks = collections.defaultdict(set)
+        """Axes of a constant weight over what is made of it."""
 
     def of(self, value: ir.Value) -> Axes | None:
         """The axes of a tensor; None where not even their number is known."""
@@ -87,7 +97,32 @@ class Relations:
             return None
         if value.const_value is not None:
             return list(value.const_value.shape.numpy())
-        return self._lengths.get(value.name or "")
+        return self._sizes.lengths.get(value.name or "")
+
+    def fixed(self, value: ir.Value | None) -> list[bool]:
+        """For each axis of an activation, whether its length is known and the same at all sizes of dynamic axes."""
+        return [] if value is None else self._sizes.fixed.get(value.name or "", [])
+
+    def computed(self, value: ir.Value | None) -> Computed | None:
+        """What is computed from lengths alone, the same each time."""
+        return None if value is None else self._sizes.computed.get(value.name or "")
+
+    def constant(self, node: ir.Node, index: int) -> np.ndarray | None:
+        """An input that is a constant, or computed from fixed lengths alone."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            return None
+        if is_constant(value) and value.const_value is not None:
+            return value.const_value.numpy()
+        computed = self.computed(value)
+        return computed.array if computed is not None and computed.fixed.all() else None
+
+    def integers(self, node: ir.Node, index: int, attribute: str) -> list[int] | None:
+        """Whole numbers that older opsets have in an attribute and newer ones in an input; None where not constant."""
+        if attribute in node.attributes:
+            return list(node.attributes.get_ints(attribute) or ())
+        found = self.constant(node, index)
+        return None if found is None else [int(number) for number in found.reshape(-1)]
 
     def tie(self, node: ir.Node, *terms: Term | None) -> None:
         """Makes axes equal; where that cannot be, or the length of one is not known, all keep their sizes."""
@@ -150,20 +185,12 @@ def axis_of(axes: Sequence[Term | None], axis: int) -> Term | None:
     return axes[axis] if -len(axes) <= axis < len(axes) else None
 
 
-def constant(node: ir.Node, index: int) -> np.ndarray | None:
-    """An input that is a constant."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or not is_constant(value) or value.const_value is None:
-        return None
-    return value.const_value.numpy()
-
-
-def integers(node: ir.Node, index: int, attribute: str) -> list[int] | None:
-    """Whole numbers that older opsets have in an attribute and newer ones in an input; None where not constant."""
-    if attribute in node.attributes:
-        return list(node.attributes.get_ints(attribute) or ())
-    found = constant(node, index)
-    return None if found is None else [int(number) for number in found.reshape(-1)]
+def hold_offset(node: ir.Node, index: int, axes: Iterable[Term | None], relations: Relations) -> None:
+    """Keeps a quantized weight from growing where no one number stands for 0, which is what new positions are."""
+    if present(node, index):
+        offset = relations.constant(node, index)
+        if offset is None or bool((offset != offset.flat[0]).any()):
+            relations.hold(node, axes, "its zero points differ", "grow")
 
 
 def present(node: ir.Node, index: int) -> bool:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..graph.editing import Names, add_initializer, is_constant
 from ..graph.selection import label
 from .analysis import Dimensions, Member
-from .layout import Dim, Term, leaves, positions, size_after
-from .relations import integers
-from .shapes import shape_entries
+from .layout import Dim, Term, leaves, positions, resolved, size_after
+from .lengths import Computed
 
 _ONES = frozenset((("BatchNormalization", 4), ("DequantizeLinear", 1), ("Div", 1), ("Mod", 1), ("QuantizeLinear", 1)))
 """Inputs of operators in which new positions are 1, since something is divided by them."""
@@ -35,6 +36,7 @@ def resize(dimensions: Dimensions, chosen: Mapping[Dim, np.ndarray]) -> dict[Mem
         For every constant and axis that changed, the positions that were taken.
     """
     run = _Resizing(dimensions, chosen)
+    run.freeze()
     taken = run.constants()
     run.numbers()
     run.shapes()
@@ -77,23 +79,43 @@ class _Resizing:
                 name = self._names.free(f"{value.name}/{label(node)}")
                 node.replace_input_with(index, add_initializer(self._graph, name, array, value.dtype))
 
+    def freeze(self) -> None:
+        """Replaces what is computed from fixed lengths alone by its value, which is to stay as lengths change."""
+        relations = self._dimensions.relations
+        for node in list(self._graph.model.graph):
+            value = node.outputs[0]
+            computed = relations.computed(value)
+            if computed is None or not computed.fixed.all() or value.is_graph_output():
+                continue
+            frozen: ir.Value | None = None
+            for user, index in list(value.uses()):
+                further = relations.computed(user.outputs[0])
+                if further is None or not further.fixed.all():
+                    name = f"{value.name}/fixed"
+                    frozen = frozen or add_initializer(self._graph, self._names.free(name), computed.array)
+                    user.replace_input_with(index, frozen)
+
     def numbers(self) -> None:
         """Adjusts attributes that tell sizes, and where Slice and Split cut."""
-        for node, told in self._dimensions.relations.attributes.items():
-            cuts: dict[int, tuple[int, int]] = {}
+        relations = self._dimensions.relations
+        for node, told in relations.attributes.items():
             for name, term in told.items():
-                if name.startswith("slice "):
-                    before, inside = self._after(term)
-                    cuts[int(name.split()[1])] = before, before + inside
-                elif name == "split":
-                    self._split(node, self._after(term))
-                elif not isinstance(term, list) and self._changes(term):
+                if self._changes(term):
                     node.attributes[name] = ir.AttrInt64(name, size_after(term, self._sizes))
-            if cuts and any(self._changes(part) for term in told.values() for part in _listed(term)):
+        for node, parts in relations.splits.items():
+            if any(map(self._changes, parts)):
+                self._split(node, [size_after(part, self._sizes) for part in parts])
+        for node, cuts in relations.cuts.items():
+            if any(self._changes(term) for cut in cuts.values() for term in cut):
                 self._slice(node, cuts)
+        for node, before in relations.places.items():
+            if self._changes(before):
+                index = relations.constant(node, 1)
+                assert index is not None
+                self._give(node, 1, np.full_like(index, size_after(before, self._sizes)))
 
     def _split(self, node: ir.Node, lengths: list[int]) -> None:
-        found = integers(node, 1, "split")
+        found = self._dimensions.relations.integers(node, 1, "split")
         if found == lengths or (found is None and len(set(lengths)) == 1):
             return
         if self._graph.opset < 13:
@@ -102,13 +124,15 @@ class _Resizing:
         node.attributes.pop("num_outputs", None)
         self._give(node, 1, np.array(lengths))
 
-    def _slice(self, node: ir.Node, cuts: Mapping[int, tuple[int, int]]) -> None:
-        starts, ends = integers(node, 1, "starts") or [], integers(node, 2, "ends") or []
-        rank = len(node.inputs[0].shape or ()) if node.inputs[0] is not None else 0
-        axes = integers(node, 3, "axes")
+    def _slice(self, node: ir.Node, cuts: Mapping[int, tuple[Term, Term]]) -> None:
+        relations = self._dimensions.relations
+        starts, ends = relations.integers(node, 1, "starts") or [], relations.integers(node, 2, "ends") or []
+        rank = len(relations.sizes(node.inputs[0]) or ())
+        axes = relations.integers(node, 3, "axes")
         for place, axis in enumerate(range(len(starts)) if axes is None else axes):
             if axis % rank in cuts:
-                starts[place], ends[place] = cuts[axis % rank]
+                before, taken = (size_after(term, self._sizes) for term in cuts[axis % rank])
+                starts[place], ends[place] = before, before + taken
         if self._graph.opset < 10:
             node.attributes["starts"] = ir.AttrInt64s("starts", starts)
             node.attributes["ends"] = ir.AttrInt64s("ends", ends)
@@ -117,66 +141,80 @@ class _Resizing:
             self._give(node, 2, np.array(ends))
 
     def shapes(self) -> None:
-        """Adjusts the shapes that Reshape, Expand and Resize are given, and forgets those of activations."""
-        for node, told in self._dimensions.relations.attributes.items():
-            for name, index in (("shape", 1), ("sizes", 3)):
-                terms = told.get(name)
-                if isinstance(terms, list) and any(map(self._changes, terms)):
-                    self._shape(node, index, terms)
+        """Adjusts the shapes that Reshape, Expand and their like are given, and forgets those of activations."""
+        for node, (index, terms) in self._dimensions.relations.shapes.items():
+            value = node.inputs[index]
+            computed = self._dimensions.relations.computed(value)
+            if is_constant(value):
+                if any(map(self._changes, terms)):
+                    self._give(node, index, self._entries(self._constant(value), terms))
+            elif computed is not None and value is not None:
+                self._join(node, index, value, computed, terms)
+        RemoveUnusedNodesPass()(self._graph.model)
         carried = {m.value for dim in self._chosen for m in self._dimensions.group(dim).of("carries")}
         for value in carried:
             if not value.is_graph_input() and not value.is_graph_output():
                 value.shape = None
         self._graph.infer()
 
-    def _shape(self, node: ir.Node, index: int, terms: list[Term]) -> None:
-        value = node.inputs[index]
-        assert value is not None
-        if is_constant(value) and value.const_value is not None:
-            self._give(node, index, self._entries(value.const_value.numpy(), terms, range(len(terms))))
-            return
-        producer = value.producer()
-        entries = shape_entries(producer) if producer is not None else None
-        if producer is None or entries is None:  # a Shape follows by itself
-            return
-        inputs = list(producer.inputs)
-        for place in {entry[0] for entry in entries if entry is not None}:
-            here = [at for at, entry in enumerate(entries) if entry is not None and entry[0] == place]
-            part = inputs[place]
-            assert part is not None
-            assert part.const_value is not None
-            numbers = self._entries(part.const_value.numpy(), terms, here)
-            if not np.array_equal(numbers, part.const_value.numpy()):
-                inputs[place] = add_initializer(self._graph, self._names.free(f"{label(node)}/shape"), numbers)
-        joined = ir.node("Concat", inputs, attributes={"axis": 0})  # others may share the one that was there
-        joined.outputs[0].name = self._names.free(f"{label(node)}/shape")
-        self._graph.model.graph.insert_before(node, joined)
-        node.replace_input_with(index, joined.outputs[0])
+    def _join(self, node: ir.Node, index: int, value: ir.Value, computed: Computed, terms: list[Term]) -> None:
+        """Gives a node a shape with what is fixed as numbers; other lengths are taken from the shape that it had."""
+        pieces: list[ir.Value] = []
+        numbers = self._entries(computed.array, terms)
+        for fixed, run in itertools.groupby(range(len(terms)), lambda place: bool(computed.fixed[place])):
+            places = list(run)
+            if fixed:
+                pieces.append(self._number(node, numbers[places]))
+            else:
+                pieces.extend(self._followed(node, value, place, terms[place]) for place in places)
+        if len(pieces) > 1:
+            pieces = [self._insert(node, "Concat", pieces, axis=0)]
+        node.replace_input_with(index, pieces[0])
 
-    def _entries(self, numbers: np.ndarray, terms: list[Term], places: range | list[int]) -> np.ndarray:
+    def _followed(self, node: ir.Node, value: ir.Value, place: int, term: Term) -> ir.Value:
+        """One entry of a computed shape, times what the term grows or shrinks by."""
+        producer = value.producer()
+        joined = producer.inputs if producer is not None and producer.op_type == "Concat" else ()
+        piece = joined[place] if [len(joined)] == self._dimensions.relations.sizes(value) else None
+        if piece is None:
+            piece = self._insert(node, "Gather", [value, self._number(node, np.array([place]))], axis=0)
+        if self._changes(term):
+            old = self._number(node, np.array([resolved(term).size]))
+            new = self._number(node, np.array([size_after(term, self._sizes)]))
+            piece = self._insert(node, "Div", [self._insert(node, "Mul", [piece, new]), old])
+        return piece
+
+    def _entries(self, numbers: np.ndarray, terms: list[Term]) -> np.ndarray:
         """Entries that tell the old length tell the new one; 0 and -1 follow by themselves."""
-        result = numbers.copy()
-        for own, place in enumerate(places):
-            if self._changes(terms[place]) and result[own] > 0:
-                result[own] = size_after(terms[place], self._sizes)
+        result = numbers.astype(np.int64)
+        for place, term in enumerate(terms):
+            if self._changes(term) and result[place] > 0:
+                result[place] = size_after(term, self._sizes)
         return result
 
     def _give(self, node: ir.Node, index: int, numbers: np.ndarray) -> None:
         """Gives a node whole numbers of its own as an input."""
-        while len(node.inputs) <= index:
+        if len(node.inputs) <= index:
             node.resize_inputs(index + 1)
-        name = self._names.free(f"{label(node)}/{index}")
-        node.replace_input_with(index, add_initializer(self._graph, name, numbers.astype(np.int64)))
+        node.replace_input_with(index, self._number(node, numbers))
 
-    def _after(self, term: Term | list[Term]) -> list[int]:
-        return [size_after(part, self._sizes) for part in _listed(term)]
+    def _number(self, node: ir.Node, numbers: np.ndarray) -> ir.Value:
+        return add_initializer(self._graph, self._names.free(f"{label(node)}/size"), numbers.astype(np.int64))
+
+    def _insert(self, node: ir.Node, operator: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        """A new node before another one."""
+        made = ir.node(operator, inputs, attributes=attributes)
+        made.outputs[0].name = made.name = self._names.free(f"{label(node)}/shape")
+        self._graph.model.graph.insert_before(node, made)
+        return made.outputs[0]
+
+    def _constant(self, value: ir.Value | None) -> np.ndarray:
+        assert value is not None
+        assert value.const_value is not None
+        return value.const_value.numpy()
 
     def _changes(self, term: Term) -> bool:
         return any(dim in self._chosen for dim in leaves(term))
-
-
-def _listed(term: Term | list[Term]) -> list[Term]:
-    return term if isinstance(term, list) else [term]
 
 
 def new_number(node: ir.Node, index: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from ..graph.editing import is_constant
-from .layout import Concat, Dim, Product, Term
-from .relations import Axes, Lengths, Relations, axis_of, constant, integers, parts, present, without
+from .layout import Concat, Dim, Product, Term, resolved
+from .lengths import MOVES, Lengths
+from .relations import Axes, Relations, axis_of, parts, present, without
+
+_TELLS = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Resize": 3}
+"""Inputs that tell the lengths of an output."""
 
 
 def reshape(node: ir.Node, relations: Relations) -> None:
@@ -32,7 +35,7 @@ def reshape(node: ir.Node, relations: Relations) -> None:
         node, (*x[start : ends[0]], *y[start : ends[1]]), "it is reshaped together with an axis of unknown length"
     )
     if node.op_type == "Reshape":
-        _shape(node, relations, y)
+        tell_shape(node, 1, relations, y)
 
 
 def _block(lengths: tuple[Lengths, Lengths], ends: list[int]) -> tuple[int, int] | None:
@@ -55,38 +58,27 @@ def _factors(axes: Axes) -> Term | None:
     return Product(given) if len(given) > 1 else given[0] if given else None
 
 
-def _shape(node: ir.Node, relations: Relations, y: Axes) -> None:
-    """Notes the lengths that a shape must tell; holds those that are computed in a way that is not followed."""
-    shape, computed = node.inputs[1], "the shape that it is given is computed"
-    producer = None if shape is None else shape.producer()
-    relations.attributes[node]["shape"] = [term or Dim(1) for term in y]
-    if is_constant(shape):
-        return
-    if producer is not None and producer.op_type == "Shape":  # of a tensor that changes alike
-        source = relations.input(producer, 0) or []
-        relations.tie_all(node, y, source[producer.attributes.get_int("start", 0) :][: len(y)])
-    elif producer is None or (entries := shape_entries(producer)) is None or len(entries) != len(y):
-        relations.hold(node, y, computed)
-    else:
-        relations.hold(node, (term for term, entry in zip(y, entries, strict=True) if entry is None), computed)
+def tell_shape(node: ir.Node, index: int, relations: Relations, y: Axes) -> None:
+    """Notes the lengths that an input must tell; holds them where how it is computed is not followed."""
+    relations.shapes[node] = index, [term or Dim(1) for term in y]
+    if relations.constant(node, index) is None and relations.computed(node.inputs[index]) is None:
+        relations.hold(node, y, "the shape that it is given is computed")
 
 
-def shape_entries(producer: ir.Node) -> list[tuple[int, int] | None] | None:
-    """Where each entry of a shape comes from that a Concat makes: input and place, None where it is computed.
+def hold_sums(relations: Relations) -> None:
+    """Holds what adds up to a length that is computed: its parts cannot be told from it. A factor of one can."""
+    for node, (index, terms) in relations.shapes.items():
+        computed = relations.computed(node.inputs[index])
+        if computed is None or computed.fixed.all():
+            continue
+        for term, fixed in zip(terms, computed.fixed, strict=True):
+            if not fixed and _adds(term):
+                relations.hold(node, (term,), "the shape that it is given is computed")
 
-    None where not even the number of entries is known.
-    """
-    entries: list[tuple[int, int] | None] = []
-    if producer.op_type != "Concat":
-        return None
-    for index, value in enumerate(producer.inputs):
-        if (array := constant(producer, index)) is not None:
-            entries.extend((index, place) for place in range(array.size))
-        elif value is not None and value.shape is not None and isinstance(value.shape[0], int):
-            entries.extend([None] * value.shape[0])
-        else:
-            return None
-    return entries
+
+def _adds(term: Term) -> bool:
+    found = resolved(term)
+    return isinstance(found, Concat) or (isinstance(found, Product) and any(map(_adds, found.parts)))
 
 
 def transpose(node: ir.Node, relations: Relations) -> None:
@@ -107,19 +99,20 @@ def expand(node: ir.Node, relations: Relations) -> None:
         return
     relations.broadcast(node, (0,), y)
     if node.op_type == "Expand" and y is not None:
-        x = relations.sizes(node.inputs[0]) or []
-        for place, term in enumerate(y):
-            own = place - (len(y) - len(x))
-            if own < 0 or x[own] == 1:
-                relations.hold(node, (term,), "its length is given as a number")
-        _shape(node, relations, y)
+        tell_shape(node, 1, relations, y)
     elif node.op_type == "Tile" and y is not None:
         made = [term for term, size in zip(y, relations.sizes(node.inputs[0]) or (), strict=True) if size == 1]
         relations.hold(node, made, "it is made by repeating")
 
 
+def constant_of_shape(node: ir.Node, relations: Relations) -> None:
+    """ConstantOfShape: the same number everywhere."""
+    if (y := relations.output(node)) is not None:
+        tell_shape(node, 0, relations, y)
+
+
 def _tiles_ones(node: ir.Node, relations: Relations) -> bool:
-    repeats, x = integers(node, 1, "repeats"), relations.sizes(node.inputs[0])
+    repeats, x = relations.integers(node, 1, "repeats"), relations.sizes(node.inputs[0])
     return repeats is not None and x is not None and all(n == 1 or s == 1 for n, s in zip(repeats, x, strict=True))
 
 
@@ -161,14 +154,14 @@ def split(node: ir.Node, relations: Relations) -> None:
         return
     if x[axis] is not None:
         relations.tie(node, x[axis], whole)
-    relations.attributes[node]["split"] = list(whole.parts)
+    relations.splits[node] = list(whole.parts)
 
 
 def slice_(node: ir.Node, relations: Relations) -> None:
     """Slice: an axis is what lies before, in and behind the slice."""
     x, y, shape = relations.input(node, 0), relations.output(node), relations.sizes(node.inputs[0])
-    starts, ends = integers(node, 1, "starts"), integers(node, 2, "ends")
-    axes, steps = integers(node, 3, "axes"), integers(node, 4, "steps")
+    starts, ends = relations.integers(node, 1, "starts"), relations.integers(node, 2, "ends")
+    axes, steps = relations.integers(node, 3, "axes"), relations.integers(node, 4, "steps")
     if x is None or y is None or shape is None or starts is None or ends is None:
         relations.hold_all(node, "where it cuts is computed")
         return
@@ -188,30 +181,42 @@ def slice_(node: ir.Node, relations: Relations) -> None:
             whole = Concat(tuple(t or Dim(n) for t, n in pieces if n))
             relations.tie(node, term, whole)
             before = whole.parts[0] if low else Dim(0)
-            relations.attributes[node][f"slice {axis}"] = [before, whole.parts[1 if low else 0]]
+            relations.cuts[node][axis] = before, whole.parts[1 if low else 0]
 
 
 def gather(node: ir.Node, relations: Relations) -> None:
-    """Gather: the axis that is looked up in keeps its size."""
+    """Gather: an axis is what lies before one position, that position and the rest; looked up otherwise it is held."""
     x, chosen, y = relations.input(node, 0), relations.input(node, 1), relations.output(node)
     if x is None or chosen is None or y is None:
         relations.hold_all(node, "the shape of what it gathers is not known")
         return
     axis = node.attributes.get_int("axis", 0) % len(x)
-    relations.hold(node, (x[axis],), "positions are looked up in it")
+    _look_up(node, relations, x[axis], axis)
     relations.tie_all(node, x[:axis] + x[axis + 1 :], y[:axis] + y[axis + len(chosen) :])
     relations.tie_all(node, chosen, y[axis : axis + len(chosen)])
     if axis == 0 and len(x) == 2 and is_constant(node.inputs[0]):
-        relations.writes[node] = (0, 1)
+        relations.writes[node].add((0, 1))
+
+
+def _look_up(node: ir.Node, relations: Relations, term: Term | None, axis: int) -> None:
+    index, fixed = relations.constant(node, 1), relations.fixed(node.inputs[0]) or [True] * (axis + 1)
+    if term is None or index is None or index.size != 1 or not fixed[axis]:
+        relations.hold(node, (term,), "positions are looked up in it")
+        return
+    place = int(index.reshape(-1)[0]) % term.size
+    pieces = [Dim(count) for count in (place, 1, term.size - place - 1) if count]
+    relations.tie(node, term, Concat(tuple(pieces)))
+    if place:
+        relations.places[node] = pieces[0]
 
 
 def pad(node: ir.Node, relations: Relations) -> None:
     """Pad: what is padded keeps its size."""
-    x, y, pads = relations.input(node, 0), relations.output(node), integers(node, 1, "pads")
+    x, y, pads = relations.input(node, 0), relations.output(node), relations.integers(node, 1, "pads")
     if x is None or y is None or pads is None:
         relations.hold_all(node, "how much it pads is computed")
         return
-    axes = integers(node, 3, "axes") if present(node, 3) else list(range(len(x)))
+    axes = relations.integers(node, 3, "axes") if present(node, 3) else list(range(len(x)))
     padded = {axis % len(x) for place, axis in enumerate(axes or ()) if pads[place] or pads[place + len(pads) // 2]}
     for axis, (term, out) in enumerate(zip(x, y, strict=True)):
         if axis in padded:
@@ -239,28 +244,47 @@ def depth_to_space(node: ir.Node, relations: Relations) -> None:
 
 
 def shape_of(node: ir.Node, relations: Relations) -> None:
-    """Shape: axes of fixed length keep it where it is computed with; a tensor of the same shape changes alike."""
+    """Shape: what is computed from fixed lengths alone stays as it was; other lengths must stay as they are."""
     x = relations.input(node, 0)
     if x is None:
         return
     end = node.attributes.get_int("end", len(x)) if "end" in node.attributes else len(x)
     low, high, _ = slice(node.attributes.get_int("start", 0), end).indices(len(x))
-    read: set[int] = set()
-    for user, index in node.outputs[0].uses():
-        if not (user.op_type in ("Expand", "Reshape") and index == 1):
-            read.update(low + place for place in _chosen(user, high - low))
+    read = {low + place for user, _ in node.outputs[0].uses() for place in _chosen(user, high - low, relations)}
+    fixed = relations.fixed(node.inputs[0])
+    if _followed(node.outputs[0], relations):
+        read = {place for place in read if not fixed or not fixed[place]}
     relations.hold(node, (x[place] for place in sorted(read)), "its length is read and computed with")
 
 
-def _chosen(user: ir.Node, length: int) -> list[int]:
+def _followed(value: ir.Value, relations: Relations) -> bool:
+    """Whether all that is computed from lengths that are fixed and others that are not keeps the two apart."""
+    here = relations.computed(value)
+    if here is None or value.is_graph_output():
+        return False
+    if here.fixed.all():
+        return True
+    for user, index in value.uses():
+        there = relations.computed(user.outputs[0])
+        if there is None:
+            if _TELLS.get(user.op_type) != index:
+                return False
+            continue
+        apart = there.array.shape == here.array.shape and not (here.fixed & ~there.fixed).any()
+        if not (user.op_type in MOVES or apart) or not _followed(user.outputs[0], relations):
+            return False
+    return True
+
+
+def _chosen(user: ir.Node, length: int, relations: Relations) -> list[int]:
     """The entries of a shape that a node takes; all where that is not known."""
     everything = list(range(length))
     if user.op_type == "Gather":
-        index = constant(user, 1)
-        return everything if index is None else [int(i) % length for i in np.atleast_1d(index).reshape(-1)]
+        index = relations.constant(user, 1)
+        return everything if index is None else [int(i) % length for i in index.reshape(-1)]
     if user.op_type != "Slice":
         return everything
-    starts, ends = integers(user, 1, "starts"), integers(user, 2, "ends")
+    starts, ends = relations.integers(user, 1, "starts"), relations.integers(user, 2, "ends")
     if not starts or not ends:
         return everything
     return everything[starts[0] : ends[0]]

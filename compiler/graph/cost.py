@@ -22,6 +22,8 @@ from ...errors import GraphError
 from .graph import Graph
 from .selection import label
 
+_COUNTING = frozenset((ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.STRING))
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -66,6 +68,13 @@ def share(costs: Mapping[str, Cost], labels: Iterable[str]) -> float:
         if total := sum(getattr(cost, measure) for cost in costs.values()):
             return float(sum(getattr(cost, measure) for cost in chosen) / total)
     return 0.0
+
+
+def parameters(graph: Graph) -> int:
+    """Elements of all weights: of the constants that are no counts, as shapes and indices of 32 and 64 bits are."""
+    tensors = [value.const_value for part in graph.graphs() for value in part.initializers.values()]
+    tensors += [node.attributes["value"].as_tensor() for node in graph.nodes() if "value" in node.attributes]
+    return sum(tensor.size for tensor in tensors if tensor is not None and tensor.dtype not in _COUNTING)
 
 
 def _size(axis: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | ir.SymbolicDim:

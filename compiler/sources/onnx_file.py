@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import GraphError, SourceError
+from ..alignment.share import aligned_share
 from ..graph import Graph
+from ..graph.cost import costs, parameters
 from ..signature import DTYPES, Signature, TensorSpec
 from . import Model
 from .guard import first_line
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
 """Operators whose constants are weights; elsewhere infinity may be meant, as in an attention mask."""
+
+MULTIPLES = (8, 16)
+"""What dimensions are a multiple of, for Tensor Cores in half precision and in 8 bits."""
 
 
 class OnnxReference:
@@ -127,8 +132,12 @@ def describe(path: Path) -> dict[str, Any]:
     return {"kind": "ONNX graph", **graph_facts(graph), "size_bytes": sum(file.stat().st_size for file in files)}
 
 
-def graph_facts(graph: Graph) -> dict[str, Any]:
-    """Inputs, outputs, operators and precisions of a graph, as plain JSON."""
+def graph_facts(graph: Graph, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Inputs, outputs, operators, precisions and costs of a graph, as plain JSON.
+
+    Args:
+        sizes: of the dynamic axes by name, for the multiply-adds; 1 where left out.
+    """
     with contextlib.suppress(GraphError):  # types that the graph itself does not give are unknown then
         graph.infer()
     return {
@@ -138,6 +147,17 @@ def graph_facts(graph: Graph) -> dict[str, Any]:
         "operators": dict(graph.operators().most_common()),
         "precisions": graph.precisions(),
         "weight_bytes": graph.weight_bytes,
+        **_costs(graph, sizes or {}),
+    }
+
+
+def _costs(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:
+    axes = [axis for value in graph.model.graph.inputs for axis in value.shape or () if not isinstance(axis, int)]
+    everywhere = {**{str(axis.value): 1 for axis in axes if axis.value is not None}, **sizes}
+    return {
+        "parameters": parameters(graph),
+        "macs": sum(cost.macs for cost in costs(graph, everywhere).values()),
+        "aligned_share": {str(multiple): aligned_share(graph, multiple, sizes) for multiple in MULTIPLES},
     }
 
 
