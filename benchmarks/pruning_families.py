@@ -48,7 +48,7 @@ LIMIT = 1e-5
 """Relative L2 between the outputs before and after growing."""
 
 REORDERED = 1e-4
-"""The same for another order, in which sums are rounded otherwise, and random weights carry that from layer to layer."""
+"""The same for another order, in which sums are rounded otherwise; random weights carry that from layer to layer."""
 
 EXPORTERS: tuple[Literal["dynamo", "torchscript"], ...] = ("dynamo", "torchscript")
 
