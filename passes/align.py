@@ -79,8 +79,7 @@ class Align(Pass):
         run.rewrite()
         refusals = [*_not_followed(graph), *run.refusals]
         if not run.changes:
-            none = Refusal(f"every dimension of its products is a multiple of {self.multiple}")
-            return PassResult(modified=False, refusals=tuple(refusals) or (none,))
+            return PassResult(modified=False, refusals=tuple(refusals) or (Refusal(run.why_nothing()),))
         result = taken_over(graph, run.graph, run.changes, refusals)
         return dataclasses.replace(result, details={**result.details, **run.details()})
 
@@ -135,6 +134,12 @@ class _Run:
         self._count(what, count)
         if count:
             self.graph.infer()
+
+    def why_nothing(self) -> str:
+        """What to say of a graph with nothing to do."""
+        if self._share == 1:
+            return f"every dimension of its products is a multiple of {self._options.multiple}"
+        return f"no dimension of its products comes nearer to a multiple of {self._options.multiple} by growing"
 
     def _plan(self) -> tuple[Dimensions, Plan]:
         dimensions = Dimensions(self.graph)
