@@ -32,6 +32,9 @@ from .base import Context, Pass, PassResult, Refusal
 _QUANTIZED = ("DynamicQuantizeLSTM", "MatMulNBits", "QLinearConv", "QLinearMatMul")
 """Products whose weights have layouts of their own."""
 
+_ROUNDS = 8
+"""Most times that a graph is looked at: where channels are shuffled, sizes that grew show others that have to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Align(Pass):
@@ -70,11 +73,14 @@ class Align(Pass):
             TargetUnavailableError: a weight has to be computed and ONNX Runtime is not installed.
         """
         run = _Run(prepared(graph), self, context.signature.sizes())
-        run.grow()
+        for _ in range(_ROUNDS):
+            if not run.grow():
+                break
         run.rewrite()
+        refusals = [*_not_followed(graph), *run.refusals]
         if not run.changes:
-            return PassResult(modified=False, refusals=tuple(run.refusals))
-        result = taken_over(graph, run.graph, run.changes, run.refusals)
+            return PassResult(modified=False, refusals=tuple(refusals) or (Refusal(run.why_nothing()),))
+        result = taken_over(graph, run.graph, run.changes, refusals)
         return dataclasses.replace(result, details={**result.details, **run.details()})
 
 
@@ -82,11 +88,7 @@ class _Run:
     def __init__(self, graph: Graph, options: Align, sizes: dict[str, int]) -> None:
         self.graph = graph
         self.changes: dict[str, int] = {}
-        self.refusals = [
-            Refusal(f"{node.op_type} is not followed: align before quantizing", label(node))
-            for node in graph.nodes()
-            if node.op_type in _QUANTIZED
-        ]
+        self.refusals: list[Refusal] = []
         self._options = options
         self._sizes = sizes
         self._keep = select(graph, options.keep)
@@ -94,8 +96,8 @@ class _Run:
         self._share = aligned_share(graph, options.multiple, sizes)
         self._rows: list[tuple[Growth, set[str]]] = []
 
-    def grow(self) -> None:
-        """Grows what can be, and says why the rest does not."""
+    def grow(self) -> bool:
+        """Grows what can be, and says why the rest does not. Returns whether anything grew."""
         ties = untie(self.graph, self._options.multiple)
         cuts = Cuts(self.graph)
         dimensions, plan = self._plan()
@@ -104,23 +106,21 @@ class _Run:
         changes = unsafe(dimensions, [growth.group.dim for growth in plan.growths])
         growths = [growth for growth in plan.growths if growth.group.dim not in changes]
         refused = {**plan.refusals, **{dimensions.group(dim): reason for dim, reason in changes.items()}}
-        self.refusals += [Refusal(f"size {group.size}: {reason}", group.name) for group, reason in refused.items()]
+        self.refusals = [Refusal(f"size {group.size}: {reason}", group.name) for group, reason in refused.items()]
         at_outputs, inside = cuts.close(dimensions, [growth.group.dim for growth in growths])
-        if not growths:
-            if not self.refusals:
-                self.refusals = [Refusal(f"every dimension of its products is a multiple of {self._options.multiple}")]
-            return
         products = products_by_dim(dimensions)
-        self._rows = [(growth, products[growth.group.dim]) for growth in growths]
-        padded = resize(dimensions, {growth.group.dim: _positions(growth) for growth in growths})
-        counts = {
-            "dimensions grown": len(growths),
-            "constants padded": len({(member.value, member.index and member.node) for member in padded}),
-            "slices at outputs": at_outputs,
-            "slices before what looks at all positions": inside,
-            "tables copied": tie_again(self.graph, ties),
-        }
-        self.changes = {what: count for what, count in counts.items() if count}
+        self._rows += [(growth, products[growth.group.dim]) for growth in growths]
+        padded = resize(dimensions, {growth.group.dim: _positions(growth) for growth in growths}) if growths else {}
+        self._count("dimensions grown", len(growths))
+        self._count("constants padded", len({(member.value, member.index and member.node) for member in padded}))
+        self._count("slices at outputs", at_outputs)
+        self._count("slices before what looks at all positions", inside)
+        self._count("tables copied", tie_again(self.graph, ties))
+        return bool(growths)
+
+    def _count(self, what: str, count: int) -> None:
+        if count:
+            self.changes[what] = self.changes.get(what, 0) + count
 
     def rewrite(self) -> None:
         """Does what is asked for beside."""
@@ -131,9 +131,15 @@ class _Run:
 
     def _note(self, what: str, count: int, refusals: list[Refusal]) -> None:
         self.refusals += refusals
+        self._count(what, count)
         if count:
-            self.changes[what] = count
             self.graph.infer()
+
+    def why_nothing(self) -> str:
+        """What to say of a graph with nothing to do."""
+        if self._share == 1:
+            return f"every dimension of its products is a multiple of {self._options.multiple}"
+        return f"no dimension of its products comes nearer to a multiple of {self._options.multiple} by growing"
 
     def _plan(self) -> tuple[Dimensions, Plan]:
         dimensions = Dimensions(self.graph)
@@ -154,6 +160,11 @@ class _Run:
         ]
         share = aligned_share(self.graph, self._options.multiple, self._sizes)
         return {"aligned": rows, "aligned_share": {"before": self._share, "after": share}}
+
+
+def _not_followed(graph: Graph) -> list[Refusal]:
+    reason = "{} is not followed: align before quantizing"
+    return [Refusal(reason.format(node.op_type), label(node)) for node in graph.nodes() if node.op_type in _QUANTIZED]
 
 
 def _positions(growth: Growth) -> np.ndarray:

@@ -109,6 +109,7 @@ class Cuts:
             node = ir.node("Slice", [value, *inputs], outputs=[made])
         node.name = f"{label(producer)}/Slice"
         if at_output:
+            producer.name = label(producer)  # which may be the name that the value gives away
             value.name = self._names.free(f"{name}/aligned")
             made.name = name
         self._graph.model.graph.insert_after(producer, node)

@@ -131,8 +131,11 @@ def product_axes(dimensions: Dimensions, node: ir.Node) -> list[Term]:
         if any(term is None or term.size == 1 for term in terms):  # depthwise: Tensor Cores have no part in it
             terms = []
     elif node.op_type == "Attention":
-        third = relations.input(node, 2) or []
-        terms = [first[-1] if first else None, third[-1] if third else None]
+        heads, third = relations.attributes[node], relations.input(node, 2) or []
+        terms = [
+            _of_one_group(heads.get("q_num_heads"), first[-1] if first else None),
+            _of_one_group(heads.get("kv_num_heads"), third[-1] if third else None),
+        ]
     else:
         y = relations.output(node) or []
         transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
@@ -141,7 +144,7 @@ def product_axes(dimensions: Dimensions, node: ir.Node) -> list[Term]:
 
 
 def _of_one_group(group: Term | list[Term] | None, term: Term | None) -> Term | None:
-    """The channels of one group of a convolution."""
+    """The channels of one group of a convolution, or the size of one head."""
     found = resolved(term) if term is not None else None
     if group is None or isinstance(group, list) or not isinstance(found, Product):
         return None if group is not None and found is not None and set(leaves(found)) <= set(_of(group)) else found

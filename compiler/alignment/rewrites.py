@@ -49,7 +49,7 @@ def _flatten(graph: Graph, node: ir.Node, shapes: Sequence[Sequence[int]], names
         add_initializer(graph, names.free(f"{label(node)}/shape"), np.array(shape, dtype=np.int64)) for shape in shapes
     )
     flat = ir.node("Reshape", [inputs[0], before], name=f"{label(node)}/rows")
-    product = ir.node("Gemm" if last is not node else "MatMul", [flat.outputs[0], *inputs[1:]], name=node.name)
+    product = ir.node("Gemm" if last is not node else "MatMul", [flat.outputs[0], *inputs[1:]], name=label(node))
     whole = ir.node("Reshape", [product.outputs[0], after], name=f"{label(node)}/whole")
     for made, what in ((flat.outputs[0], "rows"), (product.outputs[0], "product")):
         made.name, made.type = names.free(f"{label(node)}/{what}"), node.outputs[0].type

@@ -254,6 +254,20 @@ def test_an_aligned_model_stays_and_says_so(fill, context):
     assert reasons(result) == {"": "every dimension of its products is a multiple of 8"}
 
 
+def test_depthwise_convolutions_are_none_for_tensor_cores(fill, context):
+    graph = fill("g (float[N,13,6,6] x) => (float[N,13,4,4] y) <float[13,1,3,3] w> { y = Conv<group = 13>(x, w) }")
+    assert reasons(Align()(graph, context(graph))) == {
+        "": "no dimension of its products comes nearer to a multiple of 8 by growing"
+    }
+
+
+def test_what_was_cut_off_does_not_grow_again(fill, context):
+    graph = fill("g (float[N,16] x) => (float[N,257] y) <float[16,257] w> { y = MatMul(x, w) }")
+    assert sizes(aligned(graph, context(graph))) == {"y": (257, 264)}
+    assert not aligned(graph, context(graph), multiple=64).modified
+    assert graph.operators() == {"MatMul": 1, "Slice": 1}
+
+
 def test_inputs_of_the_model_are_not_padded(fill, context):
     graph = fill(mlp(770, 64, 8).replace("16", "13"))
     result = aligned(graph, context(graph), waste=1)

@@ -36,6 +36,13 @@ def test_products_of_three_axes_become_two_dimensional(fill, context, body, oper
     assert "product" in {node.name for node in graph.nodes()}
 
 
+def test_nodes_without_a_name_are_flattened_and_aligned_alike(fill, context):
+    graph = fill("g (float[N,5,8] x) => (float[N,5,31] y) <float[8,31] w> { y = MatMul(x, w) }")
+    same(graph, Align(flatten=True, waste=1), context)
+    assert graph.operators() == {"Reshape": 2, "MatMul": 1, "Slice": 1}
+    assert "y" in {node.name for node in graph.nodes()}
+
+
 def test_two_dynamic_axes_cannot_be_told_apart(fill, context):
     graph = fill("g (float[N,S,8] x) => (float[N,S,16] y) <float[8,16] w> { [product] y = MatMul(x, w) }")
     result = Align(flatten=True)(graph, context(graph))
