@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
@@ -29,7 +30,7 @@ from ..compiler.quantization.bias import correct
 from ..compiler.quantization.equalize import equalize
 from ..compiler.quantization.forms import fold_weights, prepare
 from ..compiler.quantization.parameters import Parameters
-from ..compiler.quantization.plan import Plan, Weight
+from ..compiler.quantization.plan import Plan, Weight, first_layers
 from ..compiler.quantization.qdq import Quantized, insert, quantized_nodes
 from ..compiler.quantization.ranges import Choice, activation_ranges, unknown
 from ..compiler.quantization.rounding import round_weights
@@ -51,6 +52,9 @@ TRIED: Mapping[str, tuple[Any, ...]] = {
     "bias_correction": (True, False),
 }
 """Values of the fields that are None, the one to prefer first."""
+
+THIRD_DB = -10 * math.log10(1 - 1 / 3)
+"""How much lower the error must be with the first layers float: they make a third of its square."""
 
 BATCHES = 4
 """How many batches the errors of trials are measured on."""
@@ -78,6 +82,9 @@ class QuantizeStatic(Pass):
         reduce_range: 7 bits for weights. None: where this processor has no VNNI and its sums would saturate.
         attention: quantize the two products around each softmax as well; for scheme=tensorrt, whose fused kernel of
             attention is in fp16 alone on most versions and GPUs.
+        first_float: leave the layers float that no other comes before. None: where outputs are beyond the budget for
+            INT8 on those batches, and these layers make a third of the squared error; so it is where the input spans
+            more than 8 bits can tell, as sound and its spectra do.
         keep: names or globs of nodes that stay float.
     """
 
@@ -93,6 +100,7 @@ class QuantizeStatic(Pass):
     bias_correction: bool | None = None
     reduce_range: bool | None = None
     attention: bool = False
+    first_float: bool | None = None
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -139,12 +147,16 @@ class QuantizeStatic(Pass):
         def evaluation() -> Evaluation:
             return Evaluation(graph, calibration.samples, Budget.default("int8"), batches=BATCHES)
 
+        @functools.cache
         def error(options: QuantizeStatic) -> float:
             work = graph.clone()
-            options.apply(work, context)
+            dataclasses.replace(options, first_float=bool(options.first_float)).apply(work, context)
             return evaluation().measure(work).error
 
         plain, trials = settle(dataclasses.replace(self, rounding="nearest"), tried, error)
+        if self.first_float is None and self.dtype == "int8" and error(plain) > Budget.default("int8").bound:
+            plain, (_, other) = settle(plain, {"first_float": (False, True)}, error, worth_db=THIRD_DB)
+            trials = (*(dataclasses.replace(trial, kept=trial.kept and not other.kept) for trial in trials), other)
         return dataclasses.replace(plain, rounding=self.rounding), trials
 
     def _why_not(self, graph: Graph) -> Refusal | None:
@@ -172,6 +184,13 @@ class _Run:
         self._prepare(asked)
         self._keep = {n: f"kept by choice: {asked[label(n)]!r}" for n in self.graph.nodes() if label(n) in asked}
         self.plan = self._plan()
+        if options.first_float:
+            self._keep.update(
+                dict.fromkeys(
+                    first_layers(self.graph.model.graph, self.plan), "first_float leaves the first layers float"
+                )
+            )
+            self.plan = self._plan()
         self.statistics = self._observe()
         while missing := unknown(self.graph, self.plan, self.statistics):
             self._keep.update(missing)
