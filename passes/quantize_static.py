@@ -36,6 +36,7 @@ from ..compiler.quantization.ranges import Choice, activation_ranges, unknown
 from ..compiler.quantization.rounding import round_weights
 from ..compiler.quantization.saturation import saturates
 from ..compiler.quantization.smooth import ALPHA, check_alpha, inputs, is_convolutional, smooth
+from ..compiler.quantization.tiles import multiplies_tiles, shifted
 from ..compiler.quantization.tuning import Trial, settle
 from ..compiler.quantization.weights import (
     fit_biases,
@@ -217,6 +218,8 @@ class _Run:
             weights = widen_for_biases(self.plan, weights, activations)
         stored = {weight: found.parameters for weight, found in weights.items()}
         biases = quantize_biases(self.plan, stored, activations)
+        if options.scheme == "onnxruntime" and multiplies_tiles():
+            weights = shifted(weights)
         self.changes.update(insert(self.graph, self.plan, activations, weights, biases))
         limits = {limit.name: (limit.low, limit.high) for limit in table}
         return {

@@ -354,6 +354,24 @@ def test_what_is_given_is_not_tried(build):
     assert QuantizeStatic(method="entropy", bias_correction=False)(graph, context).details["trials"] == []
 
 
+LARGE = """
+g (float[N,32,8,8] x, float[16,32,3,3] w, float[32] b, float[32,16,1,1] v, float[32,32,3,3] u) => (float[N,32,8,8] y)
+    { c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) d = Conv(r, v, b) y = Conv<pads=[1,1,1,1]>(d, u) }"""
+
+
+def test_large_convolutions_get_a_zero_point_that_asks_for_amx(build, monkeypatch):
+    found = {}
+    for amx in (False, True):
+        monkeypatch.setattr(module, "multiplies_tiles", lambda amx=amx: amx)
+        graph, context, samples = build(LARGE)
+        QuantizeStatic(method="minmax", bias_correction=False)(graph, context)
+        constants = {name: value.const_value.numpy() for name, value in graph.model.graph.initializers.items()}
+        assert {name: constants[f"{name}/zero_point"].min() for name in "wvu"} == {"w": -amx, "v": 0, "u": -amx}
+        assert constants["w/quantized"].min() >= -127 - amx
+        found[amx] = probe.run(graph, samples[0])["y"]
+    np.testing.assert_array_equal(found[True], found[False])
+
+
 WIDE = """g (float[N,32] x, float[32,32] w, float[32,32] v) => (float[N,32] y)
     { m = MatMul(x, w) a = Abs(m) l = Log(a) y = MatMul(l, v) }"""
 
