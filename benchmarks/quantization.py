@@ -64,7 +64,7 @@ SPEED_LIMITS = {"resnet50": 3.6}
 """Least speed-up of static INT8 over ONNX Runtime fp32 at batch 1, on a processor with VNNI."""
 
 OFF: dict[str, Any] = {"method": "minmax", "search": False, "rounding": "nearest", "equalize": False, "smooth": 0.0}
-OFF |= {"bias_correction": False}
+OFF |= {"bias_correction": False, "first_float": False}
 SWITCHES: dict[str, tuple[Any, ...]] = {
     "method": ("moving-average", "percentile", "entropy", "mse"),
     "search": (True,),
@@ -72,6 +72,7 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "equalize": (True,),
     "smooth": (0.5,),
     "bias_correction": (True,),
+    "first_float": (True,),
 }
 """Options of quantize-static that change accuracy. Each is measured alone, and switched off from the defaults."""
 

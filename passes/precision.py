@@ -215,6 +215,7 @@ class _Quantized:
     def __init__(self, options: Precision, graph: Graph, context: Context) -> None:
         fields = (field.name for field in dataclasses.fields(QuantizeStatic))
         asked = QuantizeStatic(**{name: getattr(options, name) for name in fields})
+        asked = dataclasses.replace(asked, first_float=asked.first_float or False)  # sensitivity finds them, if any
         self.reference = folded(graph)  # no node that quantization would fold away
         self._quantize = asked.settled(self.reference, context)[0]
         # What repairs a layer by its neighbours takes long, and says nothing about one that is quantized alone.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
@@ -29,12 +30,13 @@ from ..compiler.quantization.bias import correct
 from ..compiler.quantization.equalize import equalize
 from ..compiler.quantization.forms import fold_weights, pool_means, prepare
 from ..compiler.quantization.parameters import Parameters
-from ..compiler.quantization.plan import Plan, Weight
+from ..compiler.quantization.plan import Plan, Weight, first_layers
 from ..compiler.quantization.qdq import Quantized, insert, quantized_nodes
 from ..compiler.quantization.ranges import Choice, activation_ranges, unknown
 from ..compiler.quantization.rounding import round_weights
 from ..compiler.quantization.saturation import saturates
 from ..compiler.quantization.smooth import ALPHA, check_alpha, inputs, is_convolutional, smooth
+from ..compiler.quantization.tiles import multiplies_tiles, shifted
 from ..compiler.quantization.tuning import Trial, settle
 from ..compiler.quantization.weights import (
     fit_biases,
@@ -51,6 +53,9 @@ TRIED: Mapping[str, tuple[Any, ...]] = {
     "bias_correction": (True, False),
 }
 """Values of the fields that are None, the one to prefer first."""
+
+THIRD_DB = -10 * math.log10(1 - 1 / 3)
+"""How much lower the error must be with the first layers float: they make a third of its square."""
 
 BATCHES = 4
 """How many batches the errors of trials are measured on."""
@@ -78,6 +83,9 @@ class QuantizeStatic(Pass):
         reduce_range: 7 bits for weights. None: where this processor has no VNNI and its sums would saturate.
         attention: quantize the two products around each softmax as well; for scheme=tensorrt, whose fused kernel of
             attention is in fp16 alone on most versions and GPUs.
+        first_float: leave the layers float that no other comes before. None: where outputs are beyond the budget for
+            INT8 on those batches, and these layers make a third of the squared error; so it is where the input spans
+            more than 8 bits can tell, as sound and its spectra do.
         keep: names or globs of nodes that stay float.
     """
 
@@ -93,6 +101,7 @@ class QuantizeStatic(Pass):
     bias_correction: bool | None = None
     reduce_range: bool | None = None
     attention: bool = False
+    first_float: bool | None = None
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -139,12 +148,16 @@ class QuantizeStatic(Pass):
         def evaluation() -> Evaluation:
             return Evaluation(graph, calibration.samples, Budget.default("int8"), batches=BATCHES)
 
+        @functools.cache
         def error(options: QuantizeStatic) -> float:
             work = graph.clone()
-            options.apply(work, context)
+            dataclasses.replace(options, first_float=bool(options.first_float)).apply(work, context)
             return evaluation().measure(work).error
 
         plain, trials = settle(dataclasses.replace(self, rounding="nearest"), tried, error)
+        if self.first_float is None and self.dtype == "int8" and error(plain) > Budget.default("int8").bound:
+            plain, (_, other) = settle(plain, {"first_float": (False, True)}, error, worth_db=THIRD_DB)
+            trials = (*(dataclasses.replace(trial, kept=trial.kept and not other.kept) for trial in trials), other)
         return dataclasses.replace(plain, rounding=self.rounding), trials
 
     def _why_not(self, graph: Graph) -> Refusal | None:
@@ -172,6 +185,10 @@ class _Run:
         self._prepare(asked)
         self._keep = {n: f"kept by choice: {asked[label(n)]!r}" for n in self.graph.nodes() if label(n) in asked}
         self.plan = self._plan()
+        if options.first_float:
+            reason = "first_float leaves the first layers float"
+            self._keep.update(dict.fromkeys(first_layers(self.graph.model.graph, self.plan), reason))
+            self.plan = self._plan()
         if not self.plan.nodes:
             return  # nothing to observe
         self.statistics = self._observe()
@@ -200,6 +217,8 @@ class _Run:
             weights = widen_for_biases(self.plan, weights, activations)
         stored = {weight: found.parameters for weight, found in weights.items()}
         biases = quantize_biases(self.plan, stored, activations)
+        if options.scheme == "onnxruntime" and multiplies_tiles():
+            weights = shifted(weights)
         self.changes.update(insert(self.graph, self.plan, activations, weights, biases))
         limits = {limit.name: (limit.low, limit.high) for limit in table}
         return {

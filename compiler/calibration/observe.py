@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -13,19 +13,13 @@ from ..graph import Graph
 from ..graph.probe import Tapped, chunks, sizes
 from .layout import channel_axes
 from .observer import Observer
-from .reductions import SAMPLED, Reading, Reduced
+from .reductions import SAMPLED
+from .runner import Batch, Runner, samples_in
 from .settings import CalibrationSettings
 from .statistics import Detail, Statistics
 
-Batch = Mapping[str, np.ndarray]
-
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 _CHUNK_BYTES = 256 << 20
-
-_ALWAYS = 64
-"""Up to this sample elements and means of images are taken from every batch; that takes longer than extremes."""
-_SELDOM = 16
-"""After it, from every so many-th batch."""
 
 DEFAULTS = CalibrationSettings()
 
@@ -47,8 +41,8 @@ def observe(
 ) -> Statistics:
     """Statistics of these tensors of the main graph (None: all float activations), from one pass over the samples.
 
-    Memory beyond that of running a batch is what the statistics themselves hold, up to 64 KiB a tensor, and where there
-    are many images a second copy of the weights.
+    Memory beyond that of running two batches at a time is what the statistics themselves hold, up to 64 KiB a tensor,
+    and where there are many images a second copy of the weights.
 
     Args:
         graph: with types and shapes inferred; stays as it is.
@@ -65,12 +59,17 @@ def observe(
     names = list(dict.fromkeys(float_activations(graph) if names is None else names))
     axes = channel_axes(graph) if detail == "full" else {}
     observers = {name: Observer(axes.get(name), settings.momentum) for name in names}
-    runner = _Runner(graph, names, axes, names if detail == "full" else (), settings.threads)
+    outputs = [value.name for value in graph.model.graph.outputs if value.name and value.dtype in _FLOATS]
+    sampled = names if detail == "full" else ()
+    runner = Runner(graph, dict.fromkeys((*names, *outputs)), axes, sampled, settings.threads)
     random = np.random.default_rng(settings.seed)
     seen = _Inputs(graph)
-    for batch in Limited(samples, settings.max_samples):
+    batches = Limited(samples, settings.max_samples)
+    for batch, readings in runner((batch, random.random(SAMPLED * samples_in(batch), np.float32)) for batch in batches):
         seen.add(batch)
-        readings = runner(batch, random.random(SAMPLED * samples_in(batch), np.float32))
+        for name in outputs:
+            if readings[name].broken:
+                raise _broken(graph, name, batch)
         for name, observer in observers.items():
             observer.add(readings[name])
         del readings  # arrays of ONNX Runtime, which keep the memory of a session that is dropped
@@ -90,11 +89,6 @@ def observe(
     )
 
 
-def samples_in(batch: Batch) -> int:
-    """Length of the leading axis of the first input that has one."""
-    return next((len(array) for array in batch.values() if array.ndim), 1)
-
-
 class Limited:
     """Whole batches of samples, up to the one that reaches a number of samples; empty ones left out."""
 
@@ -112,66 +106,6 @@ class Limited:
             count += samples_in(batch)
             if self._most is not None and count >= self._most:
                 return
-
-
-class _Runner:
-    """Gives the readings of a batch; tensors in which NaN, infinity or the like turn up are guarded from then on.
-
-    Raises:
-        DataError: an output of the graph holds NaN or positive infinity. Negative infinity there is what scores have
-            that are masked.
-    """
-
-    def __init__(
-        self, graph: Graph, names: Collection[str], axes: Mapping[str, int], sampled: Collection[str], threads: int
-    ) -> None:
-        self._graph = graph
-        self._outputs = [v.name for v in graph.model.graph.outputs if v.name and v.dtype in _FLOATS]
-        self._names = list(dict.fromkeys((*names, *self._outputs)))
-        self._axes = axes
-        self._sampled = sampled
-        self._threads = threads
-        self._guarded: set[str] = set()
-        self._built: dict[bool, Reduced] = {}
-        self._samples = self._skipped = 0
-
-    def __call__(self, batch: Batch, draws: np.ndarray) -> dict[str, Reading]:
-        images = self._samples < _ALWAYS or self._skipped == _SELDOM - 1
-        self._samples += samples_in(batch)
-        self._skipped = 0 if images else self._skipped + 1
-        readings = self._reduced(images)(batch, draws)
-        found = {name for name, reading in readings.items() if name not in self._guarded and not reading.sound}
-        if found:
-            self._guarded |= found
-            self._built.clear()
-            readings = self._reduced(images)(batch, draws)
-        for name in self._outputs:
-            if readings[name].broken:
-                raise _broken(self._graph, name, batch)
-        return readings
-
-    def _reduced(self, images: bool) -> Reduced:
-        """With elements and means of images, or without; one does for both where there are no images."""
-        if images not in self._built:
-            if not all(built.has_images for built in self._built.values()):
-                return self._built[not images]
-            often = not images or self._samples <= _ALWAYS
-            if often:
-                self._built.clear()
-            self._built[images] = self._build(images, arena=often)  # else its memory would lie idle most of the time
-        return self._built[images]
-
-    def _build(self, images: bool, *, arena: bool) -> Reduced:
-        return Reduced(
-            self._graph,
-            self._names,
-            axes=self._axes,
-            sampled=self._sampled,
-            images=images,
-            guarded=self._guarded,
-            threads=self._threads,
-            arena=arena,
-        )
 
 
 def _broken(graph: Graph, output: str, inputs: Batch) -> DataError:

@@ -1,11 +1,13 @@
 """Reduces tensors inside the graph, as it runs: what leaves ONNX Runtime are extremes, means and a few elements.
 
 Whole tensors as outputs would cost copies, and memory for all of them at once. Reductions run on all threads, and a
-tensor is freed as soon as it is reduced. For that the probes of the first tensors stand last in the graph: ONNX Runtime
-orders nodes by walking up from those that nothing follows, beginning with the last.
+tensor is freed as soon as it is reduced. For that the probes of the first tensors stand last in the graph, in whatever
+order they are asked for: ONNX Runtime orders nodes by walking up from those that nothing follows, beginning with the
+last. Nodes that it makes itself, those of the blocked layout among them, count as last, so a probe ends with another.
 
 Convolutions run in a blocked layout, and bringing all their outputs back to NCHW costs a quarter of the inference. So
-images are reduced by global pooling, which knows that layout. Their elements and means are given where asked for.
+images are reduced by global pooling, which knows that layout, and their least value as the largest of the negative.
+Their elements and means are given where asked for.
 
 Elements are chosen at random, one from each of as many equal stretches of the flat tensor as there are to be: each has
 the same chance, and none takes the same channels or the same place in the image all the time, as a fixed step would.
@@ -77,7 +79,6 @@ class Reduced:
         images: whether to give elements and means of images too, which takes longer; outputs of the graph always do.
         guarded: tensors with values that are not finite.
         threads: 0 for one a physical core.
-        arena: keep the memory of a run for the next one, which is faster.
 
     Raises:
         GraphError: no such tensor, or ONNX Runtime refuses the graph.
@@ -92,14 +93,14 @@ class Reduced:
         axes: Mapping[str, int],
         sampled: Collection[str],
         images: bool,
-        guarded: Collection[str],
+        guarded: frozenset[str],
         threads: int,
-        arena: bool = True,
     ) -> None:
         copy = graph.clone()
         main = copy.model.graph
         values = {value.name: value for value in (*main.inputs, *(v for node in main for v in node.outputs))}
         self.names = tuple(names)
+        self.guarded = guarded
         if missing := [name for name in self.names if name not in values]:
             raise GraphError(f"the main graph has no tensor {missing[0]!r} to look at")
         finals = {value.name for value in main.outputs}
@@ -108,7 +109,8 @@ class Reduced:
         positive = _positive(main)
         self._places: dict[str, dict[str, int]] = {}
         self._planes: dict[str, int] = {}
-        for name in reversed(self.names):
+        asked = frozenset(self.names)
+        for name in reversed([name for name in values if name in asked]):
             axis = axes.get(name) if name not in guarded else None
             plane = _plane(values[name], axis) if name in sampled else None
             if plane is None:
@@ -121,16 +123,18 @@ class Reduced:
             self._places[name] = {key: len(main.outputs) + place for place, key in enumerate(outputs)}
             main.outputs.extend(outputs.values())
         self.has_images = bool(self._planes)
-        self._session = Session(copy, optimized=True, threads=threads, arena=arena)
+        self._session = Session(copy, optimized=True, threads=threads)
 
-    def __call__(self, inputs: Arrays, draws: np.ndarray) -> dict[str, Reading]:
+    def __call__(self, inputs: Arrays, draws: np.ndarray, *, shrink: bool = False) -> dict[str, Reading]:
         """Runs once.
 
         Args:
             inputs: by name.
             draws: (most,) float32 random numbers in [0, 1) that decide which elements to give: at most that many.
+            shrink: give the memory of runs back after it.
         """
-        found = self._session({**inputs, _POINTS: np.arange(len(draws)) + draws.astype(np.float64)})
+        points = np.arange(len(draws)) + draws.astype(np.float64)
+        found = self._session({**inputs, _POINTS: points}, shrink=shrink)
         return {
             name: _reading({key: found[place] for key, place in places.items()}, self._planes.get(name, 1))
             for name, places in self._places.items()
@@ -142,9 +146,9 @@ def _reading(found: dict[str, np.ndarray], plane: int) -> Reading:
         found["size"] = found.pop("planes") * plane
     counts = {key: int(found.pop(key)) for key in ("size", "masked", "broken") if key in found}
     high = found["high"].reshape(-1)
-    low = found["low"].reshape(-1, high.size).min(0) if "low" in found else np.zeros_like(high)
+    low = -found["opposite"] if "opposite" in found else found.get("low", np.zeros_like(high))
     mean = found["mean"].reshape(-1) if "mean" in found else None
-    return Reading(**counts, low=low, high=high, mean=mean, elements=found.get("elements"))
+    return Reading(**counts, low=low.reshape(-1), high=high, mean=mean, elements=found.get("elements"))
 
 
 class _Builder:
@@ -157,6 +161,7 @@ class _Builder:
         graph.inputs.append(self._points)
         self._zero = self._constant(np.array([0]))
         self._flat = self._constant(np.array([-1]))
+        self._signs: dict[int, list[ir.Value]] = {}
 
     def probe(self, value: ir.Value, axis: int | None, *, sampled: bool, guarded: bool) -> dict[str, ir.Value]:
         """The outputs that make a reading, by its fields."""
@@ -179,14 +184,41 @@ class _Builder:
         pooled = self._add("GlobalMaxPool", value)
         outputs = {"planes": self._typed(self._add("Size", pooled), ir.DataType.INT64)}  # that of `value` needs NCHW
         outputs["high"] = self._reduce("ReduceMax", pooled, axes)
-        if not positive:
-            outputs["low"] = self._reduce("ReduceMin", value, [2, 3])
         if sampled:
             outputs["mean"] = self._reduce("ReduceMean", self._add("GlobalAveragePool", value), axes)
             outputs["elements"] = self._sample(value)
+        if not positive:
+            outputs["opposite"] = self._reduce("ReduceMax", self._add("GlobalMaxPool", self._negative(value)), axes)
         for key in outputs.keys() - {"planes"}:
             self._typed(outputs[key], ir.DataType.FLOAT)
         return outputs
+
+    def _negative(self, value: ir.Value) -> ir.Value:
+        """-value in the layout that it has. An Add that takes the value takes the negative of that instead: exact too,
+        and it fuses with Add and Relu, as the convolution that made the value no longer does.
+        """
+        negated = self._negated(value)
+        use = next((use for use in value.uses() if use.node.op_type == "Add"), None)
+        if use is None:
+            self._graph.append(negated)
+        else:
+            back = self._negated(negated.outputs[0])
+            self._graph.insert_before(use.node, (negated, back))
+            use.node.replace_input_with(use.idx, back.outputs[0])
+        return negated.outputs[0]
+
+    def _negated(self, value: ir.Value) -> ir.Node:
+        """As a normalization, which becomes a convolution of single channels in the layout of images."""
+        channels = value.shape[1] if value.shape is not None else None
+        assert isinstance(channels, int)
+        if channels not in self._signs:
+            numbers = (-1.0, 0.0, 0.0, 1.0)  # scale, shift, mean, variance
+            arrays = (np.full(channels, number, np.float32) for number in numbers)
+            self._signs[channels] = [self._initializer(array) for array in arrays]
+        node = ir.node("BatchNormalization", [value, *self._signs[channels]], {"epsilon": 0.0})
+        node.outputs[0].name = f"enginesmith/{value.name}/negative"
+        node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+        return node
 
     def _guarded(self, value: ir.Value) -> dict[str, ir.Value]:
         magnitude = self._add("Abs", value)
@@ -223,6 +255,11 @@ class _Builder:
 
     def _constant(self, array: Any) -> ir.Value:
         return self._add("Constant", value=ir.tensor(array))
+
+    def _initializer(self, array: np.ndarray) -> ir.Value:
+        value = ir.Value(name=f"enginesmith/constant{len(self._graph.initializers)}", const_value=ir.tensor(array))
+        self._graph.register_initializer(value)
+        return value
 
     def _add(self, operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         node = ir.node(operator, inputs, attributes=attributes)

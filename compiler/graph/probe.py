@@ -100,12 +100,9 @@ def chunks(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
 
 
 class Session:
-    """A graph loaded into ONNX Runtime; calling it gives the outputs in order.
+    """A graph loaded into ONNX Runtime; calling it gives the outputs in order."""
 
-    Without `arena` the memory of a run is given back after it; runs take longer.
-    """
-
-    def __init__(self, graph: Graph, *, optimized: bool = False, threads: int = 0, arena: bool = True) -> None:
+    def __init__(self, graph: Graph, *, optimized: bool = False, threads: int = 0) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -116,7 +113,6 @@ class Session:
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
-        options.enable_cpu_mem_arena = arena
         options.enable_mem_pattern = False  # one block for all: of a ResNet-50 with probes twice what is used at a time
         options.log_severity_level = 4
         with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder, _refusals("load"):
@@ -124,10 +120,15 @@ class Session:
             graph.save(path)
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, inputs: Arrays) -> list[np.ndarray]:
-        """Runs once."""
+    def __call__(self, inputs: Arrays, *, shrink: bool = False) -> list[np.ndarray]:
+        """Runs once; `shrink` gives the memory of runs back, and the next one takes longer."""
+        from onnxruntime import RunOptions
+
+        options = RunOptions()
+        if shrink:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         with _refusals("run"):
-            outputs: list[np.ndarray] = self._session.run(None, dict(inputs))
+            outputs: list[np.ndarray] = self._session.run(None, dict(inputs), options)
         return outputs
 
 

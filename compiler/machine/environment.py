@@ -67,6 +67,13 @@ def cpu_flags() -> frozenset[str]:
     return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
+def cores() -> int:
+    """How many physical cores this process may use."""
+    import psutil
+
+    return min(psutil.cpu_count(logical=False) or 1, _allowed() or 1)
+
+
 def _packages() -> dict[str, str]:
     found = ((name, _version(name)) for name in PACKAGES)
     return {name: version for name, version in found if version}
@@ -81,14 +88,19 @@ def _version(package: str) -> str | None:
 
 def _cpu() -> dict[str, Any]:
     flags = cpu_flags()
-    affinity = getattr(os, "sched_getaffinity", None)
     found = {
         "model": _cpu_info().get("model name") or platform.processor() or platform.machine(),
         "machine": platform.machine(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": _allowed(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
     }
     return {key: value for key, value in found.items() if value}
+
+
+def _allowed() -> int | None:
+    """How many processors this process may run on; None where that is not known."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def _cpu_info() -> dict[str, str]:

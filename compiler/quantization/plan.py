@@ -97,6 +97,21 @@ class Plan:
         return next((group for group in self.groups if name in group), frozenset((name,)))
 
 
+def first_layers(graph: ir.Graph, plan: Plan) -> set[ir.Node]:
+    """Nodes with quantized weights whose input depends on no other such node; none where all are such."""
+    layers = {weight.use.node for weight in plan.weights}
+    behind: set[ir.Node] = set()
+    first = set()
+    for node in graph:
+        before = {value.producer() for value in node.inputs if value is not None}
+        if not before.isdisjoint(behind):
+            behind.add(node)
+        elif node in layers:
+            first.add(node)
+            behind.add(node)
+    return first if first != layers else set()
+
+
 def merge_groups(pairs: Iterable[Collection[str]]) -> tuple[frozenset[str], ...]:
     """Joins sets that overlap into disjoint groups."""
     groups: list[set[str]] = []

@@ -13,7 +13,7 @@ from ..options import render
 T = TypeVar("T")
 
 WORTH_DB = 0.3
-"""How much lower the error of another combination must be than that of the first; less is chance on few samples."""
+"""Less is chance on few samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Trial:
 
 
 def settle(
-    options: T, choices: Mapping[str, Sequence[Any]], measure: Callable[[T], float]
+    options: T, choices: Mapping[str, Sequence[Any]], measure: Callable[[T], float], *, worth_db: float = WORTH_DB
 ) -> tuple[T, tuple[Trial, ...]]:
     """Tries all combinations of `choices`, the values of fields that are None in `options`.
 
@@ -38,6 +38,7 @@ def settle(
         options: a frozen dataclass.
         choices: by field, the value to prefer first.
         measure: gives the relative L2 error of the outputs with these options; infinite where they hold NaN.
+        worth_db: how much lower the error of another combination must be than that of the first.
     """
     open_ = [name for name in choices if getattr(options, name) is None]
     combinations = [
@@ -48,7 +49,7 @@ def settle(
         return combinations[0], ()
     errors = [measure(combination) for combination in combinations]
     least = min(range(len(errors)), key=errors.__getitem__)
-    best = least if errors[least] < errors[0] * 10 ** (-WORTH_DB / 20) else 0
+    best = least if errors[least] < errors[0] * 10 ** (-worth_db / 20) else 0
     trials = (
         Trial(render("", combination).lstrip(":") or "defaults", _snr_db(error), combination is combinations[best])
         for combination, error in zip(combinations, errors, strict=True)

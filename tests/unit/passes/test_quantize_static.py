@@ -354,6 +354,63 @@ def test_what_is_given_is_not_tried(build):
     assert QuantizeStatic(method="entropy", bias_correction=False)(graph, context).details["trials"] == []
 
 
+LARGE = """
+g (float[N,32,8,8] x, float[16,32,3,3] w, float[32] b, float[32,16,1,1] v, float[32,32,3,3] u) => (float[N,32,8,8] y)
+    { c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) d = Conv(r, v, b) y = Conv<pads=[1,1,1,1]>(d, u) }"""
+
+
+def test_large_convolutions_get_a_zero_point_that_asks_for_amx(build, monkeypatch):
+    found = {}
+    for amx in (False, True):
+        monkeypatch.setattr(module, "multiplies_tiles", lambda amx=amx: amx)
+        graph, context, samples = build(LARGE)
+        QuantizeStatic(method="minmax", bias_correction=False)(graph, context)
+        constants = {name: value.const_value.numpy() for name, value in graph.model.graph.initializers.items()}
+        assert {name: constants[f"{name}/zero_point"].min() for name in "wvu"} == {"w": -amx, "v": 0, "u": -amx}
+        assert constants["w/quantized"].min() >= -127 - amx
+        found[amx] = probe.run(graph, samples[0])["y"]
+    np.testing.assert_array_equal(found[True], found[False])
+
+
+WIDE = """g (float[N,32] x, float[32,32] w, float[32,32] v) => (float[N,32] y)
+    { m = MatMul(x, w) a = Abs(m) l = Log(a) y = MatMul(l, v) }"""
+
+
+def wide(spread: float) -> list[np.ndarray]:
+    """Batches of samples whose sizes lie as many powers of ten apart."""
+    generator = np.random.default_rng(3)
+    sizes = 10 ** generator.uniform(-spread, 0, (6, 64, 1))
+    return list((sizes * generator.standard_normal((6, 64, 32))).astype(np.float32))
+
+
+def test_first_layers_stay_float_where_the_budget_asks_for_it(build):
+    graph, context, samples = build(WIDE, wide(3))
+    before, quantized = graph.clone(), graph.clone()
+    assert QuantizeStatic(first_float=False)(quantized, context).refusals == ()
+    result = STATIC(graph, context)
+    assert {r.node: r.reason for r in result.refusals} == {"m": "first_float leaves the first layers float"}
+    *others, last = result.details["trials"]
+    assert last["kept"]
+    assert "first_float=true" in last["options"]
+    assert not any(trial["kept"] for trial in others)
+    assert snr_db(before, graph, samples) > snr_db(before, quantized, samples) + 3
+
+
+def test_first_layers_are_not_tried_within_the_budget(build):
+    graph, context, _ = build(MLP)
+    result = STATIC(graph, context)
+    assert result.refusals == ()
+    assert not any("first_float" in trial["options"] for trial in result.details["trials"])
+
+
+def test_first_layers_stay_float_on_demand_where_there_are_others(build):
+    graph, context, _ = build(MLP)
+    result = QuantizeStatic(method="minmax", bias_correction=False, first_float=True)(graph, context)
+    assert [refusal.reason for refusal in result.refusals] == ["first_float leaves the first layers float"]
+    graph, context, _ = build("g (float[N,8] x, float[8,8] w) => (float[N,8] y) { y = MatMul(x, w) }")
+    assert QuantizeStatic(first_float=True)(graph, context).refusals == ()
+
+
 def test_gptq_says_what_it_rounds_to_nearest(build):
     text = """g (float[N,8] x, float[8,8] w, float[8,8] v) => (float[N,8] y)
         { a = MatMul(x, w) e = Erf(a) b = MatMul(e, w) f = Erf(b) y = MatMul(f, v) }"""
@@ -384,7 +441,7 @@ def test_outlier_channels_are_smoothed_where_nobody_chose(build):
         graph, context, samples = build(LOUD)
         loud(graph)
         before = graph.clone()
-        result = QuantizeStatic(smooth=smooth)(graph, context)
+        result = QuantizeStatic(smooth=smooth, first_float=False)(graph, context)
         assert result.changes.get("inputs smoothed", 0) == (smooth is None)
         assert result.refusals == ()
         found[smooth] = snr_db(before, graph, samples)

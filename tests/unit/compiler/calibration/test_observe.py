@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from enginesmith.compiler.calibration import CalibrationSettings, limits
 from enginesmith.compiler.calibration import observe as module
 from enginesmith.compiler.calibration.observe import DEFAULTS, observe
+from enginesmith.compiler.calibration.reductions import Reduced
 from enginesmith.compiler.graph import probe
 from enginesmith.errors import DataError
 
@@ -103,6 +106,45 @@ def test_images_are_reduced_by_channel_and_sampled(read, opset):
 def test_a_second_run_gives_the_same_statistics(read):
     samples = [{"x": GENERATOR.standard_normal((4, 2)).astype(np.float32) ** 2} for _ in range(3)]
     assert observe(read(NET), samples, detail="full").digest == observe(read(NET), samples, detail="full").digest
+
+
+RESIDUAL = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,16,8,8] x) => (float[N,16,8,8] y) <float[16,16,1,1] w = {WEIGHTS}, float[16] b = {BIASES}> {
+        c = Conv(x, w, b)  s = Add(c, x)  r = Relu(s)  d = Conv(r, w)  y = Add(r, d) }"""
+
+
+@pytest.fixture(scope="module")
+def residual(read):
+    text = RESIDUAL.replace("WEIGHTS", ", ".join(f"{v:.4f}" for v in GENERATOR.standard_normal(256)))
+    return read(text.replace("BIASES", ", ".join(f"{v:.4f}" for v in np.linspace(-30, 30, 16))))
+
+
+def test_extremes_of_images_are_exact_where_all_are_of_one_sign_too(residual):
+    samples = [{"x": GENERATOR.standard_normal((4, 16, 8, 8)).astype(np.float32)} for _ in range(20)]
+    found = observe(residual, samples, detail="full")
+    runs = [probe.Tapped(residual, list(found))(sample) for sample in samples]
+    for name in ("c", "d", "y"):
+        array = np.concatenate([run[name] for run in runs])
+        np.testing.assert_allclose(found[name].channel_low, array.min((0, 2, 3)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[name].channel_high, array.max((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert found["c"].channel_high.min() < 0 < found["c"].channel_low.max()
+
+
+def test_the_order_of_names_changes_nothing(residual):
+    names = ["y", "d", "c", "x", "r"]
+    make = partial(Reduced, residual, axes={}, sampled=(), images=False, guarded=frozenset(), threads=1)
+    assert make(names)._places == make(sorted(names))._places
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 5])
+def test_runs_at_a_time_give_what_one_at_a_time_gives(read, at):
+    """A tensor that turns out to hold NaN when later batches are on their way already."""
+    graph = read("g (float[N,2] x) => (float[N,2] y) { r = Sqrt(x)  b = IsNaN(r)  y = Where(b, x, r) }")
+    samples = [batch((4 + i, 9), (1, 16)) for i in range(6)]
+    samples[at] = batch((-2, -1), (3, 5))
+    one, two = (observe(graph, samples, None, CalibrationSettings(threads=n), "full") for n in (1, 2))
+    assert one.digest == two.digest
+    assert one.left_out["r"].masked == 2
 
 
 STRUCTURED = """<ir_version: 8, opset_import: ["": 17]>

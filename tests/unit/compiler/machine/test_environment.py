@@ -2,10 +2,11 @@ import json
 import sys
 import types
 
+import psutil
 import pytest
 
 from enginesmith.compiler.machine import environment as module
-from enginesmith.compiler.machine.environment import cpu_flags, environment, gpus
+from enginesmith.compiler.machine.environment import cores, cpu_flags, environment, gpus
 
 CPUINFO = "processor : 0\nmodel name : Some CPU\nflags : fpu avx2 avx512_vnni\n\nprocessor : 1\nflags : fpu\n"
 
@@ -78,6 +79,16 @@ def test_flags_are_those_of_the_first_processor(monkeypatch, tmp_path):
     assert cpu_flags() == {"fpu", "avx2", "avx512_vnni"}
     assert environment()["cpu"]["model"] == "Some CPU"
     assert environment()["cpu"]["isa"] == ["avx2", "avx512_vnni"]
+
+
+def test_cores_are_physical_ones_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None if logical else 8)
+    monkeypatch.setattr(module, "_allowed", lambda: 16)
+    assert cores() == 8
+    monkeypatch.setattr(module, "_allowed", lambda: 3)
+    assert cores() == 3
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
+    assert cores() == 1
 
 
 def test_a_system_without_cpuinfo_has_no_flags(monkeypatch, tmp_path):
