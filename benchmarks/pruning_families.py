@@ -48,7 +48,7 @@ LIMIT = 1e-5
 """Relative L2 between the outputs before and after growing."""
 
 REORDERED = 1e-4
-"""The same for another order, in which sums are rounded otherwise, and random weights carry that from layer to layer."""
+"""The same for another order, in which sums are rounded otherwise; random weights carry that from layer to layer."""
 
 EXPORTERS: tuple[Literal["dynamo", "torchscript"], ...] = ("dynamo", "torchscript")
 
@@ -75,7 +75,8 @@ def batch_of(signature: Signature) -> dict[str, np.ndarray]:
 def livened(case: Case) -> nn.Module:
     """The model with random numbers for what is initialized to a constant, and statistics for its batch norms.
 
-    With biases of 0, scales of 1 and a layer scale of 1e-6, mixing up channels would go unseen.
+    With biases of 0, scales of 1 and a layer scale of 1e-6, mixing up channels would go unseen. Scales below 1 keep the
+    branches of residual blocks small, as training does: else rounding grows from block to block.
     """
     model = seeded(case.make)
     signature = parse_inputs(case.inputs, case.dynamic)
@@ -85,7 +86,7 @@ def livened(case: Case) -> nn.Module:
         for parameter in model.parameters():
             if parameter.numel() > 1 and parameter.min() == parameter.max():
                 zero = bool((parameter == 0).all())
-                nn.init.normal_(parameter, 0, 0.1) if zero else nn.init.uniform_(parameter, 0.8, 1.2)
+                nn.init.normal_(parameter, 0, 0.1) if zero else nn.init.uniform_(parameter, 0.3, 0.6)
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         for module in norms:
             module.momentum = 1.0

@@ -60,6 +60,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), shapes.depth_to_space),
     "ConstantOfShape": shapes.constant_of_shape,
     "Shape": shapes.shape_of,
+    "Size": shapes.size_of,
 }
 """What each operator says; one that is not here holds all its axes."""
 
@@ -165,7 +166,7 @@ class Dimensions:
             for term in relations.of(value) or ():
                 hold(term, Hold("it is an input of the model", value.name or ""))
         for node in main:
-            if node.op_type != "Shape" and relations.computed(node.outputs[0]) is not None:
+            if node.op_type not in ("Shape", "Size") and relations.computed(node.outputs[0]) is not None:
                 continue  # its axes are places of a shape
             if any(True for _ in subgraphs(node)):
                 self._hold_captured(node)

@@ -85,17 +85,19 @@ class _Walk:
         self.lengths: dict[str, Lengths] = {}
         self.arrays: dict[str, np.ndarray] = {}
         for value in main.inputs:
-            self._declare(value)
+            self._set(value, self._declared(value))
         for node in main:
             self._visit(node)
 
-    def _declare(self, value: ir.Value) -> None:
+    def _declared(self, value: ir.Value) -> Lengths | None:
         """What the graph itself knows of a value."""
-        if value.shape is not None:
-            known = [a if isinstance(a, int) else self._chosen.get(str(a.value)) for a in value.shape]
-            self._set(value, known)
+        if value.shape is None:
+            return None
+        return [axis if isinstance(axis, int) else self._chosen.get(str(axis.value)) for axis in value.shape]
 
-    def _set(self, value: ir.Value, lengths: Lengths) -> None:
+    def _set(self, value: ir.Value, lengths: Lengths | None) -> None:
+        if lengths is None:
+            return
         name, dtype = value.name or "", 0 if value.dtype is None else int(value.dtype)
         self.lengths[name] = lengths
         self._types[name] = onnx.helper.make_tensor_type_proto(dtype, lengths)
@@ -108,12 +110,13 @@ class _Walk:
             return
         found = self._infer(node)
         for value in node.outputs:
-            inferred = found.get(value.name or "")
-            if inferred is not None and inferred.tensor_type.HasField("shape"):
-                dims = inferred.tensor_type.shape.dim
-                self._set(value, [d.dim_value if d.HasField("dim_value") else None for d in dims])
-            else:
-                self._declare(value)
+            inferred, declared = found.get(value.name or ""), self._declared(value)
+            if inferred is None or not inferred.tensor_type.HasField("shape"):
+                self._set(value, declared)
+                continue
+            dims = inferred.tensor_type.shape.dim
+            known = declared if declared is not None and len(declared) == len(dims) else [None] * len(dims)
+            self._set(value, [d.dim_value if d.HasField("dim_value") else k for d, k in zip(dims, known, strict=True)])
 
     def _infer(self, node: ir.Node) -> Mapping[str, onnx.TypeProto]:
         """Types of the outputs; none where these lengths cannot be, or onnx does not know the operator."""

@@ -257,6 +257,13 @@ def shape_of(node: ir.Node, relations: Relations) -> None:
     relations.hold(node, (x[place] for place in sorted(read)), "its length is read and computed with")
 
 
+def size_of(node: ir.Node, relations: Relations) -> None:
+    """Size: a fixed number stays as it was."""
+    computed = relations.computed(node.outputs[0])
+    if computed is None or not computed.fixed.all():
+        relations.hold(node, relations.input(node, 0) or (), "its length is read and computed with")
+
+
 def _followed(value: ir.Value, relations: Relations) -> bool:
     """Whether all that is computed from lengths that are fixed and others that are not keeps the two apart."""
     here = relations.computed(value)
