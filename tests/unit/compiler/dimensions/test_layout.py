@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 
 import numpy as np
@@ -147,10 +148,8 @@ def test_positions_of_a_unified_pair_agree(pair, random):
 @settings(max_examples=200, deadline=None)
 @given(pairs())
 def test_what_does_not_change_stays_whether_it_was_unified_or_not(pair):
-    try:
+    with contextlib.suppress(LayoutConflictError):
         unify(*pair)
-    except LayoutConflictError as error:
-        assert str(error)
     for term in pair:
         assert positions(term, {}).tolist() == list(range(term.size))
         assert resolved(term).size == size_after(term, {}) == term.size
