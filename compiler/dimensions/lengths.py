@@ -77,8 +77,12 @@ class _Walk:
 
     def __init__(self, graph: Graph, primes: tuple[int, ...]) -> None:
         main = graph.model.graph
-        axes = [axis for value in main.inputs for axis in value.shape or () if not isinstance(axis, int)]
-        names = dict.fromkeys(str(axis.value) for axis in axes if axis.value is not None)
+        names = dict.fromkeys(
+            _name(value, place)
+            for value in main.inputs
+            for place, axis in enumerate(value.shape or ())
+            if not isinstance(axis, int)
+        )
         self._chosen = {name: primes[place % len(primes)] for place, name in enumerate(names)}
         self._opsets = dict(graph.model.opset_imports)
         self._types: dict[str, onnx.TypeProto] = {}
@@ -93,7 +97,10 @@ class _Walk:
         """What the graph itself knows of a value."""
         if value.shape is None:
             return None
-        return [axis if isinstance(axis, int) else self._chosen.get(str(axis.value)) for axis in value.shape]
+        return [
+            axis if isinstance(axis, int) else self._chosen.get(_name(value, place))
+            for place, axis in enumerate(value.shape)
+        ]
 
     def _set(self, value: ir.Value, lengths: Lengths | None) -> None:
         if lengths is None:
@@ -166,7 +173,10 @@ class _Walk:
         arrays = [None if value is None else self._array(value) for value in node.inputs]
         if any(array is None for array in arrays):
             return None
-        result = evaluate(node, [array for array in arrays if array is not None])
+        try:
+            result = evaluate(node, [array for array in arrays if array is not None])
+        except (IndexError, ValueError):  # lengths that the graph cannot take
+            return None
         return result if result.size <= (1 if result.dtype.kind == "f" else _ELEMENTS) else None
 
     def _measure(self, node: ir.Node) -> np.ndarray | None:
@@ -178,6 +188,13 @@ class _Walk:
         if len(known) < len(lengths[start:end]):
             return None
         return np.array(known if node.op_type == "Shape" else np.prod(known), np.int64)
+
+
+def _name(value: ir.Value, place: int) -> str:
+    """What a dynamic axis goes by: its own name, or that of the tensor and its place."""
+    axis = value.shape[place] if value.shape is not None else None
+    named = isinstance(axis, ir.SymbolicDim) and axis.value is not None
+    return str(axis.value) if named else f"{value.name}:{place}"  # type: ignore[union-attr]
 
 
 def _axes(node: ir.Node, inputs: list[np.ndarray]) -> tuple[int, ...]:

@@ -106,6 +106,20 @@ def test_axes_of_unknown_length_are_left_alone():
     assert group.why_not("shrink") == "no constant weight makes it"
 
 
+def test_axes_without_a_name_get_lengths_too():
+    text = """g (float[?,4,8] x, float[8,6] w1, float[6,5] w2) => (float[?,5] y) <int64[2] rows = {-1, 6}> {
+        h = MatMul(x, w1)  r = Reshape(h, rows)  y = MatMul(r, w2) }"""
+    assert find(analysed(text), "w1", 1).why_not("grow") == ""
+
+
+def test_lengths_that_cannot_be_leave_what_is_known():
+    text = """g (float[n,3,h,w] x, float[6,3,1,1] w1, float[5,6,1,1] w2) => (float[n,5,a,b] y)
+        <float[4] twice = {1.0, 1.0, 2.0, 2.0}> {
+        a1 = Conv(x, w1)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a1)  u = Resize(p, , twice)
+        c = Add(a1, u)  y = Conv(c, w2) }"""
+    assert find(analysed(text), "w1", 0).why_not("grow") == ""
+
+
 def test_a_quantized_weight_makes_its_channels():
     text = """g (float[n,3,4,4] x, int8[8,3,1,1] w1, float[8] b1, int8[5,8,1,1] w2) => (float[n,5,4,4] y)
         <float s = {0.1}, int8 z = {0}, int8[8] o = {0, 0, 0, 0, 0, 0, 0, 0}> {
