@@ -16,6 +16,7 @@ from ..signature import Signature
 from ..sources import Model
 from ..sources.guard import first_line, quiet
 from ..sources.reference import to_tensor
+from .strided import undo_strides
 
 Exporter = Literal["dynamo", "torchscript"]
 
@@ -62,6 +63,7 @@ def export_dynamo(
             verbose=False,
         )
     assert program is not None
+    undo_strides(program.model)
     for graph in (program.model.graph, *program.model.functions.values()):
         for node in graph:
             node.metadata_props.clear()  # stack traces: paths of the machine, and half of a small file

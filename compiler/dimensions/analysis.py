@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from ..graph import Graph
 from ..graph.editing import is_constant
+from ..graph.schemas import MICROSOFT
 from ..graph.selection import label
 from ..graph.verifier import subgraphs
-from . import pointwise, products, shapes
+from . import computed, pointwise, products, shapes
 from .layout import Dim, Hold, Product, Term, describe, hold, leaves, resolved
 from .lengths import Sizes
 from .relations import Place, Relations
@@ -37,8 +38,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("ArgMax", "ArgMin"), pointwise.reduction),
     **dict.fromkeys(("CumSum", "Hardmax", "LogSoftmax", "Softmax"), pointwise.softmax),
     **dict.fromkeys(("LRN", "LpNormalization", "MeanVarianceNormalization"), pointwise.over_axes),
-    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), pointwise.layer_norm),
-    **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), pointwise.layer_norm),
+    **dict.fromkeys(pointwise.NORMALIZATIONS, pointwise.layer_norm),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), pointwise.batch_norm),
     "GroupNormalization": pointwise.group_norm,
     **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), pointwise.quantize),
@@ -58,10 +58,20 @@ RULES: Mapping[str, Rule] = {
     "Gather": shapes.gather,
     "Pad": shapes.pad,
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), shapes.depth_to_space),
-    "ConstantOfShape": shapes.constant_of_shape,
-    "Shape": shapes.shape_of,
+    "ConstantOfShape": computed.constant_of_shape,
+    "Shape": computed.shape_of,
+    "Size": computed.size_of,
 }
 """What each operator says; one that is not here holds all its axes."""
+
+_MICROSOFT = frozenset((
+    "BiasGelu", "DequantizeLinear", "FastGelu", "Gelu", "QuantizeLinear", "QuickGelu", "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+))  # fmt: skip
+"""Operators of com.microsoft that do as those of ONNX of the same name, or that have none; its Attention does not."""
+
+_SEVERAL = frozenset(("DynamicQuantizeLinear", "GRU", "LSTM", "RNN", "Split")) | pointwise.NORMALIZATIONS
+"""Operators whose rule tells of all their outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +155,7 @@ class Dimensions:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.relations = Relations(Sizes(graph))
+        self.relations = Relations(Sizes(graph), graph.opset)
         self._relate()
         self.groups = tuple(_named(self._members()))
         self._by_dim = {group.dim: group for group in self.groups}
@@ -165,15 +175,17 @@ class Dimensions:
             for term in relations.of(value) or ():
                 hold(term, Hold("it is an input of the model", value.name or ""))
         for node in main:
-            if node.op_type != "Shape" and relations.computed(node.outputs[0]) is not None:
+            if node.op_type not in ("Shape", "Size") and relations.computed(node.outputs[0]) is not None:
                 continue  # its axes are places of a shape
             if any(True for _ in subgraphs(node)):
                 self._hold_captured(node)
-            elif (rule := RULES.get(node.op_type)) is None or node.domain not in ("", "com.microsoft"):
+            elif (rule := _rule(node)) is None:
                 relations.hold_all(node, f"{node.op_type} is not followed")
+            elif node.op_type not in _SEVERAL and any(value.uses() for value in node.outputs[1:]):
+                relations.hold_all(node, f"more outputs of {node.op_type} are used")
             else:
                 rule(node, relations)
-        shapes.hold_sums(relations)
+        computed.hold_sums(relations)
         for value in main.outputs:
             for term in relations.of(value) or ():
                 hold(term, Hold("it is an output of the model", value.name or "", at_output=True))
@@ -210,6 +222,11 @@ class Dimensions:
             elif (index, axis) in self.relations.writes.get(node, ()):
                 role = "writes"
             yield Member(value, node, axis, term, role, place.index if place.node else None)
+
+
+def _rule(node: ir.Node) -> Rule | None:
+    known = not node.domain or (node.domain == MICROSOFT and node.op_type in _MICROSOFT)
+    return RULES.get(node.op_type) if known else None
 
 
 def _named(members: Mapping[Dim, list[Member]]) -> Iterator[Group]:

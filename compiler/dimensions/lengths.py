@@ -77,25 +77,34 @@ class _Walk:
 
     def __init__(self, graph: Graph, primes: tuple[int, ...]) -> None:
         main = graph.model.graph
-        axes = [axis for value in main.inputs for axis in value.shape or () if not isinstance(axis, int)]
-        names = dict.fromkeys(str(axis.value) for axis in axes if axis.value is not None)
+        names = dict.fromkeys(
+            _name(value, place)
+            for value in main.inputs
+            for place, axis in enumerate(value.shape or ())
+            if not isinstance(axis, int)
+        )
         self._chosen = {name: primes[place % len(primes)] for place, name in enumerate(names)}
         self._opsets = dict(graph.model.opset_imports)
         self._types: dict[str, onnx.TypeProto] = {}
         self.lengths: dict[str, Lengths] = {}
         self.arrays: dict[str, np.ndarray] = {}
         for value in main.inputs:
-            self._declare(value)
+            self._set(value, self._declared(value))
         for node in main:
             self._visit(node)
 
-    def _declare(self, value: ir.Value) -> None:
+    def _declared(self, value: ir.Value) -> Lengths | None:
         """What the graph itself knows of a value."""
-        if value.shape is not None:
-            known = [a if isinstance(a, int) else self._chosen.get(str(a.value)) for a in value.shape]
-            self._set(value, known)
+        if value.shape is None:
+            return None
+        return [
+            axis if isinstance(axis, int) else self._chosen.get(_name(value, place))
+            for place, axis in enumerate(value.shape)
+        ]
 
-    def _set(self, value: ir.Value, lengths: Lengths) -> None:
+    def _set(self, value: ir.Value, lengths: Lengths | None) -> None:
+        if lengths is None:
+            return
         name, dtype = value.name or "", 0 if value.dtype is None else int(value.dtype)
         self.lengths[name] = lengths
         self._types[name] = onnx.helper.make_tensor_type_proto(dtype, lengths)
@@ -108,12 +117,13 @@ class _Walk:
             return
         found = self._infer(node)
         for value in node.outputs:
-            inferred = found.get(value.name or "")
-            if inferred is not None and inferred.tensor_type.HasField("shape"):
-                dims = inferred.tensor_type.shape.dim
-                self._set(value, [d.dim_value if d.HasField("dim_value") else None for d in dims])
-            else:
-                self._declare(value)
+            inferred, declared = found.get(value.name or ""), self._declared(value)
+            if inferred is None or not inferred.tensor_type.HasField("shape"):
+                self._set(value, declared)
+                continue
+            dims = inferred.tensor_type.shape.dim
+            known = declared if declared is not None and len(declared) == len(dims) else [None] * len(dims)
+            self._set(value, [d.dim_value if d.HasField("dim_value") else k for d, k in zip(dims, known, strict=True)])
 
     def _infer(self, node: ir.Node) -> Mapping[str, onnx.TypeProto]:
         """Types of the outputs; none where these lengths cannot be, or onnx does not know the operator."""
@@ -163,7 +173,10 @@ class _Walk:
         arrays = [None if value is None else self._array(value) for value in node.inputs]
         if any(array is None for array in arrays):
             return None
-        result = evaluate(node, [array for array in arrays if array is not None])
+        try:
+            result = evaluate(node, [array for array in arrays if array is not None])
+        except (IndexError, ValueError):  # lengths that the graph cannot take
+            return None
         return result if result.size <= (1 if result.dtype.kind == "f" else _ELEMENTS) else None
 
     def _measure(self, node: ir.Node) -> np.ndarray | None:
@@ -175,6 +188,13 @@ class _Walk:
         if len(known) < len(lengths[start:end]):
             return None
         return np.array(known if node.op_type == "Shape" else np.prod(known), np.int64)
+
+
+def _name(value: ir.Value, place: int) -> str:
+    """What a dynamic axis goes by: its own name, or that of the tensor and its place."""
+    axis = value.shape[place] if value.shape is not None else None
+    named = isinstance(axis, ir.SymbolicDim) and axis.value is not None
+    return str(axis.value) if named else f"{value.name}:{place}"  # type: ignore[union-attr]
 
 
 def _axes(node: ir.Node, inputs: list[np.ndarray]) -> tuple[int, ...]:

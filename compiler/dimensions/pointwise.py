@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..graph.editing import is_constant
+from .computed import tell_shape
 from .layout import Blocks, Dim, Product
 from .relations import Relations, axis_of, hold_offset, present
-from .shapes import tell_shape
 
 UNARY = frozenset((
     "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BiasGelu", "BitwiseNot", "Cast", "Ceil",
@@ -19,6 +19,10 @@ UNARY = frozenset((
 BROADCAST = frozenset((
     "Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less",
     "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+))  # fmt: skip
+NORMALIZATIONS = frozenset((
+    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
 ))  # fmt: skip
 _ADDS_UP = frozenset(("ReduceL1", "ReduceL2", "ReduceSum", "ReduceSumSquare"))
 """Reductions that more zeros leave as they are."""
@@ -81,8 +85,13 @@ def layer_norm(node: ir.Node, relations: Relations) -> None:
     for index in others:
         relations.broadcast(node, (index,), y)
     axis = node.attributes.get_int("axis", -1)
-    if y is not None:
-        relations.hold(node, y[axis:], "it is normalized over", "grow")
+    if y is None:
+        return
+    relations.hold(node, y[axis:], "it is normalized over", "grow")
+    for index in range(1, len(node.outputs)):  # the sum, or means that have one position along what is normalized
+        for term, whole in zip(relations.output(node, index) or (), y, strict=False):
+            if term is not None:
+                relations.tie(node, term, whole)
 
 
 def over_axes(node: ir.Node, relations: Relations) -> None:
@@ -100,8 +109,13 @@ def softmax(node: ir.Node, relations: Relations) -> None:
     """Softmax, LogSoftmax, Hardmax and CumSum: what is done along an axis holds it."""
     y = relations.output(node)
     relations.tie_all(node, relations.input(node, 0), y)
-    axis = relations.integers(node, 1, "axis") if node.op_type == "CumSum" else [node.attributes.get_int("axis", -1)]
-    held = y or [] if axis is None else [axis_of(y or [], axis[0])]
+    if node.op_type == "CumSum":
+        axes = relations.integers(node, 1, "axis")
+        held = y or [] if axes is None else [axis_of(y or [], axes[0])]
+    elif relations.opset < 13:  # it takes all that lies from that axis on for one
+        held = (y or [])[node.attributes.get_int("axis", 1) :]
+    else:
+        held = [axis_of(y or [], node.attributes.get_int("axis", -1))]
     relations.hold(node, held, f"{node.op_type} runs over it")
 
 
@@ -138,8 +152,10 @@ def pool(node: ir.Node, relations: Relations) -> None:
         return
     relations.tie_all(node, x[:2], y[:2])
     relations.hold(node, (*x[2:], *y[2:]), "a kernel moves over it")
-    if node.op_type == "Resize" and present(node, 3):
+    if node.op_type == "Resize" and present(node, 3) and "axes" not in node.attributes:
         tell_shape(node, 3, relations, y)
+    for axis in node.attributes.get_ints("axes", ()) or ():
+        relations.hold(node, (x[axis], y[axis]), "it is resized")
 
 
 def quantize(node: ir.Node, relations: Relations) -> None:

@@ -69,14 +69,16 @@ def matmul(node: ir.Node, relations: Relations) -> None:
     if not a or not b or y is None:
         relations.hold_all(node, "the shape of what it multiplies is not known")
         return
+    if min(len(a), len(b)) == 1 and max(len(a), len(b)) > 2:
+        relations.hold_all(node, "a vector is multiplied with several matrices")
+        return
     _tie_if(node, relations, a[-1], axis_of(b, -2 if len(b) > 1 else -1))
     if len(b) > 1:
         _tie_if(node, relations, b[-1], axis_of(y, -1))
     if len(a) > 1:
         _tie_if(node, relations, a[-2], axis_of(y, -2 if len(b) > 1 else -1))
-    dropped = (len(a) > 1) + (len(b) > 1)
     for index, axes in enumerate((a, b)):
-        if len(axes) > 2 and dropped == 2:
+        if len(axes) > 2:
             relations.broadcast(node, (index,), y, batch=2)
     if node.op_type == "MatMulInteger":
         for index, other in ((2, axis_of(a, -2)), (3, b[-1])):

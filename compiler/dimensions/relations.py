@@ -40,10 +40,12 @@ class Relations:
 
     Args:
         sizes: of the graph.
+        opset: of the default domain; older operators mean other axes.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, opset: int) -> None:
         self._sizes = sizes
+        self.opset = opset
         self.axes: dict[Place, Axes] = {}
         self.attributes: dict[ir.Node, dict[str, Term]] = collections.defaultdict(dict)
         """Attributes that tell sizes."""
@@ -51,10 +53,10 @@ class Relations:
         """Inputs that tell all lengths of a node's output: which input, and what they must be."""
         self.splits: dict[ir.Node, list[Term]] = {}
         """The pieces that a Split makes."""
-        self.cuts: dict[ir.Node, dict[int, tuple[Term, Term]]] = collections.defaultdict(dict)
-        """Where a Slice cuts, by axis: what lies before, and what is taken."""
-        self.places: dict[ir.Node, Term] = {}
-        """What lies before the one position that a Gather takes."""
+        self.cuts: dict[ir.Node, dict[int, list[Term]]] = collections.defaultdict(dict)
+        """Where a Slice cuts, by axis: what lies before, in and behind the slice."""
+        self.places: dict[ir.Node, list[Term]] = {}
+        """What lies before, at and behind the one position that a Gather takes."""
         self.reads: Marks = collections.defaultdict(set)
         """Axes of a constant weight that are summed over."""
         self.writes: Marks = collections.defaultdict(set)

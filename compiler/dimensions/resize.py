@@ -108,11 +108,10 @@ class _Resizing:
         for node, cuts in relations.cuts.items():
             if any(self._changes(term) for cut in cuts.values() for term in cut):
                 self._slice(node, cuts)
-        for node, before in relations.places.items():
-            if self._changes(before):
-                index = relations.constant(node, 1)
-                assert index is not None
-                self._give(node, 1, np.full_like(index, size_after(before, self._sizes)))
+        for node, pieces in relations.places.items():
+            index = relations.constant(node, 1)
+            if index is not None and any(map(self._changes, pieces)):
+                self._give(node, 1, np.full_like(index, size_after(pieces[0], self._sizes)))
 
     def _split(self, node: ir.Node, lengths: list[int]) -> None:
         found = self._dimensions.relations.integers(node, 1, "split")
@@ -124,14 +123,14 @@ class _Resizing:
         node.attributes.pop("num_outputs", None)
         self._give(node, 1, np.array(lengths))
 
-    def _slice(self, node: ir.Node, cuts: Mapping[int, tuple[Term, Term]]) -> None:
+    def _slice(self, node: ir.Node, cuts: Mapping[int, list[Term]]) -> None:
         relations = self._dimensions.relations
         starts, ends = relations.integers(node, 1, "starts") or [], relations.integers(node, 2, "ends") or []
         rank = len(relations.sizes(node.inputs[0]) or ())
         axes = relations.integers(node, 3, "axes")
         for place, axis in enumerate(range(len(starts)) if axes is None else axes):
             if axis % rank in cuts:
-                before, taken = (size_after(term, self._sizes) for term in cuts[axis % rank])
+                before, taken, _ = (size_after(term, self._sizes) for term in cuts[axis % rank])
                 starts[place], ends[place] = before, before + taken
         if self._graph.opset < 10:
             node.attributes["starts"] = ir.AttrInt64s("starts", starts)
@@ -147,7 +146,7 @@ class _Resizing:
             computed = self._dimensions.relations.computed(value)
             if is_constant(value):
                 if any(map(self._changes, terms)):
-                    self._give(node, index, self._entries(self._constant(value), terms))
+                    self._give(node, index, self._entries(node, self._constant(value), terms))
             elif computed is not None and value is not None:
                 self._join(node, index, value, computed, terms)
         RemoveUnusedNodesPass()(self._graph.model)
@@ -160,7 +159,7 @@ class _Resizing:
     def _join(self, node: ir.Node, index: int, value: ir.Value, computed: Computed, terms: list[Term]) -> None:
         """Gives a node a shape with what is fixed as numbers; other lengths are taken from the shape that it had."""
         pieces: list[ir.Value] = []
-        numbers = self._entries(computed.array, terms)
+        numbers = self._entries(node, computed.array, terms)
         for fixed, run in itertools.groupby(range(len(terms)), lambda place: bool(computed.fixed[place])):
             places = list(run)
             if fixed:
@@ -184,11 +183,12 @@ class _Resizing:
             piece = self._insert(node, "Div", [self._insert(node, "Mul", [piece, new]), old])
         return piece
 
-    def _entries(self, numbers: np.ndarray, terms: list[Term]) -> np.ndarray:
-        """Entries that tell the old length tell the new one; 0 and -1 follow by themselves."""
+    def _entries(self, node: ir.Node, numbers: np.ndarray, terms: list[Term]) -> np.ndarray:
+        """Entries that tell the old length tell the new one; -1, and 0 for a length that is not fixed, follow suit."""
         result = numbers.astype(np.int64)
+        fixed = self._dimensions.relations.fixed(node.outputs[0]) or [False] * len(terms)
         for place, term in enumerate(terms):
-            if self._changes(term) and result[place] > 0:
+            if self._changes(term) and (result[place] > 0 or (result[place] == 0 and fixed[place])):
                 result[place] = size_after(term, self._sizes)
         return result
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..graph.editing import is_constant
-from .layout import Concat, Dim, Product, Term, resolved
-from .lengths import MOVES, Lengths
+from .computed import tell_shape
+from .layout import Concat, Dim, Product, Term
+from .lengths import Lengths
 from .relations import Axes, Relations, axis_of, parts, present, without
-
-_TELLS = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Resize": 3}
-"""Inputs that tell the lengths of an output."""
 
 
 def reshape(node: ir.Node, relations: Relations) -> None:
@@ -58,29 +56,6 @@ def _factors(axes: Axes) -> Term | None:
     return Product(given) if len(given) > 1 else given[0] if given else None
 
 
-def tell_shape(node: ir.Node, index: int, relations: Relations, y: Axes) -> None:
-    """Notes the lengths that an input must tell; holds them where how it is computed is not followed."""
-    relations.shapes[node] = index, [term or Dim(1) for term in y]
-    if relations.constant(node, index) is None and relations.computed(node.inputs[index]) is None:
-        relations.hold(node, y, "the shape that it is given is computed")
-
-
-def hold_sums(relations: Relations) -> None:
-    """Holds what adds up to a length that is computed: its parts cannot be told from it. A factor of one can."""
-    for node, (index, terms) in relations.shapes.items():
-        computed = relations.computed(node.inputs[index])
-        if computed is None or computed.fixed.all():
-            continue
-        for term, fixed in zip(terms, computed.fixed, strict=True):
-            if not fixed and _adds(term):
-                relations.hold(node, (term,), "the shape that it is given is computed")
-
-
-def _adds(term: Term) -> bool:
-    found = resolved(term)
-    return isinstance(found, Concat) or (isinstance(found, Product) and any(map(_adds, found.parts)))
-
-
 def transpose(node: ir.Node, relations: Relations) -> None:
     """Transpose."""
     x, y = relations.input(node, 0), relations.output(node)
@@ -103,12 +78,6 @@ def expand(node: ir.Node, relations: Relations) -> None:
     elif node.op_type == "Tile" and y is not None:
         made = [term for term, size in zip(y, relations.sizes(node.inputs[0]) or (), strict=True) if size == 1]
         relations.hold(node, made, "it is made by repeating")
-
-
-def constant_of_shape(node: ir.Node, relations: Relations) -> None:
-    """ConstantOfShape: the same number everywhere."""
-    if (y := relations.output(node)) is not None:
-        tell_shape(node, 0, relations, y)
 
 
 def _tiles_ones(node: ir.Node, relations: Relations) -> bool:
@@ -162,8 +131,14 @@ def slice_(node: ir.Node, relations: Relations) -> None:
     x, y, shape = relations.input(node, 0), relations.output(node), relations.sizes(node.inputs[0])
     starts, ends = relations.integers(node, 1, "starts"), relations.integers(node, 2, "ends")
     axes, steps = relations.integers(node, 3, "axes"), relations.integers(node, 4, "steps")
-    if x is None or y is None or shape is None or starts is None or ends is None:
-        relations.hold_all(node, "where it cuts is computed")
+    if x is None or y is None or shape is None:
+        relations.hold_all(node, "the shape of what it cuts is not known")
+        return
+    if starts is None or ends is None:
+        cut = range(len(x)) if axes is None else [axis % len(x) for axis in axes]
+        relations.hold(node, (term for axis in cut for term in (x[axis], y[axis])), "where it cuts is computed")
+        kept = [axis for axis in range(len(x)) if axis not in cut]
+        relations.tie_all(node, [x[axis] for axis in kept], [y[axis] for axis in kept])
         return
     axes = list(range(len(starts))) if axes is None else [axis % len(x) for axis in axes]
     steps = steps or [1] * len(starts)
@@ -174,14 +149,15 @@ def slice_(node: ir.Node, relations: Relations) -> None:
         low, high, step = slice(*cuts.get(axis, (0, size, 1))).indices(size)
         if (low, high, step) == (0, size, 1):
             relations.tie(node, term, out)
+            pieces: list[Term] = [Dim(0), term, Dim(0)]
         elif step != 1 or high <= low:
             relations.hold(node, (term, out), "it is sliced in steps")
+            continue
         else:
-            pieces = [(None, low), (out, high - low), (None, size - high)]
-            whole = Concat(tuple(t or Dim(n) for t, n in pieces if n))
-            relations.tie(node, term, whole)
-            before = whole.parts[0] if low else Dim(0)
-            relations.cuts[node][axis] = before, whole.parts[1 if low else 0]
+            pieces = [Dim(low), out or Dim(1), Dim(size - high)]
+            relations.tie(node, term, Concat(tuple(piece for piece in pieces if piece.size)))
+        if axis in cuts:
+            relations.cuts[node][axis] = pieces
 
 
 def gather(node: ir.Node, relations: Relations) -> None:
@@ -204,10 +180,9 @@ def _look_up(node: ir.Node, relations: Relations, term: Term | None, axis: int) 
         relations.hold(node, (term,), "positions are looked up in it")
         return
     place = int(index.reshape(-1)[0]) % term.size
-    pieces = [Dim(count) for count in (place, 1, term.size - place - 1) if count]
-    relations.tie(node, term, Concat(tuple(pieces)))
-    if place:
-        relations.places[node] = pieces[0]
+    pieces: list[Term] = [Dim(place), Dim(1), Dim(term.size - place - 1)]
+    relations.tie(node, term, Concat(tuple(piece for piece in pieces if piece.size)))
+    relations.places[node] = pieces
 
 
 def pad(node: ir.Node, relations: Relations) -> None:
@@ -241,50 +216,3 @@ def depth_to_space(node: ir.Node, relations: Relations) -> None:
     rows_first = node.attributes.get_string("mode", "DCR") == "DCR"
     relations.tie(node, deep[1], Product((block, channels) if rows_first else (channels, block)))
     relations.hold(node, (deep[0], flat[0]), "it is the batch")
-
-
-def shape_of(node: ir.Node, relations: Relations) -> None:
-    """Shape: what is computed from fixed lengths alone stays as it was; other lengths must stay as they are."""
-    x = relations.input(node, 0)
-    if x is None:
-        return
-    end = node.attributes.get_int("end", len(x)) if "end" in node.attributes else len(x)
-    low, high, _ = slice(node.attributes.get_int("start", 0), end).indices(len(x))
-    read = {low + place for user, _ in node.outputs[0].uses() for place in _chosen(user, high - low, relations)}
-    fixed = relations.fixed(node.inputs[0])
-    if _followed(node.outputs[0], relations):
-        read = {place for place in read if not fixed or not fixed[place]}
-    relations.hold(node, (x[place] for place in sorted(read)), "its length is read and computed with")
-
-
-def _followed(value: ir.Value, relations: Relations) -> bool:
-    """Whether all that is computed from lengths that are fixed and others that are not keeps the two apart."""
-    here = relations.computed(value)
-    if here is None or value.is_graph_output():
-        return False
-    if here.fixed.all():
-        return True
-    for user, index in value.uses():
-        there = relations.computed(user.outputs[0])
-        if there is None:
-            if _TELLS.get(user.op_type) != index:
-                return False
-            continue
-        apart = there.array.shape == here.array.shape and not (here.fixed & ~there.fixed).any()
-        if not (user.op_type in MOVES or apart) or not _followed(user.outputs[0], relations):
-            return False
-    return True
-
-
-def _chosen(user: ir.Node, length: int, relations: Relations) -> list[int]:
-    """The entries of a shape that a node takes; all where that is not known."""
-    everything = list(range(length))
-    if user.op_type == "Gather":
-        index = relations.constant(user, 1)
-        return everything if index is None else [int(i) % length for i in index.reshape(-1)]
-    if user.op_type != "Slice":
-        return everything
-    starts, ends = relations.integers(user, 1, "starts"), relations.integers(user, 2, "ends")
-    if not starts or not ends:
-        return everything
-    return everything[starts[0] : ends[0]]

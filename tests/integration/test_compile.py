@@ -134,7 +134,16 @@ def test_inspect(enginesmith, bundle, model):
     assert engine["operators"]["Gemm"] == 2
     graph = json.loads(enginesmith("inspect", bundle / "engines" / ENGINE / "model.onnx", "--json").out)
     assert graph["graph inputs"][0]["name"] == "x"
+    assert engine["parameters"] == graph["parameters"] > 0
     assert enginesmith("inspect", bundle).code == 0
+
+
+def test_inspect_groups(enginesmith, bundle, model, arguments):
+    groups = json.loads(enginesmith("inspect", bundle, "--groups", "--json").out)
+    assert [group["may_shrink"] for group in groups] == [True, False]
+    captured = enginesmith("inspect", *arguments[1 : arguments.index("--target")], "--groups", "--json")
+    assert [group["size"] for group in json.loads(captured.out)] == [group["size"] for group in groups]
+    assert "may grow    no: it is an output of the model" in enginesmith("inspect", bundle, "--groups", "--all").out
 
 
 def test_python_api_with_a_module(tmp_path, monkeypatch):

@@ -52,6 +52,15 @@ def values(graph: Graph) -> list[ir.Value]:
     return [*main.inputs, *main.initializers.values(), *(output for node in main for output in node.outputs)]
 
 
+LAYERS = "float[8,6] w1, float[6,5] w2"
+
+
+def between(body, extra="", constants="", header="", x="float[n,4,8] x", y="float[n,4,5] y", weights=LAYERS):
+    """A hidden layer of six, what is done to it (h becomes z), and a layer that reads it."""
+    return f"""{header} g ({x}, {weights}{extra}) => ({y}) {constants} {{
+        h = MatMul(x, w1)  {body}  y = MatMul(z, w2) }}"""
+
+
 GRAPHS = {
     "conv": """g (float[n,3,8,8] x, float[6,3,3,3] w1, float[6] b1, float[5,6,1,1] w2) => (float[n,5,m,k] y) {
         a = Conv<pads=[1,1,1,1]>(x, w1, b1)  r = Relu(a)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)
@@ -83,6 +92,12 @@ GRAPHS = {
         <int64[1] low = {3}, int64[1] high = {9}, int64[1] axis = {1}, int64[1] end = {-2}, int64[1] big = {99}> {
         a = Conv(x, w1)  p = Slice(a, low, high, axis)  c = Conv(p, w2)  q = Slice(a, end, big, axis)
         d = Conv(q, w3)  y = Add(c, d) }""",
+    "slice from the end": """g (float[n,3,4,4] x, float[12,3,1,1] w1, float[5,10,1,1] w2, float[5,12,1,1] w3,
+        float[5,1,1] w4) => (float[n,5,4,4] y)
+        <int64[1] low = {0}, int64[1] high = {-2}, int64[1] axis = {1}, int64[1] twelve = {12}, int64 third = {-3}> {
+        a = Conv(x, w1)  p = Slice(a, low, high, axis)  c = Conv(p, w2)  q = Slice(a, low, twelve, axis)
+        d = Conv(q, w3)  g1 = Gather<axis=1>(a, third)  h = Unsqueeze(g1, axis)  i = Mul(h, w4)  e = Add(c, d)
+        y = Add(e, i) }""",
     "transposed": """g (float[n,3,4,4] x, float[3,6,2,2] w1, float[6] b1, float[6,5,2,2] w2) => (float[n,5,m,k] y) {
         a = ConvTranspose<strides=[2,2]>(x, w1, b1)  r = Relu(a)  y = ConvTranspose<strides=[2,2]>(r, w2) }""",
     "flatten": """g (float[n,3,4,4] x, float[6,3,1,1] w1, float[5,96] w2, float[5] b2, float[5,7] w3)
