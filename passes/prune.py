@@ -20,13 +20,16 @@ from ..compiler.pruning.ratios import check_ratios
 from ..compiler.pruning.run import Pruning
 from .base import Context, Pass, PassResult, Refusal
 
+RATIO = 0.3
+"""The share that goes where no goal is given."""
+
 MARK = "enginesmith.pruned"
 """Metadata of a graph that was pruned: what is left is not pruned again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prune(Pass):
-    """Structured pruning with calibration data in place of training. One of `ratio`, `macs` and `latency` is the goal.
+    """Structured pruning with calibration data in place of training. One of `ratio`, `macs` and `latency` is the goal; `RATIO` by default.
 
     Attributes:
         ratio: share of the positions of each dimension that goes (scope=local), or of all together (scope=global).
@@ -57,23 +60,24 @@ class Prune(Pass):
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "macs", "latency") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"one of ratio, macs and latency is the goal, found {', '.join(given) or 'none'}")
-        value = getattr(self, given[0])
-        if not 0 < value < 1:
-            raise ValueError(f"{given[0]} is a share between 0 and 1, found {value:g}")
+        if len(given) > 1:
+            raise ValueError(f"one of ratio, macs and latency is the goal, found {' and '.join(given)}")
+        if not 0 < self.goal.value < 1:
+            raise ValueError(f"{self.goal.kind} is a share between 0 and 1, found {self.goal.value:g}")
         if self.multiple < 1:
             raise ValueError(f"multiple is at least 1, found {self.multiple}")
         check_ratios(self.ratios)
-        if self.ratios and (self.ratio is None or self.scope == "global"):
+        if self.ratios and (self.goal.kind != "ratio" or self.scope == "global"):
             raise ValueError("ratios are for ratio with scope=local")
 
     @property
     def goal(self) -> Goal:
         """What is to be reached."""
-        kind: Literal["ratio", "macs", "latency"]
-        kind = "ratio" if self.ratio is not None else "macs" if self.macs is not None else "latency"
-        return Goal(kind, getattr(self, kind), self.scope, self.ratios)
+        if self.macs is not None:
+            return Goal("macs", self.macs)
+        if self.latency is not None:
+            return Goal("latency", self.latency)
+        return Goal("ratio", RATIO if self.ratio is None else self.ratio, self.scope, self.ratios)
 
     @property
     def calibrates(self) -> bool:

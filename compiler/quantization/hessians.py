@@ -79,11 +79,15 @@ class _Sum:
         self.full = self._rows >= max(ROWS, 2 * self.total.shape[1])
 
 
-def positions(layer: Layer, x: np.ndarray, generator: np.random.Generator, each: int = POSITIONS) -> np.ndarray:
-    """Inputs (rows, in x kernel) of the layer at positions that are drawn from a batch, up to `each` of an item.
+def positions(layer: Layer, x: np.ndarray, generator: np.random.Generator, each: int | None = None) -> np.ndarray:
+    """Inputs (rows, in x kernel) of the layer at positions that are drawn from a batch.
+
+    Args:
+        each: how many positions of an item at most; None for `POSITIONS`.
 
     The second axis is ordered as the weights: input channels, then the kernel.
     """
+    each = POSITIONS if each is None else each
     if layer.node.op_type != "Conv":
         rows: np.ndarray = x.reshape(-1, x.shape[-1])
         count = min(len(rows), each * len(x))
