@@ -29,7 +29,9 @@ MARK = "enginesmith.pruned"
 
 @dataclasses.dataclass(frozen=True)
 class Prune(Pass):
-    """Structured pruning with calibration data in place of training. One of `ratio`, `macs` and `latency` is the goal; `RATIO` by default.
+    """Structured pruning with calibration data in place of training.
+
+    One of `ratio`, `macs` and `latency` is the goal; where none is given, a ratio of `RATIO`.
 
     Attributes:
         ratio: share of the positions of each dimension that goes (scope=local), or of all together (scope=global).
