@@ -46,6 +46,9 @@ FASTER = 1.7
 """How many times as fast ResNet-50 has to be at half of its multiply-adds."""
 
 WORDS = 60
+"""Words of a line of text to calibrate on."""
+
+SCRATCH = tempfile.TemporaryDirectory(prefix="enginesmith-")
 
 
 def minilm_data() -> Data:
@@ -113,20 +116,20 @@ def prepare(case: Case) -> Prepared:
 
 
 def captured(source: str, signature: Signature, *, weights: Path | None = None) -> Graph:
+    """The graph, simplified; its weights stay in the scratch folder."""
     model = load_model(source, weights=weights, inputs=signature)
-    with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
-        graph = capture(
-            model,
-            opset_range=(13, 20),
-            samples=None,
-            seed=0,
-            directory=Path(folder),
-            log=lambda line: None,
-            required=True,
-        ).graph
-        assert graph is not None
-        for text in ("simplify", "dedupe"):
-            parse_pass(text)(graph, Context(model.signature))
+    graph = capture(
+        model,
+        opset_range=(13, 20),
+        samples=None,
+        seed=0,
+        directory=Path(tempfile.mkdtemp(dir=SCRATCH.name)),
+        log=lambda line: None,
+        required=True,
+    ).graph
+    assert graph is not None
+    for text in ("simplify", "dedupe"):
+        parse_pass(text)(graph, Context(model.signature))
     return graph
 
 

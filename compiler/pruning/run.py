@@ -171,6 +171,7 @@ class Pruning:
             "macs": {"before": before, "after": after},
             "weight_bytes": {"before": self._whole.weight_bytes, "after": self.graph.weight_bytes},
             "error": error,
+            "batches": 0 if self._evaluation is None else self._evaluation.batches,
             "fits": [fit.record() for fit in fits],
         }
 

@@ -93,6 +93,29 @@ def stage_chart(stages: Sequence[Stage]) -> Chart:
     return Chart(f"Time of each stage, {seconds(ends[-1])} in all", bars)
 
 
+MOST = 12
+"""How many dimensions a chart of sensitivities shows; tables have all."""
+
+
+def sensitivity_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """Errors {"group", "size", "tried", "error"} of dimensions that alone were pruned, the largest first."""
+    shown = [row for row in rows if row["error"] is not None][:MOST]
+    scale = FULL / max([row["error"] for row in shown if row["error"]], default=1.0)
+    bars = tuple(
+        Bar(
+            label=row["group"],
+            value=error(row["error"]),
+            note=f"{row['tried']:,} of {row['size']:,} positions left",
+            tone="plain",
+            start=0.0,
+            width=max(SLIVER, round(row["error"] * scale, 2)),
+        )
+        for row in shown
+    )
+    left_out = f"; the {len(shown)} largest of {len(rows)}" if len(rows) > len(shown) else ""
+    return Chart(f"Relative error that the outputs get when one dimension alone is pruned{left_out}", bars)
+
+
 CURVE_HEIGHT = 240
 """Pixels; the vertical scale of a curve is in pixels, the horizontal one in percent."""
 

@@ -129,13 +129,19 @@ def measured(benchmark: Benchmark | None, field: str) -> bool:
 def sections(manifest: Manifest) -> tuple[str, ...]:
     """The page's sections, for its navigation."""
     precision = ("precision",) if manifest["calibration"] or lowerings(manifest) else ()
+    pruning = ("pruning",) if prunings(manifest) else ()
     last = ("stages", "passes", "capture", "engines", "environment", "use")
-    return ("model", "speed", "accuracy", *precision, *last)
+    return ("model", "speed", "accuracy", *pruning, *precision, *last)
 
 
 def lowerings(manifest: Manifest) -> list[PassRecord]:
     """The passes that chose ranges or precisions."""
     return [record for record in manifest["passes"] if record["details"].keys() & {"curve", "limits", "trials"}]
+
+
+def prunings(manifest: Manifest) -> list[PassRecord]:
+    """The passes that removed channels, neurons or heads."""
+    return [record for record in manifest["passes"] if "prune" in record["details"]]
 
 
 def passes_by_variant(passes: Sequence[PassRecord]) -> dict[str, list[PassRecord]]:
