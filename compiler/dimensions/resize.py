@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +35,8 @@ def resize(dimensions: Dimensions, chosen: Mapping[Dim, np.ndarray]) -> dict[Mem
     Returns:
         For every constant and axis that changed, the positions that were taken.
     """
+    if not chosen:
+        return {}
     run = _Resizing(dimensions, chosen)
     run.freeze()
     taken = run.constants()
@@ -129,8 +131,9 @@ class _Resizing:
         rank = len(relations.sizes(node.inputs[0]) or ())
         axes = relations.integers(node, 3, "axes")
         for place, axis in enumerate(range(len(starts)) if axes is None else axes):
-            if axis % rank in cuts:
-                before, taken, _ = (size_after(term, self._sizes) for term in cuts[axis % rank])
+            pieces = cuts.get(axis % rank, [])
+            if any(map(self._changes, pieces)):
+                before, taken, _ = (size_after(term, self._sizes) for term in pieces)
                 starts[place], ends[place] = before, before + taken
         if self._graph.opset < 10:
             node.attributes["starts"] = ir.AttrInt64s("starts", starts)
@@ -142,19 +145,30 @@ class _Resizing:
     def shapes(self) -> None:
         """Adjusts the shapes that Reshape, Expand and their like are given, and forgets those of activations."""
         for node, (index, terms) in self._dimensions.relations.shapes.items():
-            value = node.inputs[index]
+            value, changes = node.inputs[index], any(map(self._changes, terms))
             computed = self._dimensions.relations.computed(value)
-            if is_constant(value):
-                if any(map(self._changes, terms)):
-                    self._give(node, index, self._entries(node, self._constant(value), terms))
-            elif computed is not None and value is not None:
-                self._join(node, index, value, computed, terms)
+            if value is not None and computed is not None and not is_constant(value):
+                if changes or not self._is_told(value, computed):
+                    self._join(node, index, value, computed, terms)
+            elif changes:
+                self._give(node, index, self._entries(node, self._constant(value), terms))
         RemoveUnusedNodesPass()(self._graph.model)
         carried = {m.value for dim in self._chosen for m in self._dimensions.group(dim).of("carries")}
         for value in carried:
             if not value.is_graph_input() and not value.is_graph_output():
                 value.shape = None
         self._graph.infer()
+
+    def _is_told(self, value: ir.Value, computed: Computed) -> bool:
+        """Whether all that is fixed in a computed shape is a constant already, and not read from a tensor."""
+        pieces = self._pieces(value)
+        return bool(pieces) and all(is_constant(p) for p, fixed in zip(pieces, computed.fixed, strict=True) if fixed)
+
+    def _pieces(self, value: ir.Value) -> Sequence[ir.Value | None]:
+        """The single entries that a shape is joined of; none where it is made in another way."""
+        producer = value.producer()
+        joined = producer.inputs if producer is not None and producer.op_type == "Concat" else ()
+        return joined if [len(joined)] == self._dimensions.relations.sizes(value) else ()
 
     def _join(self, node: ir.Node, index: int, value: ir.Value, computed: Computed, terms: list[Term]) -> None:
         """Gives a node a shape with what is fixed as numbers; other lengths are taken from the shape that it had."""
@@ -172,9 +186,8 @@ class _Resizing:
 
     def _followed(self, node: ir.Node, value: ir.Value, place: int, term: Term) -> ir.Value:
         """One entry of a computed shape, times what the term grows or shrinks by."""
-        producer = value.producer()
-        joined = producer.inputs if producer is not None and producer.op_type == "Concat" else ()
-        piece = joined[place] if [len(joined)] == self._dimensions.relations.sizes(value) else None
+        pieces = self._pieces(value)
+        piece = pieces[place] if pieces else None
         if piece is None:
             piece = self._insert(node, "Gather", [value, self._number(node, np.array([place]))], axis=0)
         if self._changes(term):

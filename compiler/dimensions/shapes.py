@@ -142,6 +142,7 @@ def slice_(node: ir.Node, relations: Relations) -> None:
         return
     axes = list(range(len(starts))) if axes is None else [axis % len(x) for axis in axes]
     steps = steps or [1] * len(starts)
+    fixed = relations.fixed(node.inputs[0]) or [True] * len(x)
     cuts = {axis: (start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)}
     for axis, (term, out, size) in enumerate(zip(x, y, shape, strict=True)):
         if size is None or term is None:
@@ -152,6 +153,9 @@ def slice_(node: ir.Node, relations: Relations) -> None:
             pieces: list[Term] = [Dim(0), term, Dim(0)]
         elif step != 1 or high <= low:
             relations.hold(node, (term, out), "it is sliced in steps")
+            continue
+        elif not fixed[axis]:
+            relations.hold(node, (term, out), "a part of an axis of dynamic length is cut off")
             continue
         else:
             pieces = [Dim(low), out or Dim(1), Dim(size - high)]

@@ -98,6 +98,9 @@ GRAPHS = {
         a = Conv(x, w1)  p = Slice(a, low, high, axis)  c = Conv(p, w2)  q = Slice(a, low, twelve, axis)
         d = Conv(q, w3)  g1 = Gather<axis=1>(a, third)  h = Unsqueeze(g1, axis)  i = Mul(h, w4)  e = Add(c, d)
         y = Add(e, i) }""",
+    "slice of steps and channels": """g (float[n,s,8] x, float[8,12] w1, float[6,5] w2) => (float[n,t,5] y)
+        <int64[2] low = {0, 3}, int64[2] high = {-1, 9}, int64[2] axes = {1, 2}> {
+        a = MatMul(x, w1)  p = Slice(a, low, high, axes)  y = MatMul(p, w2) }""",
     "transposed": """g (float[n,3,4,4] x, float[3,6,2,2] w1, float[6] b1, float[6,5,2,2] w2) => (float[n,5,m,k] y) {
         a = ConvTranspose<strides=[2,2]>(x, w1, b1)  r = Relu(a)  y = ConvTranspose<strides=[2,2]>(r, w2) }""",
     "flatten": """g (float[n,3,4,4] x, float[6,3,1,1] w1, float[5,96] w2, float[5] b2, float[5,7] w3)

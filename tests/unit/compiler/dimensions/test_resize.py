@@ -83,3 +83,54 @@ def test_positions_that_are_zero_may_go(name, data):
     assert {g.size for g in Dimensions(graph).groups if g.of("writes")} <= {
         len(chosen.get(g.dim, range(g.size))) for g in dimensions.groups
     }
+
+
+def test_nothing_chosen_changes_nothing():
+    graph = build(GRAPHS["computed shapes"])
+    before = graph.fingerprint()
+    assert resize(Dimensions(graph), {}) == {}
+    assert graph.fingerprint() == before
+
+
+def test_what_was_taken_is_told_by_constant_and_axis():
+    dimensions = Dimensions(build(GRAPHS["conv"]))
+    group = find(dimensions, "w1", 0)
+    taken = resize(dimensions, {group.dim: np.array([1, 4])})
+    assert {str(member): places.tolist() for member, places in taken.items()} == {
+        "w1:0": [1, 4],
+        "b1:0": [1, 4],
+        "w2:1": [1, 4],
+    }
+
+
+def test_a_vector_that_two_layers_share_becomes_two():
+    text = """g (float[n,4] x, float[4,6] w1, float[6] b1, float[6,6] w2, float[6,5] w3) => (float[n,5] y) {
+        a = MatMul(x, w1)  c = Add(a, b1)  d = MatMul(c, w2)  e = Add(d, b1)  y = MatMul(e, w3) }"""
+    graph = build(text)
+    dimensions = Dimensions(graph)
+    resize(dimensions, {find(dimensions, "w1", 1).dim: np.array([0, 5])})
+    shapes = {name: value.const_value.shape.numpy() for name, value in graph.model.graph.initializers.items()}
+    assert (shapes["b1"], shapes["w2"]) == ((6,), (2, 6))
+    assert [shape for name, shape in shapes.items() if name.startswith("b1/")] == [(2,)]
+    assert outputs_of(graph).shape == (3, 5)
+
+
+def test_a_shape_whose_heads_lie_in_the_batch_is_scaled():
+    graph = build(GRAPHS["heads in the batch"])
+    dimensions = Dimensions(graph)
+    heads = next(group for group in dimensions.groups if group.size == 2 and group.of("writes"))
+    resize(dimensions, {heads.dim: np.array([1])})
+    graph.infer()
+    assert outputs_of(graph).shape == (3, 3, 8)
+    assert graph.operators()["Div"] == 1
+
+
+def test_new_positions_of_a_quantized_weight_are_its_zero():
+    text = """g (float[n,3,4,4] x, uint8[4,3,1,1] w1, float[5,4,1,1] w2) => (float[n,5,4,4] y)
+        <float s = {0.1}, uint8 z = {7}> { f = DequantizeLinear(w1, s, z)  a = Conv(x, f)  y = Conv(a, w2) }"""
+    graph = build(text)
+    expected = outputs_of(graph)
+    dimensions = Dimensions(graph)
+    resize(dimensions, {find(dimensions, "w1", 0).dim: np.array([0, 1, 2, 3, -1])})
+    assert graph.model.graph.initializers["w1"].const_value.numpy()[4].tolist() == [[[7]], [[7]], [[7]]]
+    assert close(outputs_of(graph), expected)
