@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..errors import CaptureError, GraphError, RecipeError, TargetUnavailableError, UnknownNameError
 from ..passes import parse_pass
-from ..passes.base import Context, Pass
+from ..passes.base import Context, Kept, Pass
 from ..targets import parse_target
 from ..targets.base import Target
 from .build import Job, build_all, check_left
@@ -32,9 +32,10 @@ from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, 
 from .storage.memory import release
 from .trial import TORCH_BASELINES, benchmark_engines, load, load_budget, load_metric, validate_engines, verdict
 from .validation.reference import ReferenceOutputs
-from .variants import Variant, make_variants, not_lowered, without_effect
+from .variants import Variant, make_variants, not_lowered, not_written, without_effect
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from .calibration import Calibration
@@ -91,6 +92,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     variants = make_variants(recipe, targets)
     _check_names(recipe, targets, [variant.name for variant in variants])
     _check_calibration(recipe, variants)
+    _check_pruned_weights(recipe)
     machine, cache = environment(), Cache()
     bundle_key = compile_key(recipe, machine)
     from_files = module is None and is_self_contained(recipe) and is_repeatable(recipe)
@@ -107,6 +109,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("load model") as stage:
             model = load(recipe, module)
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"
+        _check_pruned_weights(recipe, model)
         if not from_files:
             bundle_key = compile_key(recipe, machine, model.fingerprint)
             if is_repeatable(recipe) and (kept := _unchanged(cache, bundle_key)):
@@ -123,11 +126,13 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("capture graph") as stage:
             captured = _capture(job, model, data)
             stage["detail"] = captured.record["exporter"] or "no exporter succeeded"
-        if not job.needs_model(captured):
-            model = model.without_weights()
-            release()
+        remaining = model if job.needs_model(captured) else model.without_weights()
+        model = model if job.passes_need_model else remaining
+        release()
         with stages("run passes"):
             graphs, pass_records, calibration = _run_passes(job, captured, model, data)
+        model = remaining
+        release()
         with stages("build engines") as stage:
             engines = build_all(job, graphs, captured.record, model, data)
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
@@ -142,6 +147,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("write bundle"):
             dense = [variant for variant in job.variants if variant.sibling is None]
             notes = [*not_lowered(dense, pass_records), *without_effect(job.variants, pass_records)]
+            notes += not_written(pass_records)
             manifest = Manifest(
                 format=FORMAT,
                 enginesmith=__version__,
@@ -211,6 +217,19 @@ def _check_calibration(recipe: Recipe, variants: Sequence[Variant]) -> None:
             )
 
 
+def _check_pruned_weights(recipe: Recipe, model: Model | None = None) -> None:
+    """Fails early where there will be no pruned engine, or no torch module whose state_dict could be written."""
+    if recipe.pruned_weights and recipe.prune is None:
+        raise RecipeError("pruned_weights writes the weights of pruned engines, and none is asked for", hint="--prune")
+    if recipe.pruned_weights and model is not None and model.kind != "module":
+        raise RecipeError(
+            "pruned weights are a state_dict, and there is no torch module that could load it",
+            expected="a model from file.py:factory or a torch module",
+            found=f"{recipe.model}, of kind {model.kind}",
+            hint="leave out --pruned-weights",
+        )
+
+
 def _unchanged(cache: Cache, bundle_key: str) -> Path | None:
     """The bundle of this compile in the cache, where nothing changed since."""
     kept = cache.get("bundles", bundle_key)
@@ -262,20 +281,63 @@ def _run_passes(
     if captured.graph is None:
         return {}, [], []
     calibration = calibration_of(job.recipe, model.signature, data, job.cache)
-    context = Context(model.signature, data, calibration, load_budget(job.recipe), progress=job.stages.update)
+    context = Context(
+        model.signature,
+        data,
+        calibration,
+        load_budget(job.recipe),
+        gradients=_gradients(model, calibration, job.recipe.seed),
+        progress=job.stages.update,
+    )
     engines = [v for v in job.variants if v.target.capabilities.consumes == "graph" and not v.refusal]
     names = [variant.name for variant in engines]
-    records = [_run_pass(rewrite, captured.graph, context, "all", names) for rewrite in job.passes]
+    records = [_run_pass(rewrite, captured.graph, context, "all", names)[0] for rewrite in job.passes]
     graphs: dict[str, Graph | str] = {}
     for passes in dict.fromkeys(variant.passes for variant in engines):
         names = [variant.name for variant in engines if variant.passes == passes]
         graph = captured.graph.clone()
         graphs.update(dict.fromkeys(names, graph))
+        pruned = [v.steps[-1] for v in engines if v.passes == passes and v.name.endswith("-pruned")]
         try:
-            records += [_run_pass(rewrite, graph, context, ", ".join(names), names) for rewrite in passes]
+            for rewrite in passes:
+                whole = graph.clone() if job.recipe.pruned_weights and rewrite in pruned else None
+                record, kept = _run_pass(rewrite, graph, context, ", ".join(names), names)
+                records.append(record)
+                if whole is not None and kept:
+                    _write_pruned_weights(job, model, data, (whole, graph), record, kept)
         except GraphError as error:
             graphs.update(dict.fromkeys(names, str(error)))
     return graphs, records, _calibrated(calibration, job.folder)
+
+
+def _gradients(
+    model: Model, calibration: Calibration | None, seed: int
+) -> Callable[[Graph], Iterable[Mapping[str, np.ndarray]]] | None:
+    """What takes gradients, where the model is a torch module that runs in Python, and there are data."""
+    if model.kind not in ("module", "exported-program") or model.module is None or calibration is None:
+        return None
+    from .pruning.gradients import gradients
+    from .sources.flat import FlatModule
+
+    module, samples, signature = model.module, calibration.limited(), model.signature
+    assert isinstance(module, FlatModule)
+    return lambda graph: gradients(graph, module, signature, samples, seed=seed)
+
+
+def _write_pruned_weights(
+    job: Job, model: Model, data: Data, graphs: tuple[Graph, Graph], record: PassRecord, kept: Kept
+) -> None:
+    """Writes the weights that are left as a state_dict; where that cannot be, the details of the pass say why."""
+    from .pruning.state_dict import pruned_state, write_state
+    from .sources.flat import FlatModule
+
+    assert isinstance(model.module, FlatModule)
+    state = pruned_state(*graphs, kept, model.module, model.signature, data.first())
+    folder = None if state.refusals else f"pruned/{record['engines'][0]}"
+    if folder is not None:
+        write_state(job.folder / folder, state, record["engines"], record["text"])
+    reasons = [f"{refusal.node}: {refusal.reason}" for refusal in state.refusals]
+    record["details"]["pruned_weights"] = {"folder": folder, "reasons": reasons}
 
 
 def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cache) -> Calibration | None:
@@ -312,11 +374,13 @@ def _calibrated(calibration: Calibration | None, folder: Path) -> list[Calibrati
     return records
 
 
-def _run_pass(rewrite: Pass, graph: Graph, context: Context, variant: str, engines: Sequence[str]) -> PassRecord:
+def _run_pass(
+    rewrite: Pass, graph: Graph, context: Context, variant: str, engines: Sequence[str]
+) -> tuple[PassRecord, Kept]:
     before, start = sum(1 for _ in graph.nodes()), time.perf_counter()
     result = rewrite(graph, context)
     release()
-    return PassRecord(
+    record = PassRecord(
         variant=variant,
         engines=list(engines),
         text=str(rewrite),
@@ -328,6 +392,7 @@ def _run_pass(rewrite: Pass, graph: Graph, context: Context, variant: str, engin
         nodes_before=before,
         nodes_after=sum(1 for _ in graph.nodes()),
     )
+    return record, result.kept
 
 
 def _validate(
