@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from .gains import drop
 from .machine.environment import environment
 from .manifest import FORMAT, Benchmark, CalibrationRecord, EngineRecord, Manifest, PassRecord
 from .progress import Progress, Stages
+from .pruning.module import check_module, check_pruned_weights, gradients_of, hand_back
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
 from .storage.cache import Cache
 from .storage.files import appearing_folder
@@ -35,7 +36,6 @@ from .validation.reference import ReferenceOutputs
 from .variants import Variant, make_variants, not_lowered, not_written, without_effect
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from .calibration import Calibration
@@ -92,7 +92,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     variants = make_variants(recipe, targets)
     _check_names(recipe, targets, [variant.name for variant in variants])
     _check_calibration(recipe, variants)
-    _check_pruned_weights(recipe)
+    check_pruned_weights(recipe)
     machine, cache = environment(), Cache()
     bundle_key = compile_key(recipe, machine)
     from_files = module is None and is_self_contained(recipe) and is_repeatable(recipe)
@@ -109,7 +109,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("load model") as stage:
             model = load(recipe, module)
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"
-        _check_pruned_weights(recipe, model)
+        check_module(recipe, model)
         if not from_files:
             bundle_key = compile_key(recipe, machine, model.fingerprint)
             if is_repeatable(recipe) and (kept := _unchanged(cache, bundle_key)):
@@ -217,19 +217,6 @@ def _check_calibration(recipe: Recipe, variants: Sequence[Variant]) -> None:
             )
 
 
-def _check_pruned_weights(recipe: Recipe, model: Model | None = None) -> None:
-    """Fails early where there will be no pruned engine, or no torch module whose state_dict could be written."""
-    if recipe.pruned_weights and recipe.prune is None:
-        raise RecipeError("pruned_weights writes the weights of pruned engines, and none is asked for", hint="--prune")
-    if recipe.pruned_weights and model is not None and model.kind != "module":
-        raise RecipeError(
-            "pruned weights are a state_dict, and there is no torch module that could load it",
-            expected="a model from file.py:factory or a torch module",
-            found=f"{recipe.model}, of kind {model.kind}",
-            hint="leave out --pruned-weights",
-        )
-
-
 def _unchanged(cache: Cache, bundle_key: str) -> Path | None:
     """The bundle of this compile in the cache, where nothing changed since."""
     kept = cache.get("bundles", bundle_key)
@@ -286,7 +273,7 @@ def _run_passes(
         data,
         calibration,
         load_budget(job.recipe),
-        gradients=_gradients(model, calibration, job.recipe.seed),
+        gradients=gradients_of(model, calibration, job.recipe.seed),
         progress=job.stages.update,
     )
     engines = [v for v in job.variants if v.target.capabilities.consumes == "graph" and not v.refusal]
@@ -304,40 +291,10 @@ def _run_passes(
                 record, kept = _run_pass(rewrite, graph, context, ", ".join(names), names)
                 records.append(record)
                 if whole is not None and kept:
-                    _write_pruned_weights(job, model, data, (whole, graph), record, kept)
+                    hand_back(job.folder, model, data.first(), (whole, graph), record, kept)
         except GraphError as error:
             graphs.update(dict.fromkeys(names, str(error)))
     return graphs, records, _calibrated(calibration, job.folder)
-
-
-def _gradients(
-    model: Model, calibration: Calibration | None, seed: int
-) -> Callable[[Graph], Iterable[Mapping[str, np.ndarray]]] | None:
-    """What takes gradients, where the model is a torch module that runs in Python, and there are data."""
-    if model.kind not in ("module", "exported-program") or model.module is None or calibration is None:
-        return None
-    from .pruning.gradients import gradients
-    from .sources.flat import FlatModule
-
-    module, samples, signature = model.module, calibration.limited(), model.signature
-    assert isinstance(module, FlatModule)
-    return lambda graph: gradients(graph, module, signature, samples, seed=seed)
-
-
-def _write_pruned_weights(
-    job: Job, model: Model, data: Data, graphs: tuple[Graph, Graph], record: PassRecord, kept: Kept
-) -> None:
-    """Writes the weights that are left as a state_dict; where that cannot be, the details of the pass say why."""
-    from .pruning.state_dict import pruned_state, write_state
-    from .sources.flat import FlatModule
-
-    assert isinstance(model.module, FlatModule)
-    state = pruned_state(*graphs, kept, model.module, model.signature, data.first())
-    folder = None if state.refusals else f"pruned/{record['engines'][0]}"
-    if folder is not None:
-        write_state(job.folder / folder, state, record["engines"], record["text"])
-    reasons = [f"{refusal.node}: {refusal.reason}" for refusal in state.refusals]
-    record["details"]["pruned_weights"] = {"folder": folder, "reasons": reasons}
 
 
 def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cache) -> Calibration | None:

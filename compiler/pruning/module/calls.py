@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..signature import Signature
-from ..sources.flat import FlatModule
-from ..sources.guard import quiet
-from ..sources.reference import to_tensor
+from ...signature import Signature
+from ...sources.flat import FlatModule
+from ...sources.guard import quiet
+from ...sources.reference import to_tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,15 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import torch
 
-from ...errors import RecipeError
-from ..graph import Graph
-from ..quantization.layers import constant, operand
-from ..signature import Signature
-from ..sources.flat import FlatModule
-from ..sources.guard import first_line, foreign, quiet
+from ....errors import RecipeError
+from ...graph import Graph
+from ...quantization.layers import constant, operand
+from ...signature import Signature
+from ...sources.flat import FlatModule
+from ...sources.guard import first_line, foreign, quiet
 from .calls import arguments, watch
-from .parameters import Match, match
+from .matching import match
+from .parameters import Match, Parameters
 
 
 def gradients(
@@ -45,19 +46,42 @@ def gradients(
     """
     parameters = dict(module.model.named_parameters(remove_duplicate=False))
     generator = torch.Generator().manual_seed(seed)
-    matches: list[Match] = []
-    for number, sample in enumerate(samples):
-        if not number:
-            found = match(graph, module.model, watch(module, signature, sample)).weights
-            matches = [one for one in found if one.key in parameters]
-        tensors = list({id(p): p for p in (parameters[one.key] for one in matches)}.values())
+    tensors = list({id(parameter): parameter for parameter in parameters.values()}.values())
+    found: Parameters | None = None
+    for sample in samples:
+        found = found or match(graph, module.model, watch(module, signature, sample))
         slopes = dict(zip(map(id, tensors), _backward(module, tensors, signature, sample, generator), strict=True))
+        own = {
+            key: (parameter.detach() * slope).float().cpu().numpy()
+            for key, parameter in parameters.items()
+            if (slope := slopes[id(parameter)]) is not None
+        }
         products: dict[str, np.ndarray] = {}
-        for one in matches:
-            slope = slopes[id(parameters[one.key])]
-            if slope is not None:
-                _add(products, one, (parameters[one.key].detach() * slope).float().cpu().numpy())
+        for one in found.weights:
+            if one.key in own:
+                _add(products, one, own[one.key])
+        for layer in found.recurrent:
+            for index, array in layer.stacked(own).items():
+                products[operand(layer.node, index).name or ""] = array
         yield products
+
+
+def unused(module: FlatModule, keys: Iterable[str], signature: Signature, sample: Mapping[str, np.ndarray]) -> set[str]:
+    """Of tensors of the state_dict, those that no output depends on: parameters, and buffers beside only such ones."""
+    parameters = dict(module.model.named_parameters(remove_duplicate=False))
+    tensors = list({id(parameter): parameter for parameter in parameters.values()}.values())
+    try:
+        slopes = _backward(module, tensors, signature, sample, torch.Generator())
+    except RecipeError:  # what cannot be differentiated may depend on anything
+        return set()
+    idle = {id(tensor) for tensor, slope in zip(tensors, slopes, strict=True) if slope is None}
+    beside: dict[str, list[bool]] = {}
+    for key, parameter in parameters.items():
+        beside.setdefault(key.rpartition(".")[0], []).append(id(parameter) in idle)
+    owners = {name for name, own in beside.items() if all(own)}
+    return {
+        key for key in keys if (id(parameters[key]) in idle if key in parameters else key.rpartition(".")[0] in owners)
+    }
 
 
 def _backward(

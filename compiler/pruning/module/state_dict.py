@@ -19,15 +19,19 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ...passes.base import Kept, Refusal
-from ..graph import Graph
-from ..graph.editing import flattened
-from ..graph.selection import label
-from ..quantization.layers import constant, operand
-from ..signature import Signature
-from ..sources.flat import FlatModule
+from ....passes.base import Kept, Refusal
+from ...graph import Graph
+from ...graph.editing import flattened
+from ...graph.selection import label
+from ...quantization.layers import constant, operand
+from ...signature import Signature
+from ...sources.flat import FlatModule
 from .calls import watch
-from .parameters import LayerMatch, Match, Parameters, arrays, bias_place, epsilon, factor, match
+from .gradients import unused
+from .matching import match
+from .parameters import LayerMatch, Match, Parameters, arrays, bias_place, epsilon, factor
+from .rebuild import RELATIVE_L2, difference, rebuilt
+from .recurrent import RecurrentMatch
 from .sizes import changed_sizes
 
 FORMAT = 1
@@ -61,15 +65,29 @@ class PrunedState:
         self._positions: dict[str, dict[int, np.ndarray]] = {}
         self._groups: dict[str, int] = {}
         self._added: list[str] = []
+        self._difference: float | str = "it was not run"
         for single in found.singles:
             self._set(single.key, *self._cut(single))
         for layer in found.layers:
             self._layer(layer)
+        for recurrent in found.recurrent:
+            self._recurrent(recurrent)
         self.state = {key: self._tensor(key) for key in (*self._whole, *self._added) if self._is_tensor(key)}
         self._check_tied()
 
+    def compare(self, flat: FlatModule, pruned: Graph, signature: Signature, sample: Mapping[str, np.ndarray]) -> None:
+        """Runs the module with the new sizes and weights, and refuses these where it gives something else."""
+        module = rebuilt(flat.model, self.mapping(), self.state)
+        self._difference = difference(flat, module, pruned, signature, sample)
+        if not isinstance(self._difference, str) and not self._difference <= RELATIVE_L2:
+            what = f"with these weights the module gives something else: relative L2 {self._difference:.2g}"
+            self.refusals.append(Refusal(f"{what}, allowed {RELATIVE_L2:g}", type(flat.model).__name__))
+
     def mapping(self) -> dict[str, Any]:
-        """What was cut: tensors with shapes and the positions left on each axis, modules with their new sizes."""
+        """What was cut: tensors with shapes and the positions left on each axis, modules with their new sizes.
+
+        ``check`` tells how far the outputs of the module with these sizes are from the graph's, or why it does not run.
+        """
         tensors = {}
         for key, tensor in self.state.items():
             before = list(self._whole[key].shape) if key in self._whole else None
@@ -82,7 +100,9 @@ class PrunedState:
             added = f"{name}.bias" in self._added
             if sizes or added:
                 modules[name] = {"class": type(part).__name__, "sizes": sizes, "bias_added": added}
-        return {"tensors": tensors, "modules": modules}
+        told = isinstance(self._difference, str)
+        check = {"relative_l2": None if told else self._difference, "reason": self._difference if told else ""}
+        return {"check": check, "tensors": tensors, "modules": modules}
 
     def _layer(self, layer: LayerMatch) -> None:
         weight, cut = self._cut(layer.weight)
@@ -99,6 +119,16 @@ class PrunedState:
             self._added.append(f"{name}.bias")
             self._set(f"{name}.bias", bias, {})
         self._set(layer.weight.key, weight, cut)
+
+    def _recurrent(self, layer: RecurrentMatch) -> None:
+        """Recurrent weights are cut, not fitted; all layers of a module have one hidden size."""
+        places = {index: self._kept.get((label(layer.node), index), {}) for index in (1, 2)}
+        for key, value, cut in layer.cut(self._values, places):
+            self._set(key, value, cut)
+        first, own = (f"{layer.name}.weight_hh_{suffix}" for suffix in ("l0", layer.suffixes[0]))
+        if (sizes := [self._new[key].shape[1] for key in (first, own)])[0] != sizes[1]:
+            reason = f"its layers would have hidden sizes {sizes[0]} and {sizes[1]}, and the module has one for all"
+            self.refusals.append(Refusal(reason, layer.name))
 
     def _bias(self, layer: LayerMatch, node: ir.Node) -> np.ndarray | None:
         """What a layer adds now; None where nothing, or where what it adds is another's tensor."""
@@ -197,8 +227,13 @@ def pruned_state(
         whole: the graph before it was pruned.
         sample: to see in which order the parts of the module run.
     """
-    calls = watch(module, signature, sample)
-    return PrunedState(module.model, match(flattened(whole), module.model, calls), pruned, kept)
+    found = match(flattened(whole), module.model, watch(module, signature, sample))
+    if found.missing:
+        found = found.without(unused(module, found.missing, signature, sample))
+    state = PrunedState(module.model, found, pruned, kept)
+    if not state.refusals:
+        state.compare(module, pruned, signature, sample)
+    return state
 
 
 def write_state(folder: Path, state: PrunedState, engines: Sequence[str], text: str) -> None:
