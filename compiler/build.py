@@ -50,6 +50,12 @@ class Job:
         in_torch = self.recipe.benchmark and any(name in TORCH_BASELINES for name in self.recipe.baselines)
         return in_torch or captured.graph is None or any(t.capabilities.consumes == "module" for t in self.targets)
 
+    @property
+    def passes_need_model(self) -> bool:
+        """Whether the model has to be at hand while the passes run."""
+        ran = (*self.passes, *(rewrite for variant in self.variants for rewrite in variant.passes))
+        return self.recipe.pruned_weights or any(rewrite.differentiates for rewrite in ran)
+
 
 def build_all(
     job: Job, graphs: Mapping[str, Graph | str], capture: CaptureRecord, model: Model, data: Data

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..errors import CaptureError, GraphError, RecipeError, TargetUnavailableError, UnknownNameError
 from ..passes import parse_pass
-from ..passes.base import Context, Pass
+from ..passes.base import Context, Kept, Pass
 from ..targets import parse_target
 from ..targets.base import Target
 from .build import Job, build_all, check_left
@@ -25,6 +25,7 @@ from .gains import drop
 from .machine.environment import environment
 from .manifest import FORMAT, Benchmark, CalibrationRecord, EngineRecord, Manifest, PassRecord
 from .progress import Progress, Stages
+from .pruning.module import check_module, check_pruned_weights, gradients_of, hand_back
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
 from .storage.cache import Cache
 from .storage.files import appearing_folder
@@ -32,7 +33,7 @@ from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, 
 from .storage.memory import release
 from .trial import TORCH_BASELINES, benchmark_engines, load, load_budget, load_metric, validate_engines, verdict
 from .validation.reference import ReferenceOutputs
-from .variants import Variant, make_variants, not_lowered, without_effect
+from .variants import Variant, make_variants, not_lowered, not_written, without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     variants = make_variants(recipe, targets)
     _check_names(recipe, targets, [variant.name for variant in variants])
     _check_calibration(recipe, variants)
+    check_pruned_weights(recipe)
     machine, cache = environment(), Cache()
     bundle_key = compile_key(recipe, machine)
     from_files = module is None and is_self_contained(recipe) and is_repeatable(recipe)
@@ -107,6 +109,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("load model") as stage:
             model = load(recipe, module)
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"
+        check_module(recipe, model)
         if not from_files:
             bundle_key = compile_key(recipe, machine, model.fingerprint)
             if is_repeatable(recipe) and (kept := _unchanged(cache, bundle_key)):
@@ -123,11 +126,13 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("capture graph") as stage:
             captured = _capture(job, model, data)
             stage["detail"] = captured.record["exporter"] or "no exporter succeeded"
-        if not job.needs_model(captured):
-            model = model.without_weights()
-            release()
+        remaining = model if job.needs_model(captured) else model.without_weights()
+        model = model if job.passes_need_model else remaining
+        release()
         with stages("run passes"):
             graphs, pass_records, calibration = _run_passes(job, captured, model, data)
+        model = remaining
+        release()
         with stages("build engines") as stage:
             engines = build_all(job, graphs, captured.record, model, data)
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
@@ -142,6 +147,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         with stages("write bundle"):
             dense = [variant for variant in job.variants if variant.sibling is None]
             notes = [*not_lowered(dense, pass_records), *without_effect(job.variants, pass_records)]
+            notes += not_written(pass_records)
             manifest = Manifest(
                 format=FORMAT,
                 enginesmith=__version__,
@@ -262,17 +268,30 @@ def _run_passes(
     if captured.graph is None:
         return {}, [], []
     calibration = calibration_of(job.recipe, model.signature, data, job.cache)
-    context = Context(model.signature, data, calibration, load_budget(job.recipe), progress=job.stages.update)
+    context = Context(
+        model.signature,
+        data,
+        calibration,
+        load_budget(job.recipe),
+        gradients=gradients_of(model, calibration, job.recipe.seed),
+        progress=job.stages.update,
+    )
     engines = [v for v in job.variants if v.target.capabilities.consumes == "graph" and not v.refusal]
     names = [variant.name for variant in engines]
-    records = [_run_pass(rewrite, captured.graph, context, "all", names) for rewrite in job.passes]
+    records = [_run_pass(rewrite, captured.graph, context, "all", names)[0] for rewrite in job.passes]
     graphs: dict[str, Graph | str] = {}
     for passes in dict.fromkeys(variant.passes for variant in engines):
         names = [variant.name for variant in engines if variant.passes == passes]
         graph = captured.graph.clone()
         graphs.update(dict.fromkeys(names, graph))
+        pruned = [v.steps[-1] for v in engines if v.passes == passes and v.name.endswith("-pruned")]
         try:
-            records += [_run_pass(rewrite, graph, context, ", ".join(names), names) for rewrite in passes]
+            for rewrite in passes:
+                whole = graph.clone() if job.recipe.pruned_weights and rewrite in pruned else None
+                record, kept = _run_pass(rewrite, graph, context, ", ".join(names), names)
+                records.append(record)
+                if whole is not None and kept:
+                    hand_back(job.folder, model, data.first(), (whole, graph), record, kept)
         except GraphError as error:
             graphs.update(dict.fromkeys(names, str(error)))
     return graphs, records, _calibrated(calibration, job.folder)
@@ -312,11 +331,13 @@ def _calibrated(calibration: Calibration | None, folder: Path) -> list[Calibrati
     return records
 
 
-def _run_pass(rewrite: Pass, graph: Graph, context: Context, variant: str, engines: Sequence[str]) -> PassRecord:
+def _run_pass(
+    rewrite: Pass, graph: Graph, context: Context, variant: str, engines: Sequence[str]
+) -> tuple[PassRecord, Kept]:
     before, start = sum(1 for _ in graph.nodes()), time.perf_counter()
     result = rewrite(graph, context)
     release()
-    return PassRecord(
+    record = PassRecord(
         variant=variant,
         engines=list(engines),
         text=str(rewrite),
@@ -328,6 +349,7 @@ def _run_pass(rewrite: Pass, graph: Graph, context: Context, variant: str, engin
         nodes_before=before,
         nodes_after=sum(1 for _ in graph.nodes()),
     )
+    return record, result.kept
 
 
 def _validate(

@@ -99,6 +99,9 @@ class Recipe(BaseModel):
     what it may cost."""
     pruning: Annotated[dict[str, Any], Flag(metavar="OPTION=VALUE")] = Field(default_factory=dict)
     """Option of the pass prune, for instance importance=hessian or keep=head."""
+    pruned_weights: bool = False
+    """Write the weights of each pruned engine as a state_dict of the torch module too, and a mapping that tells what
+    was cut, for training on and compiling again."""
     sparsify: Literal["2:4"] | None = None
     """Build each engine with 2:4 sparse weights too, where its target has kernels for them, and drop it where it is not
     faster. --budget bounds what it may cost."""

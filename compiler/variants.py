@@ -103,6 +103,16 @@ def without_effect(variants: Sequence[Variant], records: Sequence[PassRecord]) -
     return notes
 
 
+def not_written(records: Sequence[PassRecord]) -> list[str]:
+    """Pruned engines whose weights could not be written as a state_dict, and the first reason why."""
+    notes = []
+    for record in records:
+        reasons = record["details"].get("pruned_weights", {}).get("reasons", [])
+        if reasons:
+            notes.append(f"the weights of {record['engines'][0]} are not written: {reasons[0]}")
+    return notes
+
+
 def _first_reason(records: Sequence[PassRecord]) -> str:
     reasons = [refusal["reason"] for record in records for refusal in record["refusals"]]
     return f": {reasons[0]}" if reasons else ""

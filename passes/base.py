@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compiler.options import render
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ..compiler.data import Samples
     from ..compiler.graph import Graph
     from ..compiler.signature import Signature
+
+
+Kept = Mapping[tuple[str, int], Mapping[int, "np.ndarray"]]
+"""By the label of a node and the index of an input, which positions are left of axes of a constant."""
 
 
 class PassContractError(AssertionError):
@@ -48,12 +52,14 @@ class PassResult:
         changes: counts by kind of change, for people ("nodes removed": 12).
         refusals: places where a rule did not fire.
         details: tables and series for the report, as JSON takes them.
+        kept: of constants that were cut, what is left.
     """
 
     modified: bool
     changes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Kept = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +71,8 @@ class Context:
         samples: data to measure ranges or results on; None where the caller has none.
         calibration: statistics of activations, collected over the calibration data; None where the caller has none.
         budget: what a pass that chooses precisions may spend; None for the default of the precision.
-        gradients: takes the weights times their gradients from the torch module, by the name of the initializer; None
-            where the caller has no module.
+        gradients: takes the weights of a flat graph times their gradients from the torch module, by the name of the
+            initializer, one batch of data after the other; None where the caller has no module.
         progress: takes the fraction done, 0 to 1, and what is being done, from passes that take long.
     """
 
@@ -74,7 +80,7 @@ class Context:
     samples: Samples | None = None
     calibration: Calibration | None = None
     budget: Budget | None = None
-    gradients: Callable[[], Mapping[str, np.ndarray]] | None = None
+    gradients: Callable[[Graph], Iterable[Mapping[str, np.ndarray]]] | None = None
     progress: Callable[[float, str], None] = lambda fraction, what: None
 
     def require_calibration(self, who: str, why: str) -> Calibration:
@@ -130,6 +136,11 @@ class Pass(abc.ABC):
     @property
     def calibrates(self) -> bool:
         """Whether the pass needs calibration data."""
+        return False
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the pass needs the torch module, to take gradients."""
         return False
 
     def __str__(self) -> str:

@@ -83,7 +83,16 @@ class Prune(Pass):
 
     @property
     def calibrates(self) -> bool:
-        """Where it measures or fits."""
+        """Where it measures, fits or takes gradients."""
+        return self._observes or self.differentiates
+
+    @property
+    def differentiates(self) -> bool:
+        """Where gradients say what is important."""
+        return self.importance == "taylor"
+
+    @property
+    def _observes(self) -> bool:
         return self.refit is True or self.importance in MEASURED
 
     def apply(self, graph: Graph, context: Context) -> PassResult:
@@ -97,7 +106,7 @@ class Prune(Pass):
         if earlier := graph.model.metadata_props.get(MARK):
             return PassResult(modified=False, refusals=(Refusal(f"the graph was pruned already, by {earlier}"),))
         calibration = context.calibration
-        if self.calibrates:
+        if self._observes:
             calibration = context.require_calibration(self.name, "to see what its layers read")
         importance: Importance = ("obs" if calibration else "l2") if self.importance == "auto" else self.importance
         fits = calibration is not None and self.refit is not False
@@ -110,4 +119,4 @@ class Prune(Pass):
         details: Mapping[str, Any] = run.prune(sizes)
         graph.model = run.graph.model
         graph.model.metadata_props[MARK] = str(self)
-        return PassResult(modified=True, changes=run.changes, refusals=run.refusals, details=details)
+        return PassResult(modified=True, changes=run.changes, refusals=run.refusals, details=details, kept=run.kept)

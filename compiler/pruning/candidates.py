@@ -59,7 +59,7 @@ def _rank(
     dimensions: Dimensions, groups: Sequence[Group], steps: Mapping[str, int], context: Context, importance: Importance
 ) -> tuple[dict[str, Ranking], list[Refusal]]:
     if importance == "taylor":
-        return _by_taylor(groups, context)
+        return _by_taylor(dimensions, groups, context)
     if importance in ("l1", "l2"):
         return {group.name: by_weights(group, importance) for group in groups}, []
     # What only other activations read has no reader whose loss could be told.
@@ -72,23 +72,17 @@ def _rank(
     return found, []
 
 
-def _by_taylor(groups: Sequence[Group], context: Context) -> tuple[dict[str, Ranking], list[Refusal]]:
+def _by_taylor(
+    dimensions: Dimensions, groups: Sequence[Group], context: Context
+) -> tuple[dict[str, Ranking], list[Refusal]]:
     if context.gradients is None:
         raise RecipeError(
             "importance=taylor needs gradients, and there is no torch module to take them from",
             expected="a model from file.py:factory or a torch module, with data",
             hint="choose importance=obs",
         )
-    gradients = context.gradients()
-    found: dict[str, Ranking] = {}
-    refusals = []
-    for group in groups:
-        ranking = by_gradients(group, gradients)
-        if isinstance(ranking, str):
-            refusals.append(Refusal(ranking, group.name))
-        else:
-            found[group.name] = ranking
-    return found, refusals
+    found, without = by_gradients(groups, context.gradients(dimensions.graph))
+    return found, [Refusal("no weight that makes it is a parameter of the torch module", name) for name in without]
 
 
 def inner_size(group: Group) -> int:

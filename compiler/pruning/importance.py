@@ -6,7 +6,8 @@
     obs          what is left when the readers' other weights make up for it: tr(W_j [H^-1]_jj^-1 W_j^T), with H
                  and W brought up to date after each step (Hassibi and Stork 1993, "Optimal Brain Surgeon", for
                  whole columns)
-    taylor       (sum of w dL/dw)^2 over the weights that make it (Molchanov et al. 2019), from the torch module
+    taylor       (sum of w dL/dw)^2 over the weights that make it, squared for each batch of data (Molchanov et al.
+                 2019), from the torch module (see `gradients`)
 
 Costs of readers are shares of what the reader gives, tr(W H W^T), so that dimensions can be compared.
 """
@@ -14,12 +15,12 @@ Costs of readers are shares of what the reader gives, tr(W H W^T), so that dimen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
-from ..dimensions import Group
+from ..dimensions import Group, Member
 from ..dimensions.layout import owners
 from ..quantization.layers import constant
 from .readers import Reader
@@ -60,24 +61,31 @@ def by_weights(group: Group, method: Importance) -> Ranking:
     return _ranked(scores / max(scores.sum(), np.finfo(float).tiny))
 
 
-def by_gradients(group: Group, gradients: Mapping[str, np.ndarray]) -> Ranking | str:
-    """By first-order Taylor expansion.
+def by_gradients(
+    groups: Sequence[Group], batches: Iterable[Mapping[str, np.ndarray]]
+) -> tuple[dict[str, Ranking], list[str]]:
+    """By first-order Taylor expansion, squared batch by batch; as shares of the sum over all positions.
 
     Args:
-        gradients: weight times gradient by the name of the initializer, in its layout.
+        batches: for each, weight times gradient by the name of the initializer, in its layout.
 
-    Returns why not, where no weight has a gradient.
+    Returns rankings by the name of the group, and the names of those that no weight with a gradient makes.
     """
-    scores, found = np.zeros(group.size), False
-    for member in group.of("writes"):
-        array = gradients.get(member.value.name or "")
-        if array is not None:
-            sums = np.moveaxis(array, member.axis, 0).reshape(array.shape[member.axis], -1).sum(axis=1)
-            scores += np.square(_summed(sums, owners(member.term, group.dim), group.size))
-            found = True
-    if not found:
-        return "no weight that makes it is a parameter of the torch module"
-    return _ranked(scores / max(scores.sum(), np.finfo(float).tiny))
+    scores = {group.name: np.zeros(group.size) for group in groups}
+    seen: set[str] = set()
+    for products in batches:
+        for group in groups:
+            made = [m for m in group.of("writes") if m.value.name in products]
+            sums = sum((_by_position(group, m, products[m.value.name or ""]) for m in made), np.zeros(group.size))
+            scores[group.name] += np.square(sums)
+            seen.update([group.name] if made else [])
+    ranked = {name: _ranked(own / max(own.sum(), np.finfo(float).tiny)) for name, own in scores.items() if name in seen}
+    return ranked, [name for name in scores if name not in seen]
+
+
+def _by_position(group: Group, member: Member, product: np.ndarray) -> np.ndarray:
+    rows = np.moveaxis(product, member.axis, 0).reshape(product.shape[member.axis], -1)
+    return _summed(rows.sum(axis=1, dtype=np.float64), owners(member.term, group.dim), group.size)
 
 
 def by_moments(group: Group, own: Sequence[tuple[Reader, np.ndarray]], method: Importance, *, step: int = 1) -> Ranking:

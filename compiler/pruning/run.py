@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ...passes.base import Context, Refusal
 from ..budget import Budget
-from ..dimensions import Dim, Dimensions
+from ..dimensions import Dim, Dimensions, Member
 from ..dimensions.resize import resize
 from ..graph import Graph
 from ..graph.cost import costs
@@ -58,6 +58,7 @@ class Pruning:
         graph: the copy.
         refusals: dimensions that do not shrink, and layers that were not fitted, with reasons.
         changes: counts for people.
+        kept: what is left of constants.
 
     Raises:
         RecipeError: `keep` matches nothing; the importance needs what the context has not.
@@ -69,6 +70,7 @@ class Pruning:
     ) -> None:
         self.graph = flattened(graph)
         self.changes: collections.Counter[str] = collections.Counter()
+        self.kept: dict[tuple[str, int], dict[int, np.ndarray]] = {}
         self._whole = self.graph.clone()
         self._context = context
         self._importance = importance
@@ -211,6 +213,8 @@ class Pruning:
         """Takes the positions that are kept, and fits layers behind them: all, or `only` some, on fewer batches."""
         changed = _reached(m.value for dim in kept for m in dimensions.group(dim).of("carries"))
         taken = resize(dimensions, kept)
+        if graph is self.graph:
+            self.kept = _by_input(taken)
         if not self._fits or only == ():
             return []
         outputs = {label(m.node): places for m, places in taken.items() if m.role == "writes" and m.node is not None}
@@ -229,6 +233,18 @@ class Pruning:
         self._refusals += refusals
         self.changes.update(reestimate(self._whole, graph, follows, samples))
         return fits
+
+
+def _by_input(taken: Mapping[Member, np.ndarray]) -> dict[tuple[str, int], dict[int, np.ndarray]]:
+    """The positions that were taken, by node, input and axis."""
+    found: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+    for member, places in taken.items():
+        if member.node is None:
+            continue
+        own = [place for place, value in enumerate(member.node.inputs) if value is member.value]
+        for index in own if member.index is None else [member.index]:
+            found.setdefault((label(member.node), index), {})[member.axis] = places
+    return found
 
 
 def _reached(values: Iterable[ir.Value]) -> set[ir.Value]:

@@ -1,0 +1,1 @@
+"""Structured pruning: which positions of which dimensions go, and how what is left makes up for them."""
