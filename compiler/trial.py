@@ -103,7 +103,7 @@ def validate_engines(
                 reference,
                 precision=LOSSY if lossy else engine["precision"],
                 signature=EngineInfo.read(directory).signature,
-                tolerance=_tolerance(recipe, engine["precision"], spent),
+                tolerance=_tolerance(recipe, engine["precision"], spent, lossy=lossy),
                 floor=floor,
                 metric=metric,
                 budget=spent,
@@ -195,12 +195,17 @@ def load_budget(recipe: Recipe) -> Budget | None:
     return budget
 
 
-def _tolerance(recipe: Recipe, precision: str, budget: Budget | None) -> Mapping[str, float]:
-    """The user's bounds; a budget that an engine may spend stands in for the default bound on the same measure."""
+def _tolerance(recipe: Recipe, precision: str, budget: Budget | None, *, lossy: bool) -> Mapping[str, float]:
+    """The user's bounds; a budget that an engine may spend stands in for the default bound on the same measure.
+
+    Args:
+        lossy: whether the engine has an optional step that changes results: there the budget stands in for all.
+    """
     bounds = recipe.tolerances.get(precision, {})
-    if budget is None or budget.kind not in resolve_tolerance(precision):
+    if budget is None:
         return bounds
-    return {budget.kind: budget.bound, **bounds}
+    own = {budget.kind: budget.bound} if budget.kind in resolve_tolerance(precision) else {}
+    return {**(SPENT if lossy else {}), **own, **bounds}
 
 
 def verdict(
