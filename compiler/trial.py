@@ -36,6 +36,9 @@ TORCH_BASELINES = ("torch", "torch.compile")
 LOSSY = "int8"
 """The precision whose bounds hold for an engine with a lossy step: it approximates weights, as 8 bits do."""
 
+SPENT = {"relative_l2": 0.5, "max_abs": 1.0, "cosine": 0.85, "top1": 0.9}
+"""Bounds in their place where the user says what such an engine may cost: far from zeros and from swapped outputs."""
+
 
 def load(recipe: Recipe, module: torch.nn.Module | None = None) -> Model:
     """Loads the model that a recipe names, or takes the module that was given in Python.
