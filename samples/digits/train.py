@@ -1,6 +1,7 @@
 """Trains the sample's network on scikit-learn's digits: `python samples/digits/train.py [FOLDER]`.
 
-Writes digits.safetensors and test.npz, the images that training never saw. The same seed gives the same weights.
+Writes digits.safetensors, test.npz, the images that training never saw, and calibration.npz, some of those that it did.
+The same seed gives the same weights.
 """
 
 import sys
@@ -18,6 +19,7 @@ from torch.nn import functional
 SEED = 0
 EPOCHS = 25
 BATCH = 64
+CALIBRATED = 1000
 
 
 def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -62,6 +64,7 @@ def main(folder: Path) -> None:
     right = accuracy({"logits": logits}, {"label": test_labels})
     save_file(model.state_dict(), folder / "digits.safetensors")
     np.savez_compressed(folder / "test.npz", image=test_images, label=test_labels)
+    np.savez_compressed(folder / "calibration.npz", image=images[:CALIBRATED])
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters, test accuracy {right.mean():.2%} ({int(right.sum())} of {len(right)})")
 
