@@ -3,7 +3,7 @@ import pytest
 
 from enginesmith.compiler.dimensions import Dimensions
 from enginesmith.compiler.graph import probe
-from enginesmith.compiler.pruning.importance import Ranking, by_moments, by_weights
+from enginesmith.compiler.pruning.importance import DAMPING, Ranking, by_moments, by_weights
 from enginesmith.compiler.pruning.readers import readers, with_moments
 from enginesmith.compiler.quantization.bias import add_to_bias
 from enginesmith.compiler.quantization.layers import as_layer
@@ -110,7 +110,7 @@ def test_obs_tells_what_is_lost_when_the_rest_makes_up_for_it(fill, calibrated):
     read = np.concatenate([probe.Tapped(graph, ["r"])(s)["r"] for s in samples]).astype(float)
     weight = reader.weight[0].astype(float)
     moment = read.T @ read
-    damped = moment + 0.01 * np.diag(moment).mean() * np.eye(12)
+    damped = moment + DAMPING * np.diag(moment).mean() * np.eye(12)
     for count in (1, 4, 11):
         kept = ranking.kept(12 - count)
         cross = weight @ damped[:, kept]
