@@ -141,7 +141,8 @@ def _pruned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
         return ()
     goal = parse_goal(recipe.prune)
     multiple = max(target.capabilities.channels, target.capabilities.alignment.get(precision, 1))
-    options = {**goal, "multiple": str(multiple), **{key: str(value) for key, value in recipe.pruning.items()}}
+    chosen = {k: "+".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for k, v in recipe.pruning.items()}
+    options = {**goal, "multiple": str(multiple), **chosen}
     if "latency" in goal:
         options["on"] = str(target).replace(",", "+")
     return (plain.with_step("pruned", parse_pass("prune:" + ",".join(f"{k}={v}" for k, v in options.items()))),)

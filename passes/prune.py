@@ -117,6 +117,9 @@ class Prune(Pass):
         if not sizes:
             return PassResult(modified=False, refusals=run.refusals)
         details: Mapping[str, Any] = run.prune(sizes)
+        refusals = run.refusals
+        if calibration is None:
+            refusals = (Refusal("nothing is fitted to what was there before: there is no calibration data"), *refusals)
         graph.model = run.graph.model
         graph.model.metadata_props[MARK] = str(self)
-        return PassResult(modified=True, changes=run.changes, refusals=run.refusals, details=details, kept=run.kept)
+        return PassResult(modified=True, changes=run.changes, refusals=refusals, details=details, kept=run.kept)

@@ -44,9 +44,9 @@ class Candidate:
     def loss(self, size: int) -> float:
         """What shrinking to a size costs: the squared error of the outputs where that was measured at one size."""
         loss = float(self.ranking.loss[self.group.size - size])
-        if self.alone is None:
-            return loss
-        return loss * self.alone**2 / max(float(self.ranking.loss[self.group.size - self.tried]), _TINY)
+        measured = float(self.ranking.loss[self.group.size - self.tried])
+        # Nothing is lost by the ranking where dead neurons go, which says nothing of those that are alive.
+        return loss if self.alone is None or measured <= _TINY else loss * self.alone**2 / measured
 
 
 def by_ratio(candidates: Sequence[Candidate], ratios: Mapping[str, float]) -> dict[Dim, int]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import onnx_ir as ir
+
 from ...errors import RecipeError
 from ...passes.base import Context, Refusal
 from ..dimensions import Dimensions, Group
 from ..dimensions.layout import Dim, Product, Term, resolved
+from ..graph.editing import is_constant
+from ..graph.precision import HEAVY
 from .allocation import Candidate
 from .importance import Importance, Ranking, by_gradients, by_moments, by_weights
 from .ratios import matching
@@ -28,7 +33,7 @@ def find(
         RecipeError: `keep` matches nothing; the importance needs what the context has not.
         GraphError: ONNX Runtime refuses the graph or the data.
     """
-    refusals: list[Refusal] = []
+    refusals = _quantized(dimensions)
     steps: dict[str, int] = {}
     made = [group for group in dimensions.groups if group.of("writes")]
     free = {group.dim: group for group in made if not group.why_not("shrink")}
@@ -38,13 +43,27 @@ def find(
             refusals.append(Refusal(reason, group.name))
         else:
             steps[group.name] = step
-    for name in {name for pattern in keep for name in matching(list(steps), pattern)}:
+    for name in dict.fromkeys(name for pattern in keep for name in matching(list(steps), pattern)):
         refusals.append(Refusal("kept by choice", name))
         del steps[name]
     groups = [group for group in made if group.name in steps]
     rankings, unranked = _rank(dimensions, groups, steps, context, importance)
     found = [Candidate(g, rankings[g.name], steps[g.name], steps[g.name]) for g in groups if g.name in rankings]
     return found, refusals + unranked
+
+
+def _quantized(dimensions: Dimensions) -> list[Refusal]:
+    """Says so where weights stand behind DequantizeLinear: what makes a dimension there is not seen."""
+    nodes = [node for node in dimensions.graph.model.graph if node.op_type in HEAVY and _is_quantized(node)]
+    if not nodes:
+        return []
+    return [Refusal(f"the weights of {len(nodes)} products are quantized and stay: prune the model in float32 first")]
+
+
+def _is_quantized(node: ir.Node) -> bool:
+    producers = [value.producer() for value in node.inputs[1:2] if value is not None]
+    weights = [one.inputs[0] for one in producers if one is not None and one.op_type == "DequantizeLinear"]
+    return any(map(is_constant, weights))
 
 
 def _why_not(group: Group, free: Mapping[Dim, Group], step: int) -> str:
@@ -64,12 +83,16 @@ def _rank(
         return {group.name: by_weights(group, importance) for group in groups}, []
     # What only other activations read has no reader whose loss could be told.
     found = {group.name: by_weights(group, "l2") for group in groups if not group.of("reads")}
+    refusals = []
     read = [group for group in groups if group.of("reads")]
     samples = context.require_calibration("prune", "to see what its layers read").limited()
     for number, (group, own) in enumerate(with_moments(dimensions.graph, read, samples)):
         context.progress(0.3 * number / len(read), f"ranking {group.name}")
-        found[group.name] = by_moments(group, own, importance, step=steps[group.name])
-    return found, []
+        if all(np.isfinite(moments).all() for _, moments in own):
+            found[group.name] = by_moments(group, own, importance, step=steps[group.name])
+        else:
+            refusals.append(Refusal("what reads it is given numbers on the data that are not finite", group.name))
+    return found, refusals
 
 
 def _by_taylor(
@@ -86,8 +109,9 @@ def _by_taylor(
 
 
 def inner_size(group: Group) -> int:
-    """How many positions of an axis one of the group always takes together: a head of 64 takes 64."""
-    return math.gcd(*(_inner(member.term, group.dim) for member in group.members)) or 1
+    """How many positions of an axis of weights one of the group always takes together: a head of 64 takes 64."""
+    weights = [*group.of("writes"), *group.of("reads")]
+    return math.gcd(*(_inner(member.term, group.dim) for member in weights)) or 1
 
 
 def _inner(term: Term, dim: Dim) -> int:

@@ -76,8 +76,8 @@ def _products(dimensions: Dimensions, node: ir.Node, table: Mapping[str, Cost]) 
         recurrence = relations.input(node, 2) or []
         own, back = _area(second), _area(recurrence)
         return [
-            Product(node, found.macs * own / (own + back), _given(second[1:])),
-            Product(node, found.macs * back / (own + back), _given(recurrence[1:])),
+            Product(node, found.macs * own / (own + back), _terms(second[1:])),
+            Product(node, found.macs * back / (own + back), _terms(recurrence[1:])),
         ]
     if node.op_type == "Conv":
         axes = [y[1], second[1]]
@@ -89,12 +89,13 @@ def _products(dimensions: Dimensions, node: ir.Node, table: Mapping[str, Cost]) 
         axes = [*y, first[-1]]
     else:
         axes = [first[1]] if len(first) == 4 else list(first[-1:])
-    return [Product(node, found.macs, _given(axes))]
+    return [Product(node, found.macs, _terms(axes))]
 
 
-def _given(axes: list[Term | None]) -> tuple[Term, ...]:
-    return tuple(term for term in axes if term is not None)
+def _terms(axes: list[Term | None]) -> tuple[Term, ...]:
+    """A term for each axis; an axis of length 1, or one that is not followed, stays as it is."""
+    return tuple(Dim(1) if term is None else term for term in axes)
 
 
 def _area(axes: list[Term | None]) -> int:
-    return math.prod(term.size for term in _given(axes[1:]))
+    return math.prod(term.size for term in _terms(axes[1:]))

@@ -29,8 +29,11 @@ Importance = Literal["l1", "l2", "activation", "hessian", "obs", "taylor"]
 MEASURED = frozenset(("activation", "hessian", "obs"))
 """Methods that look at activations."""
 
-DAMPING = 0.01
+DAMPING = 0.001
 """Part of the mean of the diagonal of second moments that is added to it."""
+
+_POOL = 3
+"""Times as many positions are looked at as go in one step of "obs"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +96,16 @@ def by_moments(group: Group, own: Sequence[tuple[Reader, np.ndarray]], method: I
 
     Args:
         own: readers, and the second moments of what they read.
-        step: how many positions "obs" removes before it looks again.
+        step: how many positions "obs" removes before it looks at all of them again; on the way, it follows those that
+            cost the least.
     """
     if method == "obs":
-        return _surgeon(group.size, [_Part(reader, moments) for reader, moments in own], step)
+        return _surgeon(group.size, [_part(reader, moments, group.size) for reader, moments in own], step)
     scores = np.zeros(group.size)
     for reader, moments in own:
         for weight, moment in zip(reader.weight, moments, strict=True):
-            total = max(_energy(weight, moment), np.finfo(float).tiny)
-            scores += _diagonal(weight, moment, reader.owner, group.size, blocks=method == "hessian") / total
+            given = _diagonal(weight, moment, reader.owner, group.size, blocks=method == "hessian")
+            scores += given / _energy(weight, moment)
     return _ranked(scores)
 
 
@@ -116,7 +120,9 @@ def _ranked(scores: np.ndarray) -> Ranking:
 
 
 def _energy(weight: np.ndarray, moment: np.ndarray) -> float:
-    return float(np.einsum("oi,oi->", weight @ moment, weight))
+    """What a reader gives; infinite where that is nothing, so that it loses nothing."""
+    energy = float(np.einsum("oi,oi->", weight @ moment, weight))
+    return energy if energy > np.finfo(np.float32).tiny else np.inf
 
 
 def _diagonal(weight: np.ndarray, moment: np.ndarray, owner: np.ndarray, size: int, *, blocks: bool) -> np.ndarray:
@@ -126,59 +132,85 @@ def _diagonal(weight: np.ndarray, moment: np.ndarray, owner: np.ndarray, size: i
     return _summed(np.einsum("oi,oi->i", weight @ own, weight), owner, size)
 
 
+@dataclasses.dataclass
 class _Part:
-    """A reader on its way: each of its groups with weights and inverse moments that follow what was removed."""
+    """A reader on its way: each of its groups with weights and inverse moments that follow what was removed.
 
-    def __init__(self, reader: Reader, moments: np.ndarray) -> None:
-        self.places = [np.flatnonzero(reader.owner == position) for position in range(reader.owner.max() + 1)]
-        self.weights = [weight.astype(np.float64) for weight in reader.weight]
-        self.totals = [max(_energy(w, h), np.finfo(float).tiny) for w, h in zip(reader.weight, moments, strict=True)]
-        self.inverses = [_inverse(moment) for moment in moments]
+    Attributes:
+        places: for each position, which of the inputs are its own.
+        weights: (out, n) of each group.
+        inverses: (n, n) of each group.
+        totals: what each group gives.
+    """
 
-    def costs(self, size: int, gone: np.ndarray) -> np.ndarray:
-        """Of removing each position alone; infinite for those that are gone."""
-        found = np.where(gone, np.inf, 0.0)
-        lengths = np.array([0 if gone[p] else len(self.places[p]) for p in range(size)])
-        for length in set(lengths[lengths > 0]):
+    places: list[np.ndarray]
+    weights: list[np.ndarray]
+    inverses: list[np.ndarray]
+    totals: list[float]
+
+    def costs(self, positions: np.ndarray) -> np.ndarray:
+        """Of removing each of these positions alone."""
+        found = np.zeros(len(positions))
+        lengths = np.array([len(self.places[position]) for position in positions])
+        for length in set(lengths):
             which = np.flatnonzero(lengths == length)
-            at = np.stack([self.places[position] for position in which])
+            at = np.stack([self.places[position] for position in positions[which]])
             for weight, inverse, total in zip(self.weights, self.inverses, self.totals, strict=True):
                 block = np.linalg.inv(inverse[at[:, :, None], at[:, None, :]])
                 columns = weight[:, at].transpose(1, 0, 2)
                 found[which] += np.einsum("poi,poi->p", columns @ block, columns) / total
         return found
 
-    def remove(self, positions: np.ndarray) -> float:
-        """Removes positions together, and lets the rest make up for them; what that costs."""
+    def remove(self, positions: np.ndarray) -> None:
+        """Removes positions, and lets the rest make up for them."""
         at = np.concatenate([self.places[position] for position in positions])
-        cost = 0.0
-        for number, (weight, inverse, total) in enumerate(zip(self.weights, self.inverses, self.totals, strict=True)):
+        for number, (weight, inverse) in enumerate(zip(self.weights, self.inverses, strict=True)):
             block = np.linalg.inv(inverse[np.ix_(at, at)])
-            lost = weight[:, at] @ block
-            cost += float(np.einsum("oi,oi->", lost, weight[:, at])) / total
             across = inverse[at]
-            self.weights[number] = weight - lost @ across
-            inverse = inverse - across.T @ (block @ across)
-            inverse[at, at] = 1.0  # gone; keeps the blocks that are never asked for again invertible
-            self.inverses[number] = inverse
-        return cost
+            self.weights[number] = weight - weight[:, at] @ block @ across
+            self.inverses[number] = inverse - across.T @ (block @ across)
+
+    def among(self, positions: np.ndarray) -> _Part:
+        """The same for some positions alone: what removing one of them does to the others is all in there."""
+        at = np.concatenate([self.places[position] for position in positions])
+        ends = np.cumsum([len(self.places[position]) for position in positions])
+        weights = [weight[:, at] for weight in self.weights]
+        inverses = [inverse[np.ix_(at, at)] for inverse in self.inverses]
+        return _Part(np.split(np.arange(len(at)), ends[:-1]), weights, inverses, self.totals)
+
+
+def _part(reader: Reader, moments: np.ndarray, size: int) -> _Part:
+    places = [np.flatnonzero(reader.owner == position) for position in range(size)]
+    weights = [weight.astype(np.float64) for weight in reader.weight]
+    totals = [_energy(weight, moment) for weight, moment in zip(reader.weight, moments, strict=True)]
+    return _Part(places, weights, [_inverse(moment) for moment in moments], totals)
 
 
 def _surgeon(size: int, parts: Sequence[_Part], step: int) -> Ranking:
-    gone = np.zeros(size, bool)
+    """Removes a few positions at a time, the cheapest, each chosen among a pool that follows what went before it.
+
+    One of two equal positions costs nothing, both cost much: it would be wrong to take all of a step at once.
+    """
+    left = np.arange(size)
     order: list[int] = []
     loss = [0.0]
-    while len(order) < size:
-        costs = np.sum([part.costs(size, gone) for part in parts], axis=0) if parts else np.where(gone, np.inf, 0.0)
-        chosen = np.argsort(costs, kind="stable")[: min(step, size - len(order))]
-        if len(order) + len(chosen) == size:  # what is left last has nothing that makes up for it
-            cost = float(costs[chosen].sum())
-        else:
-            cost = sum(part.remove(chosen) for part in parts)
-        single = costs[chosen] / max(costs[chosen].sum(), np.finfo(float).tiny)
-        loss.extend(loss[-1] + cost * np.cumsum(single))
-        order.extend(int(position) for position in chosen)
-        gone[chosen] = True
+    while len(left):
+        costs = np.sum([part.costs(left) for part in parts], axis=0)
+        pool = left[np.argsort(costs, kind="stable")[: _POOL * step]]
+        near = [part.among(pool) for part in parts]
+        open_ = np.arange(len(pool))
+        count = min(step, len(pool))
+        for _ in range(count):
+            costs = np.sum([part.costs(open_) for part in near], axis=0)
+            best = int(np.argmin(costs))
+            loss.append(loss[-1] + float(costs[best]))
+            order.append(int(pool[open_[best]]))
+            for part in near:
+                part.remove(open_[best : best + 1])
+            open_ = np.delete(open_, best)
+        for part in parts:
+            part.remove(np.array(order[-count:]))
+        left = np.setdiff1d(left, order)
     return Ranking(np.array(order), np.array(loss))
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import onnx_ir as ir
 
+from ...errors import RecipeError, TargetUnavailableError
 from ...targets import parse_target
 from ...targets.base import BuildRequest, Target
 from ..dimensions import Dim, Term
@@ -42,10 +43,19 @@ class Stopwatch:
     """Times graphs on a target.
 
     Raises:
-        TargetUnavailableError, BuildError: the target cannot build or run here.
+        RecipeError: the target takes no graph.
+        TargetUnavailableError: the target cannot build or run here.
     """
 
     def __init__(self, target: Target, sizes: Mapping[str, int]) -> None:
+        if target.capabilities.consumes != "graph":
+            raise RecipeError(f"latency cannot be the goal of pruning on {target.name}, which takes no graph")
+        state = target.availability()
+        if not state.build or not state.run:
+            raise TargetUnavailableError(
+                f"latency cannot be measured on {target.name}: {state.reason}",
+                hint=state.install or "choose ratio or macs as the goal",
+            )
         self._target = target
         self._sizes = sizes
         self._random = np.random.default_rng(0)
@@ -122,9 +132,9 @@ class Latency:
             progress(number / len(macs.products))
             moving = {dim for term in product.axes for dim in leaves(term)} & changing
             layer = as_layer(sized[label(product.node)])
-            if not moving or layer is None or len(product.axes) < 2:
+            if not moving or layer is None:
                 continue
-            out, into = (product.axes[0], product.axes[1]) if layer.node.op_type == "Conv" else product.axes[-2:]
+            out, into = product.axes[-2:]
             key = _key(layer)
             if key not in known:
                 known[key] = _measured(layer, self.stopwatch, out.size, into.size)
@@ -168,20 +178,27 @@ class _Table:
 def _measured(layer: Layer, stopwatch: Stopwatch, out: int, into: int) -> _Grid:
     outs, ins = (sorted({max(1, round(length * level)) for level in LEVELS}) for length in (out, into))
     if layer.groups > 1:
-        outs = sorted({-(-length // layer.groups) * layer.groups for length in outs})
+        step = out // layer.groups if _is_depthwise(layer) else layer.groups
+        outs = sorted({-(-length // step) * step for length in outs})
     times = np.zeros((len(outs), len(ins)))
     for (row, rows), (column, columns) in itertools.product(enumerate(outs), enumerate(ins)):
         times[row, column] = stopwatch.milliseconds(_alone(layer, rows, columns))[0]
     return _Grid(outs, ins, times)
 
 
+def _is_depthwise(layer: Layer) -> bool:
+    """Whether it loses a group where it loses a channel; others keep their groups."""
+    return layer.groups > 1 and layer.load().shape[1] == 1
+
+
 def _alone(layer: Layer, out: int, into: int) -> Graph:
     """A graph of this layer with other lengths of outputs and inputs, `into` in each group."""
+    groups = out * layer.groups // len(layer.load()) if _is_depthwise(layer) else layer.groups
     weight = np.resize(layer.load(), (out, into, *layer.load().shape[2:])).astype(np.float32)
     x, y = layer.node.inputs[0], layer.node.outputs[0]
     assert x is not None
     shape = [axis if isinstance(axis, int) else 1 for axis in x.shape or ()]
-    shape[layer.channel_axis(len(shape))] = into * layer.groups
+    shape[layer.channel_axis(len(shape))] = into * groups
     source = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
     stored = np.ascontiguousarray(layer.viewed(weight))
     tensors = [("weight", stored)]
@@ -196,9 +213,15 @@ def _alone(layer: Layer, out: int, into: int) -> Graph:
         )
         for name, array in tensors
     ]
-    node = ir.node(layer.node.op_type, [source, *values], attributes=dict(layer.node.attributes))
-    node.outputs[0].name = "y"
-    node.outputs[0].type = y.type
+    attributes = dict(layer.node.attributes)
+    if groups != layer.groups:
+        attributes["group"] = ir.AttrInt64("group", groups)
+    node = ir.node(layer.node.op_type, [source, *values], attributes=attributes)
+    result = node.outputs[0]
+    result.name, result.type = "y", y.type
+    if y.shape is not None:
+        rank = len(y.shape)
+        result.shape = ir.Shape([out if axis == layer.channel_axis(rank) else y.shape[axis] for axis in range(rank)])
     opset = layer.node.graph.opset_imports.get("", 17) if layer.node.graph is not None else 17
     made = ir.Graph([source], node.outputs, nodes=[node], initializers=values, opset_imports={"": opset}, name="layer")
     graph = Graph(ir.Model(made, ir_version=9))

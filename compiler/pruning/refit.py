@@ -43,7 +43,7 @@ _TESTED = 2048
 """Rows that are held out."""
 _HELD_OUT = 5
 """Every so many-th row is held out, up to that number."""
-_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+_DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -97,14 +97,15 @@ def refit(
     for number, stage in enumerate(stages):
         progress(number / len(stages))
         _collect(whole, pruned, stage, samples)
-        fits.extend(task.solve(pruned) for task in stage if task.rows)
+        fits.extend(task.solve(pruned) for task in stage if not task.reason)
+        refusals.extend(Refusal(f"not fitted: {task.reason}", task.pruned.name) for task in stage if task.reason)
     return fits, refusals
 
 
 def _task(graph: Graph, old: ir.Node, new: ir.Node, kept: np.ndarray, seed: int) -> _Task | str:
     whole, pruned = as_layer(old), as_layer(new)
     if whole is None or pruned is None:
-        return "it is no layer with constant float weights"
+        return "it is no Conv, Gemm or MatMul with constant float32 weights"
     if is_shared(pruned.weight):
         return "its weights are shared"
     if whole.groups != pruned.groups:
@@ -128,7 +129,10 @@ def _collect(whole: Graph, pruned: Graph, stage: Sequence[_Task], samples: Itera
     for sample in samples:
         found = [tap(sample) for tap in taps]
         for task, *names in zip(stage, *reads, strict=True):
-            task.add(*(unpadded(arrays[name], sample) for arrays, name in zip(found, names, strict=True)))
+            before, after = (arrays[name] for arrays, name in zip(found, names, strict=True))
+            if task.whole.node.op_type != "Conv":
+                before, after = unpadded(before, sample), unpadded(after, sample)
+            task.add(before, after)
         if all(task.full for task in stage):
             return
 
@@ -141,6 +145,7 @@ class _Task:
         self.pruned = pruned
         self.rows = 0
         self._shifts = shifts
+        self._fault = ""
         self._generators = [np.random.default_rng(seed) for _ in range(2)]
         self._tests: list[tuple[np.ndarray, np.ndarray]] = []
         weight = _matrix(whole)
@@ -160,13 +165,23 @@ class _Task:
         return 8 * int(groups * length * (length + out))
 
     @property
+    def reason(self) -> str:
+        """Why it cannot be fitted; empty where it can."""
+        few = f"{self.rows} rows of data are too few" if self.rows < _HELD_OUT else ""
+        return self._fault or few
+
+    @property
     def full(self) -> bool:
         """Whether it has seen enough."""
-        return self.rows >= max(ROWS, 8 * int(_matrix(self.pruned).shape[2]))
+        return bool(self._fault) or self.rows >= max(ROWS, 8 * int(_matrix(self.pruned).shape[2]))
 
     def add(self, before: np.ndarray, after: np.ndarray) -> None:
         """Takes rows of what the layer reads in the whole graph and, at the same places, in the pruned one."""
         if self.full or not before.size:
+            return
+        axis = self.whole.channel_axis(before.ndim)
+        if before.shape[:axis] != after.shape[:axis]:
+            self._fault = "other axes of what it reads were pruned too"
             return
         inputs, given = (
             positions(layer, x, generator, _PLACES)
@@ -174,6 +189,9 @@ class _Task:
         )
         inputs, given = (rows.reshape(len(rows), self.whole.groups, -1).transpose(1, 0, 2) for rows in (inputs, given))
         wanted = inputs @ self._weight.transpose(0, 2, 1)
+        if not np.isfinite(given).all() or not np.isfinite(wanted).all():
+            self._fault = "what it reads or gives on the data is not finite"
+            return
         test = (self.rows + np.arange(given.shape[1])) % _HELD_OUT == _HELD_OUT - 1
         test &= self.rows < _TESTED * _HELD_OUT
         self._tests.append((given[:, test], wanted[:, test]))

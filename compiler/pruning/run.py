@@ -103,10 +103,7 @@ class Pruning:
             error = self._evaluation.measure(graph).error
             measured.append(dataclasses.replace(candidate, alone=error if np.isfinite(error) else None, tried=tried))
         self._candidates = measured
-        rows = [
-            {"group": c.group.name, "size": c.group.size, "tried": c.tried, "error": number(c.alone or 0.0)}
-            for c in measured
-        ]
+        rows = [{"group": c.group.name, "size": c.group.size, "tried": c.tried, "error": c.alone} for c in measured]
         self._details["sensitivity"] = sorted(rows, key=lambda row: -(row["error"] or 0.0))
 
     def allocate(self, goal: Goal, on: str) -> dict[Dim, int]:
@@ -120,8 +117,20 @@ class Pruning:
             TargetUnavailableError: latency is the goal, and its target does not run here.
         """
         names = [candidate.group.name for candidate in self._candidates]
+        if not names:
+            self._refusals.insert(0, Refusal("it has no dimension that can shrink"))
+            return {}
         if goal.kind == "ratio" and goal.scope == "local":
-            sizes = by_ratio(self._candidates, ratios_of(names, goal.value, goal.ratios))
+            ratios = ratios_of(names, goal.value, goal.ratios)
+            sizes = by_ratio(self._candidates, ratios)
+            self._refusals[:0] = [
+                Refusal(
+                    f"of the multiples of {c.multiple}, none is nearer to what {ratios[c.group.name]:g} leaves",
+                    c.group.name,
+                )
+                for c in self._candidates
+                if sizes[c.group.dim] == c.group.size
+            ]
         elif goal.kind == "ratio":
             sizes = to_share(self._candidates, 1 - goal.value)
         elif goal.kind == "macs":
@@ -141,6 +150,10 @@ class Pruning:
         share, rows = goal.value, []
         for _ in range(_TRIES):
             sizes = to_cost(self._candidates, model, share * model.total({}))
+            if all(
+                size == dim.size for dim, size in sizes.items()
+            ):  # layers so small that the clock sees no difference
+                sizes = to_cost(self._candidates, self._macs, share * self._macs.total({}))
             graph, dimensions = self._again()
             self._shrink(graph, dimensions, self._kept(sizes, dimensions), only=())
             before, after = model.stopwatch.milliseconds(self._whole, graph)
@@ -153,9 +166,9 @@ class Pruning:
         return sizes
 
     def _check(self, goal: Goal, reached: float) -> None:
-        if reached > goal.value:
+        if reached > goal.value * (1 + 1e-9):  # sums of the same numbers in another order differ
             what = f"{goal.kind} falls to {reached:.3g} of what it was, {goal.value:g} was asked for"
-            self._refusals.append(Refusal(f"{what}: what is left cannot shrink that far"))
+            self._refusals.insert(0, Refusal(f"{what}: what is left cannot shrink that far"))
 
     def prune(self, sizes: Mapping[Dim, int]) -> dict[str, Any]:
         """Prunes the graph to these sizes; returns the details of the result."""
@@ -219,11 +232,14 @@ class Pruning:
             return []
         outputs = {label(m.node): places for m, places in taken.items() if m.role == "writes" and m.node is not None}
         follows = {label(m.node): places for m, places in taken.items() if m.role == "follows" and m.node is not None}
+        readers = {m.node for dim in kept for m in dimensions.group(dim).of("reads")}
         layers: dict[str, np.ndarray] = {}
         for node in graph.model.graph:
             layer = as_layer(node)
-            if layer is not None and node.inputs[0] in changed and (only is None or label(node) in only):
-                layers[label(node)] = outputs.get(label(node), np.arange(len(layer.load())))
+            reads = node in readers or (layer is not None and node.inputs[0] in changed)
+            if reads and (only is None or label(node) in only):
+                count = 0 if layer is None else len(layer.load())
+                layers[label(node)] = outputs.get(label(node), np.arange(count))
         samples = self._context.require_calibration("prune", "to fit what is left").limited()
         if only is not None:
             return refit(self._whole, graph, layers, list(itertools.islice(samples, FITTED)))[0]
@@ -231,8 +247,20 @@ class Pruning:
             self._whole, graph, layers, samples, progress=lambda f: self._context.progress(0.6 + 0.4 * f, "fitting")
         )
         self._refusals += refusals
-        self.changes.update(reestimate(self._whole, graph, follows, samples))
+        self._normalize(follows, samples)
         return fits
+
+    def _normalize(self, kept: Mapping[str, np.ndarray], samples: Iterable[Mapping[str, np.ndarray]]) -> None:
+        """Takes batch statistics anew, where the outputs are closer with them: layers that fit need none."""
+        graph = self.graph.clone()
+        changes = reestimate(self._whole, graph, kept, samples)
+        if self._evaluation is None or not changes:
+            return
+        if self._evaluation.measure(graph).error < self._evaluation.measure(self.graph).error:
+            self.graph = graph
+            self.changes.update(changes)
+        else:
+            self._refusals.append(Refusal("batch statistics stay: outputs are no closer with new ones"))
 
 
 def _by_input(taken: Mapping[Member, np.ndarray]) -> dict[tuple[str, int], dict[int, np.ndarray]]:

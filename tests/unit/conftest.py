@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx.numpy_helper
 import onnx.parser
 import pytest
 
+from enginesmith.compiler.calibration import Calibration
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.passes.base import Context, Pass, PassResult
@@ -48,6 +50,34 @@ def fill_graph(text: str) -> Graph:
     graph.infer()
     graph.verify()
     return graph
+
+
+class Noise(list):
+    """Batches of noise that pass for the user's data."""
+
+    description = "made up"
+    random = False
+    digest = "made up"
+
+
+def calibrated_of(graph: Graph, batches: int = 4, size: int = 16) -> Context:
+    """A context with noise to calibrate on; a dynamic axis is `size` long, whole numbers are 0 or 1."""
+    random = np.random.default_rng(1)
+    samples = Noise()
+    for _ in range(batches):
+        sample = {}
+        for value in graph.model.graph.inputs:
+            shape = [axis if isinstance(axis, int) else size for axis in value.shape]
+            dtype = value.dtype.numpy()
+            made = random.standard_normal(shape) if dtype.kind == "f" else random.integers(0, 2, shape)
+            sample[value.name] = made.astype(dtype)
+        samples.append(sample)
+    return dataclasses.replace(context_of(graph), calibration=Calibration(samples))
+
+
+@pytest.fixture(scope="session")
+def calibrated() -> Callable[..., Context]:
+    return calibrated_of
 
 
 @pytest.fixture(scope="session")

@@ -184,3 +184,43 @@ def test_options_that_no_pass_has() -> None:
         variants("onnxruntime-cpu", precisions=["int8"], quantization={"rouding": "gptq"})
     with pytest.raises(RecipeError, match="option 'rounding' of 'quantize-static' has an unknown value"):
         variants("onnxruntime-cpu", precisions=["int8"], quantization={"rounding": "up"})
+
+
+def test_pruned_engines_stand_beside_whole_ones_with_sizes_that_the_target_likes() -> None:
+    found = variants("onnxruntime-cpu", "torchscript", precisions=["fp32", "int8"], prune="macs=0.7")
+    assert list(found) == [
+        "onnxruntime-cpu-fp32",
+        "onnxruntime-cpu-fp32-pruned",
+        "onnxruntime-cpu-int8",
+        "onnxruntime-cpu-int8-pruned",
+        "torchscript-fp32",
+        "torchscript-int8",
+    ]
+    assert passes(found["onnxruntime-cpu-fp32-pruned"]) == ["prune:macs=0.7,multiple=16"]
+    assert passes(found["onnxruntime-cpu-int8-pruned"]) == ["prune:macs=0.7,multiple=16", "quantize-static"]
+    assert found["onnxruntime-cpu-int8-pruned"].sibling == "onnxruntime-cpu-int8"
+
+
+def test_latency_is_meant_on_the_target_of_the_engine() -> None:
+    found = variants("onnxruntime-cpu:threads=1", prune="latency=0.7x")
+    (step,) = found["onnxruntime-cpu-fp32-pruned"].passes
+    assert str(step) == "prune:latency=0.7,multiple=16,on=onnxruntime-cpu:threads=1"
+
+
+def test_options_of_pruning_come_from_the_recipe_as_they_are() -> None:
+    options = {"importance": "hessian", "multiple": 4, "keep": ["head", "*/a"], "refit": False}
+    found = variants("onnxruntime-cpu", prune=0.3, pruning=options)
+    assert passes(found["onnxruntime-cpu-fp32-pruned"]) == [
+        "prune:ratio=0.3,importance=hessian,refit=false,multiple=4,keep=head+*/a"
+    ]
+    with pytest.raises(UnknownNameError, match="unknown option of 'prune' 'importence'"):
+        variants("onnxruntime-cpu", prune=0.3, pruning={"importence": "l1"})
+
+
+def test_a_pruned_engine_gets_its_own_sparse_and_aligned_ones() -> None:
+    found = variants("tensorrt-rtx", precisions=["fp16"], prune=0.3, sparsify="2:4", align="8")
+    assert set(found) >= {f"tensorrt-rtx-fp16{end}" for end in ("", "-pruned", "-pruned-sparse", "-pruned-aligned")}
+    sparse, aligned = (found[f"tensorrt-rtx-fp16-pruned-{end}"] for end in ("sparse", "aligned"))
+    assert sparse.sibling == aligned.sibling == "tensorrt-rtx-fp16-pruned"
+    assert [text.split(":")[0] for text in passes(sparse)][:2] == ["prune", "sparsify"]
+    assert [text.split(":")[0] for text in passes(aligned)][:2] == ["prune", "align"]
