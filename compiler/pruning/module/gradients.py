@@ -127,7 +127,7 @@ def _add(products: dict[str, np.ndarray], one: Match, product: np.ndarray) -> No
     if one.span is not None:
         axis, start, stop = one.span
         whole = whole.swapaxes(0, axis)[start:stop].swapaxes(0, axis)
-    whole += one.constant_layout(product, len(shape))
+    whole += one.constant_layout(product if one.rows is None else product[slice(*one.rows)], len(shape))
 
 
 def _refused(found: str) -> RecipeError:

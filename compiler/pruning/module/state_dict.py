@@ -113,8 +113,10 @@ class PrunedState:
         bias = self._bias(layer, node)
         if layer.norm:
             weight = self._unfolded(layer, weight, bias, outputs)
-        elif layer.bias is not None or (f"{name}.bias" in self._values and bias is not None):
-            self._set(f"{name}.bias", bias, {0: outputs} if layer.output_axis in cut else {})
+        elif f"{name}.bias" in self._values:
+            if layer.bias is not None or f"{name}.bias" not in self._new:
+                value = np.zeros(len(outputs)) if bias is None else bias  # adding zeros may have been left out
+                self._set(f"{name}.bias", value, {0: outputs} if layer.output_axis in cut else {})
         elif bias is not None:
             self._added.append(f"{name}.bias")
             self._set(f"{name}.bias", bias, {})
@@ -135,7 +137,7 @@ class PrunedState:
         if layer.bias is not None:
             other, index = layer.bias
             last, span = constant(operand(other, index)).ndim - 1, layer.weight.span
-            within = None if span is None else (last, *span[1:])
+            within = (last, *span[1:]) if span is not None and other is layer.weight.node else None
             return self._cut(Match(f"{layer.name}.bias", other, index, (last,), within))[0]
         if layer.weight.node.op_type == "MatMul" or bias_place(layer.weight.node) is not None:
             return None
@@ -178,7 +180,13 @@ class PrunedState:
             if axis in places:
                 places[axis] = left[mine] - start
         value = one.tensor_layout(array)
-        return value, {axis: places[own] for axis, own in enumerate(one.axes) if own in places}
+        cut = {axis: places[own] for axis, own in enumerate(one.axes) if own in places}
+        if one.rows is not None:  # those that the graph does not look up stay as they are
+            whole = self._values[one.key]
+            whole = whole.take(cut[1], 1) if 1 in cut else whole.copy()
+            whole[slice(*one.rows)] = value
+            return whole, cut
+        return value, cut
 
     def _node(self, node: ir.Node) -> ir.Node:
         return self._nodes[label(node)]
