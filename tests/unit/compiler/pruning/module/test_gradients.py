@@ -11,6 +11,7 @@ from enginesmith.compiler.graph.editing import flattened
 from enginesmith.compiler.pruning.importance import by_gradients
 from enginesmith.compiler.pruning.module import gradients_of
 from enginesmith.compiler.pruning.module.gradients import gradients
+from enginesmith.compiler.sources import load_model
 from enginesmith.errors import RecipeError
 from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context
@@ -87,6 +88,21 @@ def test_recurrent_weights_have_products_in_the_order_of_the_graph(name, network
     np.testing.assert_allclose(
         mine[node.inputs[2].name][0], torch.cat([blocks[gate] for gate in gates]), rtol=1e-3, atol=1e-3
     )
+
+
+def test_a_program_has_gradients_too(network, prune, tmp_path):
+    module, shape = network("resnet")
+    found = prune(module, shape, exporter="dynamo", text=UNTOUCHED)
+    example = torch.from_numpy(found.samples[0]["input"])
+    torch.export.save(torch.export.export(module.eval(), (example,)), tmp_path / "program.pt2")
+    program = load_model(tmp_path / "program.pt2")
+    takes = gradients_of(program, Calibration(found.samples), 0)
+    assert takes is not None
+    mine, other = next(iter(takes(flattened(found.whole)))), taken(found)[0]
+    weights = [node.inputs[1].name for node in found.whole.model.graph if node.op_type in ("Conv", "Gemm")]
+    assert len(weights) == 7
+    for name in weights:
+        np.testing.assert_allclose(mine[name], other[name], rtol=1e-3, atol=1e-3)
 
 
 def test_parameters_that_the_user_froze_stay_frozen(prune):

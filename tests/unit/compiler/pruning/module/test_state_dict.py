@@ -110,6 +110,23 @@ def test_the_mapping_tells_what_is_left_of_tensors_and_modules(network, prune):
     assert mapping["tensors"]["7.bias"]["kept"] == {}
 
 
+def test_channels_that_a_normalization_multiplies_by_zero_keep_their_weights(network, prune, with_sizes):
+    module, shape = network("resnet")
+    with torch.no_grad():
+        module[3].bn2.weight[::2] = 0  # as many train residual networks from the start
+    found = prune(module, shape)
+    state = state_of(found)
+    assert not reasons(state)
+    told = state.mapping()["tensors"]["3.conv2.weight"]["kept"]
+    silent = [place for place, channel in enumerate(told["0"]) if channel % 2 == 0]
+    whole = module[3].conv2.weight[told["0"]][:, told["1"]]
+    assert silent
+    assert torch.equal(state.state["3.conv2.weight"][silent], whole[silent])
+    rebuilt = with_sizes(network("resnet")[0], state.mapping())
+    rebuilt.load_state_dict(state.state, strict=True)
+    assert error(rebuilt, found) < 1e-5
+
+
 def test_a_bias_that_fitting_added_is_told(prune, with_sizes):
     found = prune(Convolutions(), (3, 8, 8))
     state = state_of(found)
