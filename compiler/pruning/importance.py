@@ -75,7 +75,7 @@ def by_gradients(
     seen: set[str] = set()
     for products in batches:
         for group in groups:
-            made = [m for m in group.of("writes") if m.value.name in products]
+            made = [m for m in (*group.of("writes"), *group.of("follows")) if m.value.name in products]
             sums = sum((_by_position(group, m, products[m.value.name or ""]) for m in made), np.zeros(group.size))
             scores[group.name] += np.square(sums)
             seen.update([group.name] if made else [])

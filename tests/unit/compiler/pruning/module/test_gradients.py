@@ -48,24 +48,32 @@ def test_a_linear_layer_has_its_products_in_the_layout_of_the_graph(prune):
     for mine, other in zip(ours, theirs, strict=True):
         for name, key in zip(weights, ("0.weight", "2.weight"), strict=True):
             np.testing.assert_allclose(mine[name], other[key].T, rtol=1e-4, atol=1e-4)
+        biases = [value for node in found.whole.model.graph if node.op_type == "Add" for value in node.inputs]
+        names = [value.name for value in biases if value.const_value is not None]
+        for name, key in zip(names, ("0.bias", "2.bias"), strict=True):
+            np.testing.assert_allclose(mine[name], other[key], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 def test_a_folded_normalization_leaves_the_products_as_they_are(exporter, network, prune):
     module, shape = network("resnet")
     found = prune(module, shape, exporter=exporter, text=UNTOUCHED)
-    convolutions = [node.inputs[1].name for node in found.whole.model.graph if node.op_type == "Conv"]
+    first = next(node for node in found.whole.model.graph if node.op_type == "Conv")
     mine, other = taken(found)[0], products(found, module)[0]
-    np.testing.assert_allclose(mine[convolutions[0]], other["0.weight"], rtol=1e-3, atol=1e-3)
-    by_channel = mine[convolutions[0]].sum(axis=(1, 2, 3))
-    np.testing.assert_allclose(by_channel, other["1.weight"] - _of_the_mean(other, module), rtol=1e-2, atol=1e-2)
+    weight, bias = (mine[first.inputs[index].name] for index in (1, 2))
+    np.testing.assert_allclose(weight, other["0.weight"], rtol=1e-3, atol=1e-3)
+    # Both are what scaling the channel behind the normalization changes.
+    wanted = other["1.weight"] + other["1.bias"]
+    np.testing.assert_allclose(weight.sum(axis=(1, 2, 3)) + bias, wanted, rtol=1e-2, atol=1e-2)
 
 
-def _of_the_mean(other: dict[str, torch.Tensor], module: nn.Module) -> torch.Tensor:
-    """What gamma's product has beside that of the weights: gamma scales the mean that is taken off, too."""
-    norm = module[1]
-    slope = other["1.bias"] / norm.bias.detach()
-    return -slope * norm.weight.detach() * norm.running_mean / torch.sqrt(norm.running_var + norm.eps)
+@pytest.mark.parametrize("name", ["transformer", "words"])
+def test_what_multiplies_a_position_does_not_count_twice(name, network, prune):
+    module, shape = network(name)
+    found = prune(module, shape, text=UNTOUCHED)
+    norms = [node for node in found.whole.model.graph if node.op_type == "LayerNormalization"]
+    assert norms
+    assert not {value.name for node in norms for value in node.inputs[1:]} & set(taken(found)[0])
 
 
 def test_weights_side_by_side_have_products_side_by_side(network, prune):
