@@ -6,8 +6,8 @@
     obs          what is left when the readers' other weights make up for it: tr(W_j [H^-1]_jj^-1 W_j^T), with H
                  and W brought up to date after each step (Hassibi and Stork 1993, "Optimal Brain Surgeon", for
                  whole columns)
-    taylor       (sum of w dL/dw)^2 over the weights that make it, squared for each batch of data (Molchanov et al.
-                 2019), from the torch module (see `gradients`)
+    taylor       (sum of w dL/dw)^2 over the weights and biases that make it, squared for each batch of data
+                 (Molchanov et al. 2019), from the torch module (see `module.gradients`)
 
 Costs of readers are shares of what the reader gives, tr(W H W^T), so that dimensions can be compared.
 """
@@ -78,7 +78,7 @@ def by_gradients(
     seen: set[str] = set()
     for products in batches:
         for group in groups:
-            made = [m for m in group.of("writes") if m.value.name in products]
+            made = [m for m in (*group.of("writes"), *group.of("follows")) if m.value.name in products]
             sums = sum((_by_position(group, m, products[m.value.name or ""]) for m in made), np.zeros(group.size))
             scores[group.name] += np.square(sums)
             seen.update([group.name] if made else [])

@@ -5,7 +5,8 @@ zero changes L by sum(w dL/dw) in first order, and the mean over v of its square
 the outputs themselves. Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", square batch by
 batch and average with the loss of training in the place of L.
 
-Weights that a BatchNorm was folded into have the same w dL/dw: what scales one divides the other.
+Weights that a BatchNorm was folded into have the same w dL/dw: what scales one divides the other. Biases count among
+the weights; those of normalizations behind do not, for what they scale is there already.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from ...sources.guard import first_line, foreign, quiet
 from .calls import arguments, watch
 from .matching import match
 from .parameters import Match, Parameters
+
+_SCALES = frozenset(("BatchNormalization", "LayerNormalization", "Mul", "RMSNormalization"))
+"""What multiplies a position: its product is that of the weights before it once more."""
 
 
 def gradients(
@@ -58,8 +62,16 @@ def gradients(
         }
         products: dict[str, np.ndarray] = {}
         for one in found.weights:
-            if one.key in own:
+            if one.key in own and one.node.op_type not in _SCALES:
                 _add(products, one, own[one.key])
+        for folded in found.layers:
+            slope = slopes[id(parameters[f"{folded.norm}.bias"])] if f"{folded.norm}.bias" in parameters else None
+            if slope is not None and folded.bias is not None:  # beta and the folded bias have the same gradient
+                value = operand(*folded.bias)
+                products[value.name or ""] = constant(value) * slope.float().cpu().numpy()
+            elif folded.bias is not None and f"{folded.name}.bias" in own and folded.weight.span is None:
+                last = constant(operand(*folded.bias)).ndim - 1
+                _add(products, Match(f"{folded.name}.bias", *folded.bias, (last,)), own[f"{folded.name}.bias"])
         for layer in found.recurrent:
             for index, array in layer.stacked(own).items():
                 products[operand(layer.node, index).name or ""] = array
@@ -127,7 +139,7 @@ def _add(products: dict[str, np.ndarray], one: Match, product: np.ndarray) -> No
     if one.span is not None:
         axis, start, stop = one.span
         whole = whole.swapaxes(0, axis)[start:stop].swapaxes(0, axis)
-    whole += one.constant_layout(product, len(shape))
+    whole += one.constant_layout(product if one.rows is None else product[slice(*one.rows)], len(shape))
 
 
 def _refused(found: str) -> RecipeError:

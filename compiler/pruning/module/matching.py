@@ -14,7 +14,7 @@ from ...graph import Graph
 from ...graph.editing import is_constant
 from ...quantization.layers import as_layer, constant, layers, operand
 from .calls import Calls
-from .parameters import LayerMatch, Match, Parameters, arrays, bias_place, epsilon, factor
+from .parameters import LayerMatch, Match, Parameters, Span, arrays, bias_place, epsilon, factor
 from .recurrent import GATES, RecurrentMatch, find
 
 _CLOSE = 1e-4
@@ -56,7 +56,7 @@ class _Matching:
         self._calls = calls
         self._parts = dict(module.named_modules())
         self._nodes = [node for node in graph.model.graph if node.op_type in GATES]
-        self._taken: set[tuple[ir.Node, int, tuple[int, int, int] | None]] = set()
+        self._taken: set[tuple[ir.Node, int, Span | None]] = set()
         self._found: set[str] = set()
         self._norms = [key.removesuffix(".running_var") for key in self.tensors if key.endswith(".running_var")]
         self._folded: set[str] = set()
@@ -77,8 +77,9 @@ class _Matching:
             self._found.update(one.keys)
         self._layer(name)
         for kind in ("weight", "bias", "running_mean", "running_var"):
-            if f"{name}.{kind}" in self.tensors and f"{name}.{kind}" not in self._found:
-                self._single(f"{name}.{kind}")
+            key = f"{name}.{kind}"
+            if key in self.tensors and key not in self._found and not self._single(key):
+                self._looked_up(key)
 
     def rest(self, key: str) -> None:
         """Finds a tensor that is none of those of a module that ran."""
@@ -105,14 +106,35 @@ class _Matching:
         self._take(key, best.node, best.index)
         return True
 
+    def _looked_up(self, key: str) -> None:
+        """Finds rows of an embedding that were looked up at export, because the indices are constants."""
+        tensor = self.tensors[key]
+        if not isinstance(self._parts.get(key.rpartition(".")[0]), torch.nn.Embedding):
+            return
+        for node, index in (use for uses in self._uses.values() for use in uses):
+            array = constant(operand(node, index))
+            if array.ndim < 2 or array.shape[-1] != tensor.shape[1] or (node, index, None) in self._taken:
+                continue
+            held = array.reshape(-1, tensor.shape[1])
+            for start in np.flatnonzero((tensor[: len(tensor) - len(held) + 1] == held[0]).all(axis=1)):
+                rows = int(start), int(start) + len(held)
+                if len(held) == max(array.shape[:-1]) and np.array_equal(tensor[slice(*rows)], held):
+                    axes = (array.shape.index(len(held)) if len(held) > 1 else None, array.ndim - 1)
+                    self.singles.append(Match(key, node, index, axes, rows=rows))
+                    self._take(key, node, index)
+                    return
+
     def _may_hold(self, key: str, node: ir.Node, index: int) -> bool:
+        """Whether an input is one that a tensor of such a module can be."""
         name, _, kind = key.rpartition(".")
         part = self._parts.get(name)
         if isinstance(part, torch.nn.Embedding):
             return node.op_type == "Gather"
-        if name in self._norms:
+        if name in self._norms or node.op_type == "BatchNormalization":
             return node.op_type == "BatchNormalization" and index == _NORMALIZED.get(kind)
-        return node.op_type != "BatchNormalization"
+        if isinstance(part, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)):
+            return node.op_type in ("Add", *_LAYERS)
+        return not node.op_type.endswith("LayerNormalization") or index == _NORMALIZED.get(kind)
 
     def _layer(self, name: str) -> bool:
         """Finds a weight that a node multiplies by, its bias, and the BatchNorm behind it."""
@@ -131,7 +153,9 @@ class _Matching:
         self.layers.append(best)
         self._take(f"{name}.weight", best.weight.node, 1, best.weight.span)
         if best.bias is not None:
-            self._take(f"{name}.bias", *best.bias, best.weight.span)
+            self._take(f"{name}.bias", *best.bias, best.weight.span if best.bias[0] is best.weight.node else None)
+        elif not self.tensors.get(f"{name}.bias", weight).any():
+            self._found.add(f"{name}.bias")  # adding zeros is left out
         if best.norm:
             self._folded.add(best.norm)
             self._found.add(f"{name}.bias")
@@ -170,15 +194,16 @@ class _Matching:
                 if (node, 1, span) in self._taken or not np.array_equal(array[span[1] : span[2]], weight):
                     continue
                 found = Match(f"{name}.weight", node, 1, (1, 0) if layer.transposed else (0, 1), span)
-                return LayerMatch(name, found, 0, self._bias(name, node, span) if node.op_type == "Gemm" else None, "")
+                return LayerMatch(name, found, 0, self._bias(name, node, span), "")
         return None
 
-    def _bias(self, name: str, node: ir.Node, span: tuple[int, int, int] | None = None) -> tuple[ir.Node, int] | None:
-        bias, place = self.tensors.get(f"{name}.bias"), bias_place(node)
+    def _bias(self, name: str, node: ir.Node, span: Span | None = None) -> tuple[ir.Node, int] | None:
+        bias, place = self.tensors.get(f"{name}.bias"), bias_place(node, span)
         if bias is None or place is None:
             return None
         added = constant(operand(*place)).reshape(-1)
-        return place if np.array_equal(added[slice(*span[1:]) if span else ...], bias.reshape(-1)) else None
+        own = added[slice(*span[1:])] if span is not None and place[0] is node else added
+        return place if np.array_equal(own, bias.reshape(-1)) else None
 
     def _norm(
         self, name: str, weight: np.ndarray, array: np.ndarray, node: ir.Node, output: int, *, equal: bool
@@ -206,7 +231,7 @@ class _Matching:
     def _named(self, node: ir.Node, index: int, key: str) -> bool:
         return operand(node, index).name in (key, f"{_PREFIX}{key}")
 
-    def _take(self, key: str, node: ir.Node, index: int, span: tuple[int, int, int] | None = None) -> None:
+    def _take(self, key: str, node: ir.Node, index: int, span: Span | None = None) -> None:
         self._found.add(key)
         self._taken.add((node, index, span))
 

@@ -20,6 +20,9 @@ import torch
 from ...graph.editing import is_constant
 from .recurrent import RecurrentMatch
 
+Span = tuple[int, int, int]
+"""An axis with start and stop."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Match:
@@ -31,13 +34,16 @@ class Match:
         index: of the input.
         axes: for each axis of the tensor, that of the constant; None for one of a single position that it lacks.
         span: axis of the constant, start and stop, where the tensor is a part of it.
+        rows: start and stop of what the constant holds of the tensor's first axis, where that is not all: an embedding
+            of positions, looked up at export.
     """
 
     key: str
     node: ir.Node
     index: int
     axes: tuple[int | None, ...]
-    span: tuple[int, int, int] | None = None
+    span: Span | None = None
+    rows: tuple[int, int] | None = None
 
     def constant_layout(self, array: np.ndarray, rank: int) -> np.ndarray:
         """An array in the layout of the tensor, in that of the constant."""
@@ -63,7 +69,7 @@ class LayerMatch:
         name: of the module.
         weight: where its weight is; scaled where a BatchNorm is folded in.
         output_axis: axis of the tensor over outputs.
-        bias: node and input that hold its bias; None where it has none in the graph.
+        bias: node and input that hold its bias; None where it has none in the graph, as one of zeros.
         norm: name of the BatchNorm that is folded in; empty where none is.
     """
 
@@ -119,13 +125,32 @@ def epsilon(part: torch.nn.Module | None) -> float:
     return float(getattr(part, "eps", 1e-5))
 
 
-def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """Node and input of the constant that a layer adds: its own, or for MatMul that of an Add behind it alone."""
+def bias_place(node: ir.Node, span: Span | None = None) -> tuple[ir.Node, int] | None:
+    """Node and input of the constant that a layer adds: its own, or for MatMul that of an Add behind it alone.
+
+    Args:
+        span: of the weight, where it is a part of the constant: the Add is behind a Split then.
+    """
     if node.op_type == "MatMul":
-        users = list(node.outputs[0].uses())
-        if len(users) != 1 or node.outputs[0].is_graph_output() or users[0].node.op_type != "Add":
+        value = node.outputs[0] if span is None else _split_off(node.outputs[0], span)
+        users = list(value.uses()) if value is not None else []
+        if value is None or len(users) != 1 or value.is_graph_output() or users[0].node.op_type != "Add":
             return None
         node, index = users[0].node, 1 - users[0].idx
     else:
         index = 2
     return (node, index) if index < len(node.inputs) and is_constant(node.inputs[index]) else None
+
+
+def _split_off(value: ir.Value, span: Span) -> ir.Value | None:
+    """The output of a Split behind a value that is what a span of weights gives."""
+    users = list(value.uses())
+    start = 0
+    for output in users[0].node.outputs if len(users) == 1 and users[0].node.op_type == "Split" else ():
+        length = output.shape[-1] if output.shape is not None else None
+        if not isinstance(length, int) or start > span[1]:
+            return None
+        if (start, start + length) == span[1:]:
+            return output
+        start += length
+    return None

@@ -18,6 +18,7 @@ SIZES: Mapping[str, Mapping[str, tuple[str, int]]] = {
     **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), _BATCH_NORM),
     **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), _CONV),
     **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), _CONV_TRANSPOSE),
+    "Conv1D": {"nx": ("weight", 0), "nf": ("weight", 1)},  # of transformers, for GPT-2
     "Embedding": {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
     "GroupNorm": {"num_channels": ("weight", 0)},
     **dict.fromkeys(("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), _INSTANCE_NORM),

@@ -112,9 +112,11 @@ class PrunedState:
         outputs = cut.get(layer.output_axis, np.arange(self._values[layer.weight.key].shape[layer.output_axis]))
         bias = self._bias(layer, node)
         if layer.norm:
-            weight = self._unfolded(layer, weight, bias, outputs)
-        elif layer.bias is not None or (f"{name}.bias" in self._values and bias is not None):
-            self._set(f"{name}.bias", bias, {0: outputs} if layer.output_axis in cut else {})
+            weight = self._unfolded(layer, weight, cut, bias, outputs)
+        elif f"{name}.bias" in self._values:
+            if layer.bias is not None or f"{name}.bias" not in self._new:
+                value = np.zeros(len(outputs)) if bias is None else bias  # adding zeros may have been left out
+                self._set(f"{name}.bias", value, {0: outputs} if layer.output_axis in cut else {})
         elif bias is not None:
             self._added.append(f"{name}.bias")
             self._set(f"{name}.bias", bias, {})
@@ -135,7 +137,7 @@ class PrunedState:
         if layer.bias is not None:
             other, index = layer.bias
             last, span = constant(operand(other, index)).ndim - 1, layer.weight.span
-            within = None if span is None else (last, *span[1:])
+            within = (last, *span[1:]) if span is not None and other is layer.weight.node else None
             return self._cut(Match(f"{layer.name}.bias", other, index, (last,), within))[0]
         if layer.weight.node.op_type == "MatMul" or bias_place(layer.weight.node) is not None:
             return None
@@ -143,28 +145,36 @@ class PrunedState:
         return None if place is None else constant(operand(*place))
 
     def _unfolded(
-        self, layer: LayerMatch, weight: np.ndarray, bias: np.ndarray | None, outputs: np.ndarray
+        self,
+        layer: LayerMatch,
+        weight: np.ndarray,
+        cut: Mapping[int, np.ndarray],
+        bias: np.ndarray | None,
+        outputs: np.ndarray,
     ) -> np.ndarray:
         """The weight without the BatchNorm, whose tensors are set."""
         norm, values = layer.norm, self._values
         scale = factor(values, norm, epsilon(self._parts.get(norm)))[outputs]
         safe = np.where(scale == 0, 1.0, scale)
         zeros = np.zeros(len(outputs))
-        cut = {0: outputs} if len(outputs) < len(values[f"{norm}.running_var"]) else {}
+        channels = {0: outputs} if layer.output_axis in cut else {}
         own = values[f"{layer.name}.bias"][outputs] if f"{layer.name}.bias" in values else zeros
         beta = values[f"{norm}.bias"][outputs] if f"{norm}.bias" in values else zeros
         folded = zeros if bias is None else bias
         mean = np.where(scale == 0, values[f"{norm}.running_mean"][outputs], own + (beta - folded) / safe)
-        self._set(f"{norm}.running_mean", mean, cut)
+        self._set(f"{norm}.running_mean", mean, channels)
         for kind in ("weight", "running_var"):
             if f"{norm}.{kind}" in values:
-                self._set(f"{norm}.{kind}", values[f"{norm}.{kind}"][outputs], cut)
+                self._set(f"{norm}.{kind}", values[f"{norm}.{kind}"][outputs], channels)
         if f"{norm}.bias" in values:
-            self._set(f"{norm}.bias", np.where(scale == 0, folded, beta), cut)
+            self._set(f"{norm}.bias", np.where(scale == 0, folded, beta), channels)
         if f"{layer.name}.bias" in values:
-            self._set(f"{layer.name}.bias", own, cut)
-        shaped = safe.reshape([-1 if axis == layer.output_axis else 1 for axis in range(weight.ndim)])
-        return np.asarray(weight / shaped)
+            self._set(f"{layer.name}.bias", own, channels)
+        own_weight = values[layer.weight.key]  # left of channels that the BatchNorm multiplies by 0
+        for axis, places in cut.items():
+            own_weight = own_weight.take(places, axis)
+        shape = [-1 if axis == layer.output_axis else 1 for axis in range(weight.ndim)]
+        return np.where(scale.reshape(shape) == 0, own_weight, weight / safe.reshape(shape))
 
     def _cut(self, one: Match) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """A tensor as it is now, and the positions left on the axes that were cut."""
@@ -178,7 +188,13 @@ class PrunedState:
             if axis in places:
                 places[axis] = left[mine] - start
         value = one.tensor_layout(array)
-        return value, {axis: places[own] for axis, own in enumerate(one.axes) if own in places}
+        cut = {axis: places[own] for axis, own in enumerate(one.axes) if own in places}
+        if one.rows is not None:  # those that the graph does not look up stay as they are
+            whole = self._values[one.key]
+            whole = whole.take(cut[1], 1) if 1 in cut else whole.copy()
+            whole[slice(*one.rows)] = value
+            return whole, cut
+        return value, cut
 
     def _node(self, node: ir.Node) -> ir.Node:
         return self._nodes[label(node)]

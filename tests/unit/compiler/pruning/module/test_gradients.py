@@ -11,6 +11,7 @@ from enginesmith.compiler.graph.editing import flattened
 from enginesmith.compiler.pruning.importance import by_gradients
 from enginesmith.compiler.pruning.module import gradients_of
 from enginesmith.compiler.pruning.module.gradients import gradients
+from enginesmith.compiler.sources import load_model
 from enginesmith.errors import RecipeError
 from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context
@@ -47,24 +48,32 @@ def test_a_linear_layer_has_its_products_in_the_layout_of_the_graph(prune):
     for mine, other in zip(ours, theirs, strict=True):
         for name, key in zip(weights, ("0.weight", "2.weight"), strict=True):
             np.testing.assert_allclose(mine[name], other[key].T, rtol=1e-4, atol=1e-4)
+        biases = [value for node in found.whole.model.graph if node.op_type == "Add" for value in node.inputs]
+        names = [value.name for value in biases if value.const_value is not None]
+        for name, key in zip(names, ("0.bias", "2.bias"), strict=True):
+            np.testing.assert_allclose(mine[name], other[key], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 def test_a_folded_normalization_leaves_the_products_as_they_are(exporter, network, prune):
     module, shape = network("resnet")
     found = prune(module, shape, exporter=exporter, text=UNTOUCHED)
-    convolutions = [node.inputs[1].name for node in found.whole.model.graph if node.op_type == "Conv"]
+    first = next(node for node in found.whole.model.graph if node.op_type == "Conv")
     mine, other = taken(found)[0], products(found, module)[0]
-    np.testing.assert_allclose(mine[convolutions[0]], other["0.weight"], rtol=1e-3, atol=1e-3)
-    by_channel = mine[convolutions[0]].sum(axis=(1, 2, 3))
-    np.testing.assert_allclose(by_channel, other["1.weight"] - _of_the_mean(other, module), rtol=1e-2, atol=1e-2)
+    weight, bias = (mine[first.inputs[index].name] for index in (1, 2))
+    np.testing.assert_allclose(weight, other["0.weight"], rtol=1e-3, atol=1e-3)
+    # Both are what scaling the channel behind the normalization changes.
+    wanted = other["1.weight"] + other["1.bias"]
+    np.testing.assert_allclose(weight.sum(axis=(1, 2, 3)) + bias, wanted, rtol=1e-2, atol=1e-2)
 
 
-def _of_the_mean(other: dict[str, torch.Tensor], module: nn.Module) -> torch.Tensor:
-    """What gamma's product has beside that of the weights: gamma scales the mean that is taken off, too."""
-    norm = module[1]
-    slope = other["1.bias"] / norm.bias.detach()
-    return -slope * norm.weight.detach() * norm.running_mean / torch.sqrt(norm.running_var + norm.eps)
+@pytest.mark.parametrize("name", ["transformer", "words"])
+def test_what_multiplies_a_position_does_not_count_twice(name, network, prune):
+    module, shape = network(name)
+    found = prune(module, shape, text=UNTOUCHED)
+    norms = [node for node in found.whole.model.graph if node.op_type == "LayerNormalization"]
+    assert norms
+    assert not {value.name for node in norms for value in node.inputs[1:]} & set(taken(found)[0])
 
 
 def test_weights_side_by_side_have_products_side_by_side(network, prune):
@@ -87,6 +96,21 @@ def test_recurrent_weights_have_products_in_the_order_of_the_graph(name, network
     np.testing.assert_allclose(
         mine[node.inputs[2].name][0], torch.cat([blocks[gate] for gate in gates]), rtol=1e-3, atol=1e-3
     )
+
+
+def test_a_program_has_gradients_too(network, prune, tmp_path):
+    module, shape = network("resnet")
+    found = prune(module, shape, exporter="dynamo", text=UNTOUCHED)
+    example = torch.from_numpy(found.samples[0]["input"])
+    torch.export.save(torch.export.export(module.eval(), (example,)), tmp_path / "program.pt2")
+    program = load_model(tmp_path / "program.pt2")
+    takes = gradients_of(program, Calibration(found.samples), 0)
+    assert takes is not None
+    mine, other = next(iter(takes(flattened(found.whole)))), taken(found)[0]
+    weights = [node.inputs[1].name for node in found.whole.model.graph if node.op_type in ("Conv", "Gemm")]
+    assert len(weights) == 7
+    for name in weights:
+        np.testing.assert_allclose(mine[name], other[name], rtol=1e-3, atol=1e-3)
 
 
 def test_parameters_that_the_user_froze_stay_frozen(prune):

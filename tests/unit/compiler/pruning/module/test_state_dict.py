@@ -110,6 +110,23 @@ def test_the_mapping_tells_what_is_left_of_tensors_and_modules(network, prune):
     assert mapping["tensors"]["7.bias"]["kept"] == {}
 
 
+def test_channels_that_a_normalization_multiplies_by_zero_keep_their_weights(network, prune, with_sizes):
+    module, shape = network("resnet")
+    with torch.no_grad():
+        module[3].bn2.weight[::2] = 0  # as many train residual networks from the start
+    found = prune(module, shape)
+    state = state_of(found)
+    assert not reasons(state)
+    told = state.mapping()["tensors"]["3.conv2.weight"]["kept"]
+    silent = [place for place, channel in enumerate(told["0"]) if channel % 2 == 0]
+    whole = module[3].conv2.weight[told["0"]][:, told["1"]]
+    assert silent
+    assert torch.equal(state.state["3.conv2.weight"][silent], whole[silent])
+    rebuilt = with_sizes(network("resnet")[0], state.mapping())
+    rebuilt.load_state_dict(state.state, strict=True)
+    assert error(rebuilt, found) < 1e-5
+
+
 def test_a_bias_that_fitting_added_is_told(prune, with_sizes):
     found = prune(Convolutions(), (3, 8, 8))
     state = state_of(found)
@@ -162,6 +179,34 @@ def test_what_no_output_depends_on_stays_whole(prune):
     assert torch.equal(state.state["auxiliary.0.weight"], module.auxiliary[0].weight)
     assert torch.equal(state.state["auxiliary.1.running_var"], module.auxiliary[1].running_var)
     assert state.mapping()["modules"]["0"]["sizes"] == {"out_features": {"before": 32, "after": 16}}
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_rows_that_are_not_looked_up_and_biases_of_zero_are_cut_too(exporter, prune, with_sizes):
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.places, self.norm = nn.Embedding(9, 16), nn.LayerNorm(16)
+            self.first, self.mix, self.last = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+            nn.init.zeros_(self.first.bias)
+            nn.init.zeros_(self.mix.bias)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.first(input) + self.places(torch.arange(2, 7)))
+            return self.last(self.mix(x).relu() + x)
+
+    found = prune(Places(), (5, 12), exporter=exporter)
+    state = state_of(found)
+    assert not reasons(state)
+    assert state.state["mix.bias"].shape == (8,)
+    told = state.mapping()["tensors"]["places.weight"]
+    assert told["after"] == [9, 8]
+    whole = Places().places.weight[:, told["kept"]["1"]]
+    assert torch.equal(state.state["places.weight"], whole)
+    rebuilt = with_sizes(Places(), state.mapping())
+    rebuilt.load_state_dict(state.state, strict=True)
+    assert error(rebuilt, found) < 1e-5
 
 
 def test_tied_tensors_that_come_apart_are_named(prune):
