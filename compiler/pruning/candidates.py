@@ -6,14 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 
 from ...errors import RecipeError
 from ...passes.base import Context, Refusal
 from ..dimensions import Dimensions, Group
 from ..dimensions.layout import Dim, Product, Term, resolved
-from ..graph.editing import is_constant
-from ..graph.precision import HEAVY
 from .allocation import Candidate
 from .importance import Importance, Ranking, by_gradients, by_moments, by_weights
 from .ratios import matching
@@ -33,7 +30,7 @@ def find(
         RecipeError: `keep` matches nothing; the importance needs what the context has not.
         GraphError: ONNX Runtime refuses the graph or the data.
     """
-    refusals = _quantized(dimensions)
+    refusals: list[Refusal] = []
     steps: dict[str, int] = {}
     made = [group for group in dimensions.groups if group.of("writes")]
     free = {group.dim: group for group in made if not group.why_not("shrink")}
@@ -50,20 +47,6 @@ def find(
     rankings, unranked = _rank(dimensions, groups, steps, context, importance)
     found = [Candidate(g, rankings[g.name], steps[g.name], steps[g.name]) for g in groups if g.name in rankings]
     return found, refusals + unranked
-
-
-def _quantized(dimensions: Dimensions) -> list[Refusal]:
-    """Says so where weights stand behind DequantizeLinear: what makes a dimension there is not seen."""
-    nodes = [node for node in dimensions.graph.model.graph if node.op_type in HEAVY and _is_quantized(node)]
-    if not nodes:
-        return []
-    return [Refusal(f"the weights of {len(nodes)} products are quantized and stay: prune the model in float32 first")]
-
-
-def _is_quantized(node: ir.Node) -> bool:
-    producers = [value.producer() for value in node.inputs[1:2] if value is not None]
-    weights = [one.inputs[0] for one in producers if one is not None and one.op_type == "DequantizeLinear"]
-    return any(map(is_constant, weights))
 
 
 def _why_not(group: Group, free: Mapping[Dim, Group], step: int) -> str:

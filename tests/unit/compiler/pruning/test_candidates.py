@@ -83,15 +83,6 @@ def test_numbers_that_are_not_finite_rank_nothing(fill, calibrated):
     assert refusals["second"] == "what reads it is given numbers on the data that are not finite"
 
 
-def test_weights_that_are_quantized_are_told_of(read, context):
-    graph = read("""g (float[N,2] x) => (float[N,2] y)
-        <int8[2,2] w = {1, 2, 3, 4}, float s = {0.5}, int8 z = {0}, int8[2,2] v = {1, 2, 3, 4}> {
-        d = DequantizeLinear(w, s, z)  h = MatMul(x, d)  e = DequantizeLinear(v, s, z)  y = MatMul(h, e) }""")
-    candidates, refusals = found(graph, context, "l2", multiple=1)
-    assert not candidates
-    assert refusals[""] == "the weights of 2 products are quantized and stay: prune the model in float32 first"
-
-
 def test_taylor_without_a_module(fill, calibrated):
     with pytest.raises(RecipeError, match="importance=taylor needs gradients, and there is no torch module") as caught:
         found(fill(MLP), calibrated, "taylor")
