@@ -206,13 +206,16 @@ def _check_names(recipe: Recipe, targets: Sequence[Target], names: Sequence[str]
 
 
 def _check_calibration(recipe: Recipe, variants: Sequence[Variant]) -> None:
-    """Fails before any work where a precision needs calibration data, and there are none."""
+    """Fails before any work where a precision or a step needs calibration data, and there are none."""
     if recipe.data or recipe.calibration_data or recipe.random_calibration:
         return
     for variant in variants:
-        if any(rewrite.calibrates for rewrite in variant.passes):
+        lowered = any(rewrite.calibrates for rewrite in variant.lowering)
+        if lowered or any(rewrite.calibrates for rewrite in variant.steps):
+            who = f"precision {variant.precision!r}" if lowered else f"engine {variant.name!r}"
+            why = "to see the ranges of activations" if lowered else "to see what its layers read"
             raise RecipeError(
-                f"precision {variant.precision!r} needs calibration data, to see the ranges of activations",
+                f"{who} needs calibration data, {why}",
                 hint="give --data with 32 to 512 real samples, or --random-calibration",
             )
 

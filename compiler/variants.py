@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
-from ..errors import UnknownNameError
+from ..errors import RecipeError, UnknownNameError
 from ..passes import parse_pass
 from ..passes.base import Pass
 from ..targets.base import Target
@@ -59,7 +59,7 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
 
     Raises:
         UnknownNameError: an option of `quantization` that no pass of these engines has.
-        RecipeError: an option with a wrong value.
+        RecipeError: an option with a wrong value, or of pruning where nothing is pruned.
     """
     seen: collections.Counter[str] = collections.Counter()
     variants = []
@@ -185,6 +185,12 @@ def _chosen(text: str, recipe: Recipe) -> Pass:
 
 
 def _check_options(recipe: Recipe, variants: Sequence[Variant]) -> None:
+    if recipe.pruning and recipe.prune is None:
+        raise RecipeError(
+            "options of pruning are given, and nothing is to be pruned",
+            found=", ".join(recipe.pruning),
+            hint="say how much is to go: --prune 0.3, macs=0.7 or latency=0.7x",
+        )
     known = {option for variant in variants for rewrite in variant.passes for option in _options(rewrite)}
     for name in recipe.quantization:
         if name not in known:

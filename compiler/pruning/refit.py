@@ -5,8 +5,9 @@ For a layer y = W x + b of the whole model and the inputs x' that it gets in the
     W', b' = argmin  sum over rows |y - W' x' - b'|^2 + damping |W' - W|^2
 
 with W at the positions that are left. Layers are fitted in the order of the graph, so that each makes up for the errors
-of those before it. The damping is chosen on rows that take no part in the fit; where no fit is better there than the
-weights as they are, these stay.
+of those before it. Where y is added to something else, as at the end of a residual branch, the sum is what counts: the
+error of the other term, s - s', is added to y. The damping is chosen on rows that take no part in the fit; where no fit
+is better there than the weights as they are, these stay.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from ..graph import Graph
 from ..graph.probe import Tapped, chunks
 from ..graph.selection import label
 from ..quantization.bias import add_to_bias
-from ..quantization.hessians import positions
+from ..quantization.hessians import drawn, inputs_at, outputs_at
 from ..quantization.layers import Layer, as_layer, is_shared, operand
+from .least_squares import Moments
 from .padding import unpadded
+from .sums import other_term
 
 ROWS = 16384
 """Rows that a layer is fitted on, or eight times its inputs where that is more."""
 
 STAGES = 12
-"""How many times the pruned model is run over the data: layers of one stage are fitted on the same run."""
+"""About how many times the pruned model is run over the data: layers of one stage are fitted on the same run."""
 
 HELD_BYTES = 1 << 29
 """Bytes of moments that are held at a time."""
@@ -43,8 +46,6 @@ _TESTED = 2048
 """Rows that are held out."""
 _HELD_OUT = 5
 """Every so many-th row is held out, up to that number."""
-_DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,28 +112,37 @@ def _task(graph: Graph, old: ir.Node, new: ir.Node, kept: np.ndarray, seed: int)
     if whole.groups != pruned.groups:
         return "its groups changed"
     shifts = add_to_bias(graph, pruned, np.zeros(len(pruned.load()), np.float32)) is None
-    return _Task(whole, pruned, kept, [seed, zlib.crc32(label(new).encode())], shifts=shifts)
+    terms = other_term(old), other_term(new)
+    task = _Task(whole, pruned, kept, [seed, zlib.crc32(label(new).encode())], shifts=shifts)
+    if terms[0] is not None and terms[1] is not None:
+        task.terms = terms[0].name or "", terms[1].name or ""
+    return task
 
 
 def _stages(tasks: Sequence[_Task]) -> list[list[_Task]]:
-    """Cuts the layers, in order, into stages of about equal number whose moments fit into memory."""
+    """Cuts the layers, in order, into stages of about equal number whose moments fit into memory.
+
+    The end of a residual branch is a stage of its own: it makes up for what is before it, and what is behind it for it.
+    """
     share = HELD_BYTES // math.ceil(max(len(tasks), 1) / STAGES)
     named = {task.pruned.name: task for task in tasks}
-    lots = chunks({name: max(task.bytes, share) for name, task in named.items()}, HELD_BYTES)
+    lots = chunks({name: HELD_BYTES if t.terms else max(t.bytes, share) for name, t in named.items()}, HELD_BYTES)
     return [[named[name] for name in lot] for lot in lots]
 
 
 def _collect(whole: Graph, pruned: Graph, stage: Sequence[_Task], samples: Iterable[Mapping[str, np.ndarray]]) -> None:
     """Runs both graphs, and adds up what the layers read."""
-    reads = [[operand(task.nodes[side], 0).name or "" for task in stage] for side in (0, 1)]
-    taps = [Tapped(graph, names, optimized=True) for graph, names in zip((whole, pruned), reads, strict=True)]
+    taps = [
+        Tapped(graph, [name for task in stage for name in task.names(side)], optimized=True)
+        for side, graph in enumerate((whole, pruned))
+    ]
     for sample in samples:
         found = [tap(sample) for tap in taps]
-        for task, *names in zip(stage, *reads, strict=True):
-            before, after = (arrays[name] for arrays, name in zip(found, names, strict=True))
+        for task in stage:
+            arrays = [[found[side][name] for name in task.names(side)] for side in (0, 1)]
             if task.whole.node.op_type != "Conv":
-                before, after = unpadded(before, sample), unpadded(after, sample)
-            task.add(before, after)
+                arrays = [[unpadded(array, sample) for array in side] for side in arrays]
+            task.add(*arrays)
         if all(task.full for task in stage):
             return
 
@@ -146,17 +156,20 @@ class _Task:
         self.rows = 0
         self._shifts = shifts
         self._fault = ""
-        self._generators = [np.random.default_rng(seed) for _ in range(2)]
+        self.terms: tuple[str, str] | None = None
+        """What the layer's result is added to, in the whole graph and in the pruned one."""
+        self._kept = kept
+        self._generator = np.random.default_rng(seed)
         self._tests: list[tuple[np.ndarray, np.ndarray]] = []
         weight = _matrix(whole)
         outputs = kept.reshape(whole.groups, -1) % weight.shape[1]
         self._weight = np.take_along_axis(weight, outputs[:, :, None], axis=1)
-        self._moments: list[_Moments] = []
+        self._moments: list[Moments] = []
 
-    @property
-    def nodes(self) -> tuple[ir.Node, ir.Node]:
-        """The layer's node in the whole graph and in the pruned one."""
-        return self.whole.node, self.pruned.node
+    def names(self, side: int) -> list[str]:
+        """The tensors to look at: what the layer reads and, where there is such, the other term of a sum."""
+        node = (self.whole, self.pruned)[side].node
+        return [operand(node, 0).name or "", *(self.terms[side : side + 1] if self.terms else ())]
 
     @property
     def bytes(self) -> int:
@@ -175,20 +188,22 @@ class _Task:
         """Whether it has seen enough."""
         return bool(self._fault) or self.rows >= max(ROWS, 8 * int(_matrix(self.pruned).shape[2]))
 
-    def add(self, before: np.ndarray, after: np.ndarray) -> None:
-        """Takes rows of what the layer reads in the whole graph and, at the same places, in the pruned one."""
+    def add(self, whole: Sequence[np.ndarray], pruned: Sequence[np.ndarray]) -> None:
+        """Takes rows of what `names` tell in the whole graph and, at the same places, in the pruned one."""
+        before, after = whole[0], pruned[0]
         if self.full or not before.size:
             return
         axis = self.whole.channel_axis(before.ndim)
         if before.shape[:axis] != after.shape[:axis]:
             self._fault = "other axes of what it reads were pruned too"
             return
-        inputs, given = (
-            positions(layer, x, generator, _PLACES)
-            for layer, x, generator in zip((self.whole, self.pruned), (before, after), self._generators, strict=True)
-        )
-        inputs, given = (rows.reshape(len(rows), self.whole.groups, -1).transpose(1, 0, 2) for rows in (inputs, given))
+        chosen = drawn(self.whole, before, self._generator, _PLACES)
+        inputs = self._grouped(inputs_at(self.whole, before, chosen))
+        given = self._grouped(inputs_at(self.pruned, after, chosen))
         wanted = inputs @ self._weight.transpose(0, 2, 1)
+        if self.terms:
+            terms = outputs_at(self.whole, whole[1], chosen)[:, self._kept], outputs_at(self.pruned, pruned[1], chosen)
+            wanted = wanted + self._grouped(terms[0] - terms[1])
         if not np.isfinite(given).all() or not np.isfinite(wanted).all():
             self._fault = "what it reads or gives on the data is not finite"
             return
@@ -196,10 +211,14 @@ class _Task:
         test &= self.rows < _TESTED * _HELD_OUT
         self._tests.append((given[:, test], wanted[:, test]))
         if not self._moments:
-            self._moments = [_Moments(given.shape[2], wanted.shape[2]) for _ in given]
+            self._moments = [Moments(given.shape[2], wanted.shape[2]) for _ in given]
         for moments, x, y in zip(self._moments, given[:, ~test], wanted[:, ~test], strict=True):
             moments.add(x, y)
         self.rows += given.shape[1]
+
+    def _grouped(self, rows: np.ndarray) -> np.ndarray:
+        """(groups, rows, n) of (rows, groups x n)."""
+        return rows.reshape(len(rows), self.whole.groups, -1).transpose(1, 0, 2)
 
     def solve(self, graph: Graph) -> Fit:
         """Fits the layer in the graph."""
@@ -212,49 +231,6 @@ class _Task:
             add_to_bias(graph, self.pruned, np.concatenate([one.shift for one in solved]))
         before, after, energy = (sum(getattr(one, key) for one in solved) for key in ("before", "after", "energy"))
         return Fit(self.pruned.name, before / energy, after / energy)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Solved:
-    weight: np.ndarray
-    shift: np.ndarray
-    before: float
-    after: float
-    energy: float
-
-
-class _Moments:
-    """Sums over rows of inputs x (n,) and outputs y (out,)."""
-
-    def __init__(self, length: int, out: int) -> None:
-        self._count = 0
-        self._x, self._y = np.zeros(length), np.zeros(out)
-        self._xx, self._yx = np.zeros((length, length)), np.zeros((out, length))
-
-    def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Takes rows (rows, n) and (rows, out)."""
-        self._count += len(x)
-        self._x += x.sum(axis=0)
-        self._y += y.sum(axis=0)
-        self._xx += x.T @ x
-        self._yx += y.T @ x
-
-    def solve(self, old: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, *, shifts: bool) -> _Solved:
-        """Weights (out, n) and, where the layer can have one, a shift (out,): the best on rows that are held out."""
-        count = max(self._count, 1)
-        mean_x, mean_y = self._x / count * shifts, self._y / count * shifts
-        moment = self._xx - count * np.outer(mean_x, mean_x)
-        cross = self._yx - count * np.outer(mean_y, mean_x) - old @ moment
-        scale = max(float(np.diag(moment).mean()), _TINY)
-        candidates = [(old, np.zeros(len(old))), (old, mean_y - old @ mean_x)]
-        for damping in _DAMPINGS:
-            weight = old + np.linalg.solve(moment + damping * scale * np.eye(len(moment)), cross.T).T
-            candidates.append((weight, mean_y - weight @ mean_x))
-        errors = [float(np.square(test_y - test_x @ weight.T - shift).sum()) for weight, shift in candidates]
-        best = int(np.argmin(errors))
-        weight, shift = candidates[best]
-        energy = max(float(np.square(test_y - test_y.mean(axis=0)).sum()), _TINY)
-        return _Solved(weight.astype(np.float32), shift.astype(np.float32), errors[0], errors[best], energy)
 
 
 def _matrix(layer: Layer) -> np.ndarray:

@@ -79,30 +79,35 @@ class _Sum:
         self.full = self._rows >= max(ROWS, 2 * self.total.shape[1])
 
 
-def positions(layer: Layer, x: np.ndarray, generator: np.random.Generator, each: int | None = None) -> np.ndarray:
-    """Inputs (rows, in x kernel) of the layer at positions that are drawn from a batch.
+def positions(layer: Layer, x: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """What the layer reads (rows, in x kernel) at positions that are drawn from a batch."""
+    return inputs_at(layer, x, drawn(layer, x, generator, POSITIONS))
 
-    Args:
-        each: how many positions of an item at most; None for `POSITIONS`.
 
-    The second axis is ordered as the weights: input channels, then the kernel.
-    """
-    each = POSITIONS if each is None else each
+def drawn(layer: Layer, x: np.ndarray, generator: np.random.Generator, each: int) -> np.ndarray:
+    """Positions (rows,) of the layer's output, its channels left out, for a batch: up to `each` of an item."""
     if layer.node.op_type != "Conv":
-        rows: np.ndarray = x.reshape(-1, x.shape[-1])
-        count = min(len(rows), each * len(x))
-        return np.asarray(rows[_drawn(generator, len(rows), count)])
+        count = math.prod(x.shape[:-1])
+    else:
+        count = len(x) * math.prod(_windows(layer, x).shape[2 : x.ndim])
+    wanted = min(count, each * len(x))
+    return np.arange(count) if wanted >= count else generator.choice(count, wanted, replace=False)
+
+
+def inputs_at(layer: Layer, x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """What the layer reads (rows, in x kernel) at positions, in the order of the weights: channels, then the kernel."""
+    if layer.node.op_type != "Conv":
+        return np.asarray(x.reshape(-1, x.shape[-1])[chosen])
     windows = _windows(layer, x)
-    axes = x.ndim - 2
-    places = math.prod((len(x), *windows.shape[2 : 2 + axes]))
-    chosen = _drawn(generator, places, min(places, each * len(x)))
-    place = np.unravel_index(chosen, (len(x), *windows.shape[2 : 2 + axes]))
-    seen = np.moveaxis(windows, 1, 1 + axes)[place]  # without the move, NumPy would put channels where it likes
+    place = np.unravel_index(chosen, (len(x), *windows.shape[2 : x.ndim]))
+    seen = np.moveaxis(windows, 1, x.ndim - 1)[place]  # without the move, NumPy would put channels where it likes
     return np.ascontiguousarray(seen).reshape(len(chosen), -1)
 
 
-def _drawn(generator: np.random.Generator, count: int, wanted: int) -> np.ndarray:
-    return np.arange(count) if wanted >= count else generator.choice(count, wanted, replace=False)
+def outputs_at(layer: Layer, y: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """What the layer gives (rows, out), or another tensor of that shape, at positions."""
+    last = y if layer.node.op_type != "Conv" else np.moveaxis(y, 1, -1)
+    return np.asarray(last.reshape(-1, last.shape[-1])[chosen])
 
 
 def _windows(layer: Layer, x: np.ndarray) -> np.ndarray:
