@@ -29,7 +29,7 @@ Importance = Literal["l1", "l2", "activation", "hessian", "obs", "taylor"]
 MEASURED = frozenset(("activation", "hessian", "obs"))
 """Methods that look at activations."""
 
-DAMPING = 0.01
+DAMPING = 0.001
 """Part of the mean of the diagonal of second moments that is added to it."""
 
 _POOL = 3
