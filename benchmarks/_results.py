@@ -17,14 +17,15 @@ RESULTS = Path(__file__).parent / "results"
 def command() -> str:
     """The command line, as it is given from the root of the repository; where its results went is left out.
 
-    Model-Optimizer's interpreter stands as benchmarks/README.md names it.
+    Where peers are installed stands as benchmarks/README.md names it.
     """
     arguments = sys.argv[1:]
     if "--out" in arguments:
         index = arguments.index("--out")
         arguments = arguments[:index] + arguments[index + 2 :]
-    if "--modelopt-python" in arguments:
-        arguments[arguments.index("--modelopt-python") + 1] = "modelopt/bin/python"
+    for option, named in (("--modelopt-python", "modelopt/bin/python"), ("--torch-pruning", "torch-pruning")):
+        if option in arguments:
+            arguments[arguments.index(option) + 1] = named
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 

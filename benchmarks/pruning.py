@@ -12,6 +12,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import json
 import logging
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import models
 import numpy as np
 import quantization_cases
 import torch
-from _results import RESULTS, write
+from _results import RESULTS, command, write
 from quantization_cases import Arrays, Batches, Case, Data, batches
 from torch import nn
 
@@ -267,7 +268,14 @@ def speed(goal: str, settings: Settings) -> dict[str, Any]:
     macs = details["macs"]["after"] / details["macs"]["before"]
     interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
     print(f"resnet50 {goal}: {ratio['ratio']:.2f} times as fast ({interval}), macs {macs:.3f}", flush=True)
-    return {"goal": goal, "macs": macs, "error": details["error"], "timings": timed["timings"], "speed_up": ratio}
+    return {
+        "command": command(),
+        "goal": goal,
+        "macs": macs,
+        "error": details["error"],
+        "timings": timed["timings"],
+        "speed_up": ratio,
+    }
 
 
 def main() -> int:
@@ -276,17 +284,19 @@ def main() -> int:
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--torch-pruning", metavar="DIR", help="where `pip install --target DIR torch-pruning` put it")
     parser.add_argument("--no-speed", action="store_true", help="leave ResNet-50 out")
-    parser.add_argument("--out", type=Path, default=RESULTS / "pruning.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "pruning.json", help="models join what is there already")
     options = parser.parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     if options.torch_pruning:
         sys.path.append(options.torch_pruning)
-    results: dict[str, Any] = {"promised_share": PROMISED, "models": {}}
+    earlier = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
+    results: dict[str, Any] = {"models": {}, **earlier, "promised_share": PROMISED}
     for name in options.models:
-        results["models"][name] = measure(name, cases()[name], options.shares, peer=bool(options.torch_pruning))
+        found = measure(name, cases()[name], options.shares, peer=bool(options.torch_pruning))
+        results["models"][name] = {"command": command(), **found}
     broken = []
-    for name, found in results["models"].items():
-        rows = found.get(f"{PROMISED:g}")
+    for name in options.models:
+        rows = results["models"][name].get(f"{PROMISED:g}")
         if rows and rows["enginesmith"]["relative_l2"] * 2 > rows["plain L1"]["relative_l2"]:
             broken.append(f"{name}: the error is more than half of that of plain removal")
     if not options.no_speed:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import CaptureError, GraphError, RecipeError, TargetUnavailableError, UnknownNameError
+from ..errors import CaptureError, RecipeError, TargetUnavailableError, UnknownNameError
 from ..passes import parse_pass
-from ..passes.base import Context, Kept, Pass
 from ..targets import parse_target
 from ..targets.base import Target
 from .build import Job, build_all, check_left
@@ -23,10 +20,11 @@ from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
 from .gains import drop
 from .machine.environment import environment
-from .manifest import FORMAT, Benchmark, CalibrationRecord, EngineRecord, Manifest, PassRecord
+from .manifest import FORMAT, Benchmark, EngineRecord, Manifest
 from .progress import Progress, Stages
-from .pruning.module import check_module, check_pruned_weights, gradients_of, hand_back
+from .pruning.module import check_module, check_pruned_weights
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
+from .rewriting import run_passes
 from .storage.cache import Cache
 from .storage.files import appearing_folder
 from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, local_modules, still_hold
@@ -38,10 +36,7 @@ from .variants import Variant, make_variants, not_lowered, not_written, without_
 if TYPE_CHECKING:
     import torch
 
-    from .calibration import Calibration
     from .capture import Captured
-    from .graph import Graph
-    from .signature import Signature
     from .sources import Model
 
 STAGES = 9
@@ -130,7 +125,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         model = model if job.passes_need_model else remaining
         release()
         with stages("run passes"):
-            graphs, pass_records, calibration = _run_passes(job, captured, model, data)
+            graphs, pass_records, calibration = run_passes(job, captured, model, data)
         model = remaining
         release()
         with stages("build engines") as stage:
@@ -259,100 +254,6 @@ def _capture(job: Job, model: Model, data: Data) -> Captured:
             hint="targets torchscript and torch-inductor need no graph",
         )
     return captured
-
-
-def _run_passes(
-    job: Job, captured: Captured, model: Model, data: Data
-) -> tuple[dict[str, Graph | str], list[PassRecord], list[CalibrationRecord]]:
-    """The graph of every engine: the recipe's passes once, then the lowering, shared by engines with the same one.
-
-    A lowering that is refused leaves its reason in place of the graph.
-    """
-    if captured.graph is None:
-        return {}, [], []
-    calibration = calibration_of(job.recipe, model.signature, data, job.cache)
-    context = Context(
-        model.signature,
-        data,
-        calibration,
-        load_budget(job.recipe),
-        gradients=gradients_of(model, calibration, job.recipe.seed),
-        progress=job.stages.update,
-    )
-    engines = [v for v in job.variants if v.target.capabilities.consumes == "graph" and not v.refusal]
-    names = [variant.name for variant in engines]
-    records = [_run_pass(rewrite, captured.graph, context, "all", names)[0] for rewrite in job.passes]
-    graphs: dict[str, Graph | str] = {}
-    for passes in dict.fromkeys(variant.passes for variant in engines):
-        names = [variant.name for variant in engines if variant.passes == passes]
-        graph = captured.graph.clone()
-        graphs.update(dict.fromkeys(names, graph))
-        pruned = [v.steps[-1] for v in engines if v.passes == passes and v.name.endswith("-pruned")]
-        try:
-            for rewrite in passes:
-                whole = graph.clone() if job.recipe.pruned_weights and rewrite in pruned else None
-                record, kept = _run_pass(rewrite, graph, context, ", ".join(names), names)
-                records.append(record)
-                if whole is not None and kept:
-                    hand_back(job.folder, model, data.first(), (whole, graph), record, kept)
-        except GraphError as error:
-            graphs.update(dict.fromkeys(names, str(error)))
-    return graphs, records, _calibrated(calibration, job.folder)
-
-
-def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cache) -> Calibration | None:
-    """Collects statistics for the passes that ask; None where the data are made up, and the user has not agreed."""
-    from .calibration import Calibration, CalibrationSettings
-
-    if recipe.calibration_data is not None:
-        data = open_data(recipe.calibration_data, signature, seed=recipe.seed)
-    if data.random and not recipe.random_calibration:
-        return None
-    settings = CalibrationSettings(
-        max_samples=recipe.calibration_samples, allow_random=recipe.random_calibration, seed=recipe.seed
-    )
-    return Calibration(data, settings, cache.folder("calibration") if is_repeatable(recipe) else None)
-
-
-def _calibrated(calibration: Calibration | None, folder: Path) -> list[CalibrationRecord]:
-    """Saves the statistics that passes asked for."""
-    records = []
-    for statistics in calibration.collected if calibration else ():
-        file = f"calibration-{statistics.digest[:12]}.npz"
-        statistics.save(folder / file)
-        records.append(
-            CalibrationRecord(
-                data=calibration.samples.description if calibration else "",
-                random=statistics.random,
-                samples=statistics.samples,
-                tensors=len(statistics),
-                digest=statistics.digest,
-                file=file,
-                findings=[dataclasses.asdict(finding) for finding in statistics.findings()],
-            )
-        )
-    return records
-
-
-def _run_pass(
-    rewrite: Pass, graph: Graph, context: Context, variant: str, engines: Sequence[str]
-) -> tuple[PassRecord, Kept]:
-    before, start = sum(1 for _ in graph.nodes()), time.perf_counter()
-    result = rewrite(graph, context)
-    release()
-    record = PassRecord(
-        variant=variant,
-        engines=list(engines),
-        text=str(rewrite),
-        seconds=time.perf_counter() - start,
-        modified=result.modified,
-        changes=dict(result.changes),
-        refusals=[dataclasses.asdict(refusal) for refusal in result.refusals],
-        details=dict(result.details),
-        nodes_before=before,
-        nodes_after=sum(1 for _ in graph.nodes()),
-    )
-    return record, result.kept
 
 
 def _validate(

@@ -15,14 +15,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..compiler.budget import Budget
 from ..compiler.calibration import Calibration, Statistics
 from ..compiler.graph import Graph
-from ..compiler.graph.editing import flattened, is_constant
+from ..compiler.graph.editing import flattened
 from ..compiler.graph.selection import label, select
 from ..compiler.quantization import onnxruntime, tensorrt
 from ..compiler.quantization.attention import attentions, drop_guards
@@ -39,6 +38,7 @@ from ..compiler.quantization.smooth import ALPHA, check_alpha, inputs, is_convol
 from ..compiler.quantization.tiles import multiplies_tiles, shifted
 from ..compiler.quantization.tuning import Trial, settle
 from ..compiler.quantization.weights import (
+    broken_weights,
     fit_biases,
     quantize_biases,
     round_to_nearest,
@@ -254,7 +254,7 @@ class _Run:
         self._note(changes, refusals if asked else [])
 
     def _plan(self) -> Plan:
-        keep = {**self._keep, **_broken_weights(self.graph)}
+        keep = {**self._keep, **broken_weights(self.graph)}
         options = self.options
         if options.scheme == "onnxruntime":
             return onnxruntime.plan(self.graph, per_channel=options.per_channel, keep=keep)
@@ -293,15 +293,3 @@ def folded(graph: Graph) -> Graph:
     if fold_weights(work):
         RemoveUnusedNodesPass()(work.model)
     return work
-
-
-def _broken_weights(graph: Graph) -> dict[ir.Node, str]:
-    """Nodes whose weight holds NaN or Inf."""
-    broken = {}
-    for node in graph.model.graph:
-        weight = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1 else None
-        if weight is None or not is_constant(weight) or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
-            continue
-        if not np.isfinite(weight.const_value.numpy()).all():
-            broken[node] = f"its weight {weight.name!r} holds NaN or Inf"
-    return broken

@@ -16,8 +16,8 @@ from ..data import Data, open_data
 from ..graph import Graph
 from ..graph.probe import Session
 from ..manifest import EngineRecord
-from ..pipeline import calibration_of
 from ..recipe import Recipe
+from ..rewriting import calibration_of
 from ..signature import Signature
 from ..storage.cache import Cache
 from ..trial import load, load_budget

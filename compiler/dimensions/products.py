@@ -23,44 +23,26 @@ _MOVED_OVER = "a kernel moves over it"
 
 
 def conv(node: ir.Node, relations: Relations) -> None:
-    """Conv and ConvInteger."""
+    """Conv, ConvInteger and ConvTranspose: the two axes of the weight change places in the last."""
     x, weight, y = relations.input(node, 0), relations.input(node, 1), relations.output(node)
     shape = relations.sizes(node.inputs[1])
     if x is None or weight is None or y is None or shape is None or None in (shape[0], shape[1]):
         relations.hold_all(node, "the shape of its weight is not known")
         return
-    groups = node.attributes.get_int("group", 1)
-    group, out, into = _dim(groups), _dim((shape[0] or 1) // groups), weight[1]
+    groups, transposed = node.attributes.get_int("group", 1), node.op_type == "ConvTranspose"
+    group, first = _dim(groups), _dim((shape[0] or 1) // groups)
+    into, out = (first, weight[1]) if transposed else (weight[1], first)
     _tie_if(node, relations, x[1], _product(group, into))
     _tie_if(node, relations, y[1], _product(group, out))
-    _tie_if(node, relations, weight[0], _product(group, out))
+    _tie_if(node, relations, weight[0], _product(group, first))
     _hold_places(node, relations, x, weight, y)
-    for index in range(2, len(node.inputs)):  # the bias of Conv; zero points of ConvInteger
+    for index in range(2, len(node.inputs)):  # the bias; zero points of ConvInteger
         for term in relations.input(node, index) or ():
-            relations.tie(node, term, weight[0])
+            relations.tie(node, term, y[1])
     if node.op_type == "ConvInteger":
         hold_offset(node, 3, weight, relations)
     _note_groups(node, relations, group)
-    _note(node, relations, 1, reads=1, writes=0)
-
-
-def conv_transpose(node: ir.Node, relations: Relations) -> None:
-    """ConvTranspose."""
-    x, weight, y = relations.input(node, 0), relations.input(node, 1), relations.output(node)
-    shape = relations.sizes(node.inputs[1])
-    if x is None or weight is None or y is None or shape is None or None in (shape[0], shape[1]):
-        relations.hold_all(node, "the shape of its weight is not known")
-        return
-    groups = node.attributes.get_int("group", 1)
-    group, into, out = _dim(groups), _dim((shape[0] or 1) // groups), weight[1]
-    _tie_if(node, relations, x[1], _product(group, into))
-    _tie_if(node, relations, weight[0], _product(group, into))
-    _tie_if(node, relations, y[1], _product(group, out))
-    _hold_places(node, relations, x, weight, y)
-    if present(node, 2):
-        relations.tie_all(node, relations.input(node, 2), [y[1]])
-    _note_groups(node, relations, group)
-    _note(node, relations, 1, reads=0, writes=1)
+    _note(node, relations, 1, reads=int(not transposed), writes=int(transposed))
 
 
 def matmul(node: ir.Node, relations: Relations) -> None:

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+import onnx_ir as ir
+
+from ..graph import Graph
+from ..graph.editing import is_constant
 from .layers import constant
 from .parameters import Parameters, bias_parameters, weight_parameters, widened_for_bias
 from .plan import Bias, Plan, Weight
@@ -72,3 +77,15 @@ def quantize_biases(
         parameters = bias_parameters(activations[bias.input].scale, weights[bias.weight])
         found[bias] = Quantized.nearest(flat, parameters)
     return found
+
+
+def broken_weights(graph: Graph) -> dict[ir.Node, str]:
+    """Nodes whose weight holds NaN or Inf."""
+    broken = {}
+    for node in graph.model.graph:
+        weight = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1 else None
+        if weight is None or not is_constant(weight) or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
+            continue
+        if not np.isfinite(weight.const_value.numpy()).all():
+            broken[node] = f"its weight {weight.name!r} holds NaN or Inf"
+    return broken
