@@ -261,7 +261,7 @@ def speed(goal: str, settings: Settings) -> dict[str, Any]:
         for kind, one in (("whole", whole), ("pruned", graph)):
             folder = Path(name) / kind
             folder.mkdir()
-            request = BuildRequest(one, model, signature, "fp32", data[0], folder, Path(name), lambda line: None)
+            request = BuildRequest(one, model, model.signature, "fp32", data[0], folder, Path(name), lambda line: None)
             candidates.append(Candidate(kind, functools.partial(target.runner, folder, target.build(request))))
         timed = benchmark(candidates, [SizedInputs({}, 1, data[0])], baseline="whole", protocol=settings)
     ratio = next(timing["speed_up"] for timing in timed["timings"] if timing["candidate"] == "pruned")
