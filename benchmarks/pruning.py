@@ -284,7 +284,9 @@ def main() -> int:
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--torch-pruning", metavar="DIR", help="where `pip install --target DIR torch-pruning` put it")
     parser.add_argument("--no-speed", action="store_true", help="leave ResNet-50 out")
-    parser.add_argument("--out", type=Path, default=RESULTS / "pruning.json", help="models join what is there already")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "pruning.json", help="models and shares join what is there"
+    )
     options = parser.parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     if options.torch_pruning:
@@ -293,7 +295,7 @@ def main() -> int:
     results: dict[str, Any] = {"models": {}, **earlier, "promised_share": PROMISED}
     for name in options.models:
         found = measure(name, cases()[name], options.shares, peer=bool(options.torch_pruning))
-        results["models"][name] = {"command": command(), **found}
+        results["models"][name] = {**results["models"].get(name, {}), "command": command(), **found}
     broken = []
     for name in options.models:
         rows = results["models"][name].get(f"{PROMISED:g}")
