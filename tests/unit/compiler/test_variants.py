@@ -215,6 +215,8 @@ def test_options_of_pruning_come_from_the_recipe_as_they_are() -> None:
     ]
     with pytest.raises(UnknownNameError, match="unknown option of 'prune' 'importence'"):
         variants("onnxruntime-cpu", prune=0.3, pruning={"importence": "l1"})
+    with pytest.raises(RecipeError, match="options of pruning are given, and nothing is to be pruned"):
+        variants("onnxruntime-cpu", pruning=options)
 
 
 def test_a_pruned_engine_gets_its_own_sparse_and_aligned_ones() -> None:
