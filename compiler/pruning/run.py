@@ -97,9 +97,8 @@ class Pruning:
             self._context.progress(0.3 + 0.3 * place / len(self._candidates), f"alone: {candidate.group.name}")
             tried = min(candidate.nearest(candidate.group.size * _TRIED), candidate.sizes()[1])
             graph, dimensions = self._again()
-            same = next(g.dim for g in dimensions.groups if g.name == candidate.group.name)
             own = {label(m.node) for m in candidate.group.of("reads") if m.node is not None}
-            self._shrink(graph, dimensions, {same: candidate.ranking.kept(tried)}, only=own)
+            self._shrink(graph, dimensions, self._kept({candidate.group.dim: tried}, dimensions), only=own)
             error = self._evaluation.measure(graph).error
             measured.append(dataclasses.replace(candidate, alone=error if np.isfinite(error) else None, tried=tried))
         self._candidates = measured
@@ -150,9 +149,7 @@ class Pruning:
         share, rows = goal.value, []
         for _ in range(_TRIES):
             sizes = to_cost(self._candidates, model, share * model.total({}))
-            if all(
-                size == dim.size for dim, size in sizes.items()
-            ):  # layers so small that the clock sees no difference
+            if all(size == dim.size for dim, size in sizes.items()):  # layers too small for the clock to tell
                 sizes = to_cost(self._candidates, self._macs, share * self._macs.total({}))
             graph, dimensions = self._again()
             self._shrink(graph, dimensions, self._kept(sizes, dimensions), only=())
