@@ -201,6 +201,105 @@ class EngineRecord(TypedDict):
     dropped: str
 
 
+class LadderStep(TypedDict):
+    """One step that the ladder tried on a target.
+
+    `step` is its rung, as "simplify", "precision" or "threads within an operator"; `what` are its passes or options as
+    text. `ratio` is the incumbent's time to the candidate's, or the quotient of rates or sizes where that is the
+    objective. `status` is "start" for the engine that the ladder begins with, "not measured" for one that is kept as it
+    was asked for and cannot be timed here, "skipped" where there was no time or nothing to try. `resumed` tells that
+    the numbers are of an earlier compile, which was interrupted or had the same step.
+    """
+
+    target: str
+    step: str
+    what: str
+    candidate: str
+    status: Literal["start", "kept", "reverted", "failed", "skipped", "not measured"]
+    reason: str
+    ratio: SpeedUp | None
+    p50_ms: float | None
+    samples_per_s: float | None
+    size_bytes: int
+    relative_l2: float | None
+    budget: BudgetRecord | None
+    seconds: float
+    resumed: bool
+
+
+class Ladder(TypedDict):
+    """How the best engine of each target was found. `picks` are the engines left, by target; `complete` tells whether
+    nothing was skipped for want of time.
+    """
+
+    objective: str
+    effort: str
+    time_limit_s: float
+    seconds: float
+    complete: bool
+    picks: dict[str, str]
+    steps: list[LadderStep]
+
+
+class BatchPoint(TypedDict):
+    """One batch size that was tried. Times are None where it does not fit; `reason` says why it does not."""
+
+    batch: int
+    fits: bool
+    reason: str
+    p50_ms: float | None
+    p99_ms: float | None
+    samples_per_s: float | None
+    memory_bytes: int | None
+
+
+class BatchCurve(TypedDict):
+    """Batch sizes of one engine. `largest` fits in memory, `saturation` is the smallest with 95 % of the highest
+    throughput, `best` the one with the most throughput within `p99_limit_ms` (None for no limit).
+    """
+
+    engine: str
+    axis: str
+    points: list[BatchPoint]
+    largest: int
+    largest_is_limit: bool
+    saturation: int | None
+    best: int | None
+    p99_limit_ms: float | None
+
+
+Bound = Literal["compute", "bandwidth", "launch", "cpu-placed", "transfer"]
+
+
+class RooflineNode(TypedDict):
+    """One node or fused layer of an engine: what it computes and moves, and what limits it. `share` is of the time."""
+
+    name: str
+    operator: str
+    flops: float
+    bytes: float
+    ms: float
+    share: float
+    bound: Bound
+
+
+class Roofline(TypedDict):
+    """Where the time of an engine goes, under the ceilings that were measured on this machine.
+
+    `actions` are {"action", "node", "saves_ms", "why", "found"}: `found` is what the ladder measured of it, or empty.
+    """
+
+    engine: str
+    device: str
+    precision: str
+    peak_gflops: float
+    bandwidth_gb_s: float
+    launch_us: float
+    total_ms: float
+    nodes: list[RooflineNode]
+    actions: list[dict[str, Any]]
+
+
 class Stage(TypedDict):
     """One named stage of the compile."""
 
@@ -209,7 +308,15 @@ class Stage(TypedDict):
     detail: str
 
 
-class Manifest(TypedDict):
+class Searches(TypedDict, total=False):
+    """What a compile finds out where it is asked to; None or empty where it was not."""
+
+    ladder: Ladder | None
+    batches: list[BatchCurve]
+    roofline: Roofline | None
+
+
+class Manifest(Searches):
     """Content of manifest.json. `files` maps each file of the bundle to its SHA-256, manifest.json left out."""
 
     format: int

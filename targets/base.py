@@ -54,6 +54,24 @@ class Capabilities:
     channels: int = 8
 
 
+Effort = Literal["quick", "default", "thorough"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Options of a target of which the ladder measures each alternative, and keeps the fastest where it is faster.
+
+    Attributes:
+        what: the question in a few words, for instance "threads within an operator".
+        alternatives: options that take the place of the present ones, each set tried by itself.
+        effort: the least effort at which it is worth its time.
+    """
+
+    what: str
+    alternatives: tuple[Mapping[str, Any], ...]
+    effort: Effort = "default"
+
+
 @dataclasses.dataclass(frozen=True)
 class Availability:
     """Whether this machine can build and run a target.
@@ -239,6 +257,10 @@ class Target(abc.ABC):
     def lowering(self, precision: str) -> tuple[str, ...]:
         """The passes, as text and in order, that bring a float32 graph to a precision that the target builds."""
         return self.lowerings.get(precision, ()) if self.capabilities.consumes == "graph" else ()
+
+    def tunings(self, precision: str) -> tuple[Tuning, ...]:
+        """Options worth measuring on this machine for an engine of a precision, in the order in which to try them."""
+        return ()
 
     def refusals(self) -> Mapping[str, str]:
         """Why precisions that one may expect, or that other versions and devices have, cannot be had; by precision."""
