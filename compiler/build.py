@@ -71,7 +71,7 @@ def build_all(
     engines: list[EngineRecord] = []
     for number, variant in enumerate(job.variants):
         job.stages.update(number / len(job.variants), variant.name)
-        engines.append(_build(job, variant, graphs.get(variant.name), capture, model, data))
+        engines.append(build_one(job, variant, graphs.get(variant.name), capture, model, data))
     check_left(engines, job.recipe.require)
     return engines
 
@@ -95,9 +95,14 @@ def check_left(engines: Sequence[EngineRecord], required: Sequence[str]) -> None
     )
 
 
-def _build(
+def build_one(
     job: Job, variant: Variant, graph: Graph | str | None, capture: CaptureRecord, model: Model, data: Data
 ) -> EngineRecord:
+    """Builds one engine into its folder; one that fails leaves its reason in the record.
+
+    Args:
+        graph: its graph, or why there is none.
+    """
     name, target, precision = variant.name, variant.target, variant.precision
     record = EngineRecord(
         name=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,15 +108,18 @@ def write_bundle(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, default=float) + "\n")
 
 
-def write_reproduction(directory: Path, target: str, precision: str, log: list[str]) -> None:
-    """Leaves build.log and a script that builds this one engine again beside it."""
+def write_reproduction(
+    directory: Path, target: str, precision: str, log: list[str], passes: Sequence[str] = ()
+) -> None:
+    """Leaves build.log and a script that builds this one engine again beside it, with `passes` for the recipe's."""
     directory.joinpath("build.log").write_text("\n".join(log) + "\n")
+    given = "".join(f"--pass {shlex.quote(text)} " for text in passes)
     script = directory / "reproduce.sh"
     script.write_text(
         "#!/bin/sh\n"
         "# Builds this engine again, into the folder that is given.\n"
         'here=$(dirname "$(readlink -f "$0")")\n'
         f'exec enginesmith compile --recipe "$here/../../recipe.yaml" --target {shlex.quote(target)} '
-        f'--precision {precision} --output "${{1:?give an output folder}}"\n'
+        f'--precision {precision} {given}--output "${{1:?give an output folder}}"\n'
     )
     script.chmod(0o755)

@@ -27,7 +27,7 @@ _LOSSY = ("-pruned", "-sparse")
 
 def is_lossy(engine: EngineRecord) -> bool:
     """Whether an optional step of an engine changes its results."""
-    return engine["sibling"] is not None and any(step in engine["name"] for step in _LOSSY)
+    return any(step in engine["name"] for step in _LOSSY)
 
 
 def drop(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> None:
@@ -41,7 +41,7 @@ def drop(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature
             continue
         validation, ratio = engine["validation"], ratios.get(engine["name"])
         if validation is not None and not validation["passed"]:
-            engine["dropped"] = f"its results are not close enough to the reference: {_problem(validation)}"
+            engine["dropped"] = f"its results are not close enough to the reference: {problem(validation)}"
         elif ratio is not None and ratio["low"] <= FASTER:
             engine["dropped"] = (
                 f"it is not faster than {ratio['against']}: {ratio['ratio']:.2f} times its speed, "
@@ -68,7 +68,7 @@ def _against_siblings(benchmark: Benchmark | None, sizes: Mapping[str, int]) -> 
     return {t["candidate"]: ratio for t in timings if t["sizes"] == sizes and (ratio := t["against_sibling"])}
 
 
-def _problem(validation: Validation) -> str:
+def problem(validation: Validation) -> str:
     """The first thing that is wrong with an engine's results."""
     failures = [f"output {output['output']}: {text}" for output in validation["outputs"] for text in output["failures"]]
     budget = validation["budget"]

@@ -19,12 +19,14 @@ from .build import Job, build_all, check_left
 from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
 from .gains import drop
+from .ladder.climb import climb
+from .ladder.trials import Evidence
 from .machine.environment import environment
 from .manifest import FORMAT, Benchmark, EngineRecord, Manifest
 from .progress import Progress, Stages
 from .pruning.module import check_module, check_pruned_weights
-from .recipe import PATHS, Recipe, make_recipe, read_recipe
-from .rewriting import run_passes
+from .recipe import AUTO, PATHS, Recipe, make_recipe, read_recipe
+from .rewriting import calibrated, run_passes, workshop
 from .storage.cache import Cache
 from .storage.files import appearing_folder
 from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, local_modules, still_hold
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from .sources import Model
 
 STAGES = 9
+"""One more where the ladder runs."""
 
 
 def compile(
@@ -82,6 +85,8 @@ def compile(
 
 def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progress: Progress) -> Bundle:
     """The stages. Every name and option is checked before any work starts."""
+    from .validation.validator import noise_floor
+
     check_output(output)
     targets = tuple(parse_target(text) for text in recipe.targets)
     variants = make_variants(recipe, targets)
@@ -98,7 +103,8 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     known_modules = set(sys.modules)
     load_metric(recipe)  # a metric that is not there fails before any work
     load_budget(recipe)
-    stages = Stages(progress, STAGES)
+    climbs = AUTO in recipe.precisions
+    stages = Stages(progress, STAGES + climbs)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
         job = Job(recipe, targets, passes, variants, machine, cache, folder, Path(scratch), stages)
         with stages("load model") as stage:
@@ -124,16 +130,33 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         remaining = model if job.needs_model(captured) else model.without_weights()
         model = model if job.passes_need_model else remaining
         release()
+        shop = workshop(job, model, data)
+        as_captured = captured.graph.clone() if captured.graph and climbs else None
         with stages("run passes"):
-            graphs, pass_records, calibration = run_passes(job, captured, model, data)
+            graphs, pass_records = run_passes(shop, captured.graph)
+        calibration = shop.context.calibration
+        climber = shop if climbs else None  # it holds the weights
+        del shop
         model = remaining
         release()
         with stages("build engines") as stage:
             engines = build_all(job, graphs, captured.record, model, data)
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
             stage["detail"] = f"{len(built)} of {len(engines)}"
+        floor = noise_floor(reference, model, captured.path)
+        release()
+        ladder = None
+        if climber:
+            with stages("climb ladder") as stage:
+                evidence = Evidence(captured.record, reference, floor)
+                ladder, own = climb(climber, (as_captured, captured.graph), evidence, engines)
+                pass_records, climber = [*pass_records, *own], None
+                stays = sum(step["status"] == "kept" for step in ladder["steps"])
+                stage["detail"] = f"{stays} of {len(ladder['steps'])} steps kept"
         with stages("validate") as stage:
-            stage["detail"] = _validate(job, model, captured, reference, engines)
+            validate_engines(job.folder, engines, reference, floor, recipe, stages.update, save=True)
+            reference.save(_made(job.folder / "reference"))
+            stage["detail"] = reference.description
             check_left(engines, recipe.require)
         with stages("benchmark") as stage:
             benchmark = _benchmark(job, model, data, engines)
@@ -154,10 +177,11 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 seed=recipe.seed,
                 capture=captured.record,
                 stages=stages.records,
-                calibration=calibration,
+                calibration=calibrated(calibration, folder) if captured.graph else [],
                 passes=pass_records,
                 engines=engines,
                 benchmark=benchmark,
+                ladder=ladder,
                 environment=dict(job.machine),
                 files={},
             )
@@ -254,19 +278,6 @@ def _capture(job: Job, model: Model, data: Data) -> Captured:
             hint="targets torchscript and torch-inductor need no graph",
         )
     return captured
-
-
-def _validate(
-    job: Job, model: Model, captured: Captured, reference: ReferenceOutputs, engines: list[EngineRecord]
-) -> str:
-    """Judges every engine that runs here on the record of the reference, and says on what."""
-    from .validation.validator import noise_floor
-
-    floor = noise_floor(reference, model, captured.path)
-    release()
-    validate_engines(job.folder, engines, reference, floor, job.recipe, job.stages.update, save=True)
-    reference.save(_made(job.folder / "reference"))
-    return reference.description
 
 
 def _benchmark(job: Job, model: Model, data: Data, engines: list[EngineRecord]) -> Benchmark | None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import RecipeError, UnknownNameError
 from .budget import Budget
+from .ladder.objective import Objective
 from .pruning.goal import parse_goal
 from .validation.metrics import resolve_tolerance
 
@@ -33,9 +34,12 @@ PRECISIONS = {
     "int8": "int8", "int8-dynamic": "int8-dynamic",
     "int8-weights": "int8-weights", "int4-weights": "int4-weights", "int4": "int4-weights",
     "mixed": "mixed", "mixed-fp16": "mixed-fp16", "mixed-bf16": "mixed-bf16",
+    "auto": "auto",
 }  # fmt: skip
 """The precisions of engines, by all their spellings."""
 
+AUTO = "auto"
+"""In place of a precision: the ladder finds it."""
 
 HIGH = ("fp32", "fp16", "bf16")
 """The precisions that nodes may be kept in."""
@@ -86,7 +90,15 @@ class Recipe(BaseModel):
     """Target with its options, for instance tensorrt:builder_level=4. Default: what this machine runs best."""
     precisions: Annotated[tuple[str, ...], Flag("precision", "--dtype")] = ("fp32",)
     """Precision of the engines: fp32, fp16, bf16, fp8, int8, int8-dynamic, int8-weights, int4-weights,
-    mixed (8 bits), mixed-fp16 or mixed-bf16."""
+    mixed (8 bits), mixed-fp16 or mixed-bf16; auto: the ladder finds the best engine of each target, trying precisions,
+    graph rewrites and options of the target, and keeps what is measured faster and right."""
+    objective: Annotated[str, Flag(metavar="latency|throughput|size[=SHARE]")] = "latency"
+    """What the ladder improves: latency at the usual sizes, throughput at the largest batch, or the size of the engine,
+    which a step has to shrink by that share."""
+    effort: Literal["quick", "default", "thorough"] = "default"
+    """How much the ladder tries."""
+    time_limit_s: Annotated[float | None, Flag("time-limit", metavar="SECONDS")] = Field(default=None, gt=0)
+    """Seconds after which the ladder begins no further step. Default: by effort, 240, 1200 or 7200."""
     budget: Annotated[str | None, Flag(metavar="MEASURE=BOUND")] = None
     """What lower precisions may cost: relative_l2=0.01, top1=0.995, or metric=0.003 below the reference's."""
     keep: Annotated[dict[str, tuple[str, ...]], Flag(metavar="PRECISION NODE", nargs=2)] = Field(default_factory=dict)
@@ -105,9 +117,9 @@ class Recipe(BaseModel):
     sparsify: Literal["2:4"] | None = None
     """Build each engine with 2:4 sparse weights too, where its target has kernels for them, and drop it where it is not
     faster. --budget bounds what it may cost."""
-    align: Literal["auto", "8", "16", "32", "64", "128", "off"] = "off"
+    align: Literal["auto", "8", "16", "32", "64", "128", "off"] | None = None
     """Build each engine with dimensions grown to a multiple too, and drop it where it is not faster; auto: the multiple
-    that the target's Tensor Cores take."""
+    that the target's Tensor Cores take. The ladder tries that by itself, unless it is off."""
     require: tuple[str, ...] = ()
     """Target without whose engine the compile fails (exit code 4)."""
     passes: Annotated[tuple[str, ...], Flag("pass", metavar="NAME[:OPTION=VALUE,...]")] = ("simplify", "dedupe")
@@ -156,6 +168,11 @@ class Recipe(BaseModel):
             if name.lower() not in PRECISIONS:
                 raise UnknownNameError("precision", name, set(PRECISIONS.values()))
         return tuple(dict.fromkeys(PRECISIONS[name.lower()] for name in names))
+
+    @pydantic.field_validator("objective")
+    @classmethod
+    def _objective_is_known(cls, text: str) -> str:
+        return str(Objective.parse(text))
 
     @pydantic.field_validator("align", mode="before")
     @classmethod

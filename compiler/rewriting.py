@@ -22,21 +22,28 @@ from .trial import load_budget
 
 if TYPE_CHECKING:
     from .calibration import Calibration
-    from .capture import Captured
     from .graph import Graph
     from .signature import Signature
     from .sources import Model
+    from .variants import Variant
 
 
-def run_passes(
-    job: Job, captured: Captured, model: Model, data: Data
-) -> tuple[dict[str, Graph | str], list[PassRecord], list[CalibrationRecord]]:
-    """The graph of every engine: the recipe's passes once, then the lowering, shared by engines with the same one.
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """What passes are run with.
 
-    A lowering that is refused leaves its reason in place of the graph.
+    Attributes:
+        model: with its weights, where passes need them.
     """
-    if captured.graph is None:
-        return {}, [], []
+
+    job: Job
+    model: Model
+    data: Data
+    context: Context
+
+
+def workshop(job: Job, model: Model, data: Data) -> Workshop:
+    """Calibration, budget and gradients for the passes of a compile."""
     calibration = calibration_of(job.recipe, model.signature, data, job.cache)
     context = Context(
         model.signature,
@@ -46,25 +53,44 @@ def run_passes(
         gradients=gradients_of(model, calibration, job.recipe.seed),
         progress=job.stages.update,
     )
+    return Workshop(job, model, data, context)
+
+
+def run_passes(shop: Workshop, graph: Graph | None) -> tuple[dict[str, Graph | str], list[PassRecord]]:
+    """The graph of every engine: the recipe's passes once, on `graph` itself, then what makes each engine's.
+
+    Engines with the same passes share a graph. A lowering that is refused leaves its reason in place of the graph.
+    """
+    if graph is None:
+        return {}, []
+    job = shop.job
     engines = [v for v in job.variants if v.target.capabilities.consumes == "graph" and not v.refusal]
     names = [variant.name for variant in engines]
-    records = [_run_pass(rewrite, captured.graph, context, "all", names)[0] for rewrite in job.passes]
+    records = [_run_pass(rewrite, graph, shop.context, "all", names)[0] for rewrite in job.passes]
     graphs: dict[str, Graph | str] = {}
     for passes in dict.fromkeys(variant.passes for variant in engines):
-        names = [variant.name for variant in engines if variant.passes == passes]
-        graph = captured.graph.clone()
-        graphs.update(dict.fromkeys(names, graph))
-        pruned = [v.steps[-1] for v in engines if v.passes == passes and v.name.endswith("-pruned")]
-        try:
-            for rewrite in passes:
-                whole = graph.clone() if job.recipe.pruned_weights and rewrite in pruned else None
-                record, kept = _run_pass(rewrite, graph, context, ", ".join(names), names)
-                records.append(record)
-                if whole is not None and kept:
-                    hand_back(job.folder, model, data.first(), (whole, graph), record, kept)
-        except GraphError as error:
-            graphs.update(dict.fromkeys(names, str(error)))
-    return graphs, records, _calibrated(calibration, job.folder)
+        alike = [variant for variant in engines if variant.passes == passes]
+        made, own = lower(shop, graph, alike)
+        graphs.update(dict.fromkeys((variant.name for variant in alike), made))
+        records += own
+    return graphs, records
+
+
+def lower(shop: Workshop, graph: Graph, variants: Sequence[Variant]) -> tuple[Graph | str, list[PassRecord]]:
+    """The graph of variants whose passes are equal, or why there is none; `graph` stays as it is."""
+    job, names = shop.job, [variant.name for variant in variants]
+    made, records = graph.clone(), list[PassRecord]()
+    pruned = [variant.steps[-1] for variant in variants if variant.name.endswith("-pruned")]
+    try:
+        for rewrite in variants[0].passes:
+            whole = made.clone() if job.recipe.pruned_weights and rewrite in pruned else None
+            record, kept = _run_pass(rewrite, made, shop.context, ", ".join(names), names)
+            records.append(record)
+            if whole is not None and kept:
+                hand_back(job.folder, shop.model, shop.data.first(), (whole, made), record, kept)
+    except GraphError as error:
+        return str(error), records
+    return made, records
 
 
 def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cache) -> Calibration | None:
@@ -81,7 +107,7 @@ def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cach
     return Calibration(data, settings, cache.folder("calibration") if is_repeatable(recipe) else None)
 
 
-def _calibrated(calibration: Calibration | None, folder: Path) -> list[CalibrationRecord]:
+def calibrated(calibration: Calibration | None, folder: Path) -> list[CalibrationRecord]:
     """Saves the statistics that passes asked for."""
     records = []
     for statistics in calibration.collected if calibration else ():

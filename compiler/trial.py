@@ -15,7 +15,7 @@ from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
 from . import gains
 from .data import open_data, resized
-from .manifest import Benchmark, EngineRecord, OutputMetrics
+from .manifest import Benchmark, EngineRecord, OutputMetrics, Timing
 from .recipe import Recipe
 from .signature import Signature, parse_inputs
 from .storage.memory import release
@@ -152,16 +152,46 @@ def benchmark_engines(
     return result
 
 
+def race(
+    folder: Path,
+    engines: Sequence[EngineRecord],
+    sample: Mapping[str, np.ndarray],
+    signature: Signature,
+    recipe: Recipe,
+    sizes: Mapping[str, int],
+    update: Callable[[float, str], None],
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Times engines at one size against the first of them, interleaved; by name, and why others could not be timed."""
+    from .benchmark import Candidate, Settings, benchmark
+
+    names = [engine["name"] for engine in engines]
+    result = benchmark(
+        [Candidate(engine["name"], functools.partial(open_runner, folder, engine)) for engine in engines],
+        [sized(signature, sample, sizes)],
+        baseline=names[0],
+        protocol=Settings(
+            rounds=recipe.rounds, slice_s=recipe.slice_s, transfers=recipe.with_transfers, seed=recipe.seed
+        ),
+        on_progress=update,
+    )
+    failures = {name: reason for name in names for key, reason in result["skipped"].items() if key.split()[0] == name}
+    return {timing["candidate"]: timing for timing in result["timings"]}, failures
+
+
 def sized_inputs(signature: Signature, sample: Mapping[str, np.ndarray]) -> list[SizedInputs]:
     """The sample at every size that is measured."""
-    from .benchmark import SizedInputs, batch_sizes
+    from .benchmark import batch_sizes
+
+    return [sized(signature, sample, sizes) for sizes in batch_sizes(signature)]
+
+
+def sized(signature: Signature, sample: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> SizedInputs:
+    """The sample at one size."""
+    from .benchmark import SizedInputs
 
     first = next((spec.shape[0] for spec in signature.inputs if spec.shape), 1)
-    result = []
-    for sizes in batch_sizes(signature):
-        batch = sizes[signature.batch_axis] if signature.batch_axis else int(first)
-        result.append(SizedInputs(sizes, batch, resized(signature, sample, sizes)))
-    return result
+    batch = sizes[signature.batch_axis] if signature.batch_axis else int(first)
+    return SizedInputs(sizes, batch, resized(signature, sample, sizes))
 
 
 def load_metric(recipe: Recipe) -> MetricFunction | None:

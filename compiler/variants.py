@@ -14,7 +14,7 @@ from . import gains
 from .manifest import PassRecord
 from .options import split
 from .pruning.goal import parse_goal
-from .recipe import HIGH, Recipe
+from .recipe import AUTO, HIGH, Recipe
 
 DEFINING = frozenset(("bits", "dtype", "keep", "scheme", "to"))
 """Options of passes that make the precision and the target's placement."""
@@ -64,13 +64,16 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
     seen: collections.Counter[str] = collections.Counter()
     variants = []
     for target in targets:
-        for precision in recipe.precisions:
+        for precision in dict.fromkeys("fp32" if p == AUTO else p for p in recipe.precisions):
             name = f"{target.name}-{precision}"
             seen[name] += 1
             numbered = name if seen[name] == 1 else f"{name}-{seen[name]}"
-            plain = Variant(numbered, target, precision, _lowering(recipe, target, precision))
-            for base in (plain, *_pruned(recipe, plain)):
-                variants += [base, *_sparse(recipe, base), *_aligned(recipe, base)]
+            plain = Variant(numbered, target, precision, lowering_of(recipe, target, precision))
+            if precision not in recipe.precisions:  # where the ladder begins: it tries the optional steps itself
+                variants.append(plain)
+                continue
+            for base in (plain, *pruned(recipe, plain)):
+                variants += [base, *sparse(recipe, base), *aligned(recipe, base)]
     _check_options(recipe, variants)
     return tuple(variants)
 
@@ -123,21 +126,22 @@ def _quantizes(text: str) -> bool:
     return name.startswith("quantize-") or options.get("to") == "int8"
 
 
-def _lowering(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, ...]:
+def lowering_of(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, ...]:
     """The target's passes with the recipe's choices; none where the target does not build this precision."""
-    if not _builds(target, precision):
+    if not builds(target, precision):
         return ()
     return tuple(_chosen(text, recipe) for text in target.lowering(precision))
 
 
-def _builds(target: Target, precision: str) -> bool:
+def builds(target: Target, precision: str) -> bool:
+    """Whether a target builds engines of a precision here."""
     return precision in target.capabilities.precisions and precision not in target.refusals()
 
 
-def _pruned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
+def pruned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
     """The engine with fewer channels, neurons and heads beside a whole one, where the recipe asks."""
     target, precision = plain.target, plain.precision
-    if recipe.prune is None or target.capabilities.consumes != "graph" or not _builds(target, precision):
+    if recipe.prune is None or target.capabilities.consumes != "graph" or not builds(target, precision):
         return ()
     goal = parse_goal(recipe.prune)
     multiple = max(target.capabilities.channels, target.capabilities.alignment.get(precision, 1))
@@ -148,25 +152,25 @@ def _pruned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
     return (plain.with_step("pruned", parse_pass("prune:" + ",".join(f"{k}={v}" for k, v in options.items()))),)
 
 
-def _sparse(recipe: Recipe, dense: Variant) -> tuple[Variant, ...]:
+def sparse(recipe: Recipe, dense: Variant) -> tuple[Variant, ...]:
     """The engine with sparse weights beside a dense one, where the recipe asks: zeroed in float32, before lowering."""
     if recipe.sparsify is None or dense.refusal:
         return ()
     target = dense.target
     if recipe.sparsify not in target.capabilities.sparsity:
         return (dense.with_step("sparse", None, f"{target.name} has no kernels for {recipe.sparsify} sparse weights"),)
-    builds = _builds(target, dense.precision)
-    return (dense.with_step("sparse", parse_pass(f"sparsify:pattern={recipe.sparsify}") if builds else None),)
+    step = parse_pass(f"sparsify:pattern={recipe.sparsify}") if builds(target, dense.precision) else None
+    return (dense.with_step("sparse", step),)
 
 
-def _aligned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
+def aligned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:
     """The engine with aligned dimensions beside a plain one, where the recipe asks: grown in float32, before lowering.
 
     "auto" asks for it where the target has Tensor Cores for the precision, a number everywhere.
     """
     wanted = plain.target.capabilities.alignment.get(plain.precision) if recipe.align == "auto" else recipe.align
-    takes = plain.target.capabilities.consumes == "graph" and _builds(plain.target, plain.precision)
-    if wanted in (None, "off") or not takes:
+    takes = plain.target.capabilities.consumes == "graph" and builds(plain.target, plain.precision)
+    if wanted in (None, "off", "auto") or not takes:
         return ()
     return (plain.with_step("aligned", parse_pass(f"align:multiple={wanted}")),)
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ...errors import OutputError, RecipeError, StorageError
 from .files import appearing_folder, hashes, size_bytes
 
-Kind = Literal["bundles", "engines"]
+Kind = Literal["bundles", "engines", "trials"]
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -100,7 +100,7 @@ class Cache:
 
     def _prune(self) -> None:
         room = room_bytes()
-        kinds = ("bundles", "engines", "calibration")
+        kinds = ("bundles", "engines", "trials", "calibration")
         entries = [entry for kind in kinds for entry in (self.root / kind).glob("[0-9a-f]*")]
         for entry in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True):
             room -= size_bytes(entry) if entry.is_dir() else entry.stat().st_size

@@ -1,0 +1,181 @@
+"""What the ladder tries on a target: rungs in order, each with candidates that stand against the incumbent.
+
+    rewrites        what the target runs better, as fused attention
+    precision       fp16 and bf16
+    quantization    8 bits with ranges from calibration, dynamic, and weights alone
+    mixed           where one of these was not close enough: with some nodes in higher precision
+    pruning         fewer channels, where a budget says what it may cost
+    sparsity        2:4, likewise
+    alignment       dimensions grown to what Tensor Cores take
+    options         of the target, one question a rung
+
+Passes that change the float32 graph are run before those that lower it, whichever rung found them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ...targets.base import Effort, Target, Tuning
+from ..manifest import LadderStep
+from ..recipe import Recipe
+from ..variants import Variant, aligned, builds, lowering_of, pruned, sparse
+
+EFFORTS: tuple[Effort, ...] = ("quick", "default", "thorough")
+
+HALF = ("fp16", "bf16")
+EIGHT: Mapping[str, Effort] = {
+    "int8": "quick",
+    "fp8": "quick",
+    "int8-dynamic": "default",
+    "int8-weights": "thorough",
+    "int4-weights": "thorough",
+}
+"""Quantized precisions, and the least effort at which they are tried."""
+
+FALLBACKS = {"fp16": "mixed-fp16", "bf16": "mixed-bf16", "int8": "mixed"}
+"""What to try where a precision is not close enough."""
+
+NO_DATA = "it needs calibration data: give --data with 32 to 512 real samples, or --random-calibration"
+PRUNED_SHARE = "macs=0.75"
+"""What is left of the multiply-adds where the user gives a budget and does not say how much is to go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """Candidates of one kind, of which the best is kept, if any.
+
+    Attributes:
+        left_out: what is not tried, and why.
+        asked: whether the user asked for it in so many words.
+    """
+
+    name: str
+    candidates: tuple[Variant, ...] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    asked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """Where the ladder stands on a target: the engine to beat, and what was tried before."""
+
+    recipe: Recipe
+    incumbent: Variant
+    steps: Sequence[LadderStep] = ()
+
+    def inaccurate(self, precision: str) -> bool:
+        """Whether an engine of that precision was built and not close enough: such a one is not timed."""
+        ending = f"-{precision}"
+        return any(s["candidate"].endswith(ending) and s["status"] == "reverted" and not s["ratio"] for s in self.steps)
+
+
+Planner = Callable[[Situation], Rung]
+
+
+def planners(target: Target, recipe: Recipe) -> tuple[Planner, ...]:
+    """The rungs of a target but for its options."""
+    if target.capabilities.consumes == "module":
+        return (_precision,)
+    return (_precision, _quantization, _mixed, _pruning, _sparsity, _alignment)
+
+
+def option_rungs(situation: Situation) -> Iterator[Rung]:
+    """The rungs of the options of the incumbent's target."""
+    target = situation.incumbent.target
+    for tuning in target.tunings(situation.incumbent.precision):
+        if _reaches(situation.recipe.effort, tuning.effort):
+            yield _options(situation, tuning)
+
+
+def remaining(planned: Sequence[Planner], situation: Situation) -> int:
+    """How many candidates are ahead, as far as one can tell now."""
+    ahead = sum(len(planner(situation).candidates) for planner in planned)
+    return ahead + sum(len(rung.candidates) for rung in option_rungs(situation))
+
+
+def retuned(variant: Variant, tuning: Tuning, recipe: Recipe) -> tuple[Variant, ...]:
+    """The variant with each of the alternatives that differ from what it has."""
+    base = re.sub(r"-tuned(-\d+)?$", "", variant.name)
+    found = []
+    for options in tuning.alternatives:
+        target = dataclasses.replace(variant.target, **options)
+        if target != variant.target:
+            lowering = lowering_of(recipe, target, variant.precision)
+            found.append(dataclasses.replace(variant, name=f"{base}-tuned", target=target, lowering=lowering))
+    return tuple(found)
+
+
+def _precision(situation: Situation) -> Rung:
+    return _lowered(situation, "precision", HALF)
+
+
+def _quantization(situation: Situation) -> Rung:
+    small = situation.recipe.objective.startswith("size")
+    tried = [name for name, least in EIGHT.items() if small or _reaches(situation.recipe.effort, least)]
+    return _lowered(situation, "quantization", tried)
+
+
+def _mixed(situation: Situation) -> Rung:
+    wanted = [mixed for plain, mixed in FALLBACKS.items() if situation.inaccurate(plain)]
+    return _lowered(situation, "mixed precision", wanted if _reaches(situation.recipe.effort, "default") else ())
+
+
+def _lowered(situation: Situation, name: str, precisions: Sequence[str]) -> Rung:
+    recipe, incumbent = situation.recipe, situation.incumbent
+    candidates, left_out = [], {}
+    for precision in precisions:
+        if precision == incumbent.precision or not builds(incumbent.target, precision):
+            continue
+        lowering = lowering_of(recipe, incumbent.target, precision)
+        if any(rewrite.calibrates for rewrite in lowering) and not has_data(recipe):
+            left_out[precision] = NO_DATA
+            continue
+        words = incumbent.name.removeprefix(f"{incumbent.target.name}-{incumbent.precision}")
+        full = f"{incumbent.target.name}-{precision}{words}"
+        candidates.append(dataclasses.replace(incumbent, name=full, precision=precision, lowering=lowering))
+    return Rung(name, tuple(candidates), left_out)
+
+
+def _pruning(situation: Situation) -> Rung:
+    recipe, asked = situation.recipe, situation.recipe.prune is not None
+    wanted = asked or (recipe.budget is not None and _reaches(recipe.effort, "default"))
+    if not wanted:
+        return Rung("pruning")
+    if not has_data(recipe):
+        return Rung("pruning", left_out={recipe.prune or PRUNED_SHARE: NO_DATA})
+    goal = recipe.model_copy(update={"prune": recipe.prune or PRUNED_SHARE})
+    return Rung("pruning", pruned(goal, situation.incumbent), asked=asked)
+
+
+def _sparsity(situation: Situation) -> Rung:
+    recipe, asked = situation.recipe, situation.recipe.sparsify is not None
+    incumbent = situation.incumbent
+    if not asked and (recipe.budget is None or "2:4" not in incumbent.target.capabilities.sparsity):
+        return Rung("sparsity")
+    if not has_data(recipe):
+        return Rung("sparsity", left_out={"2:4": NO_DATA})
+    found = sparse(recipe.model_copy(update={"sparsify": "2:4"}), incumbent)
+    left_out = {str(variant.target): variant.refusal for variant in found if variant.refusal}
+    return Rung("sparsity", () if left_out else found, left_out, asked=asked)
+
+
+def _alignment(situation: Situation) -> Rung:
+    recipe = situation.recipe
+    wanted = recipe.model_copy(update={"align": recipe.align or "auto"})
+    return Rung("alignment", aligned(wanted, situation.incumbent), asked=recipe.align not in (None, "off"))
+
+
+def _options(situation: Situation, tuning: Tuning) -> Rung:
+    return Rung(tuning.what, retuned(situation.incumbent, tuning, situation.recipe))
+
+
+def _reaches(effort: Effort, least: Effort) -> bool:
+    return EFFORTS.index(effort) >= EFFORTS.index(least)
+
+
+def has_data(recipe: Recipe) -> bool:
+    """Whether passes may look at what layers read."""
+    return bool(recipe.data or recipe.calibration_data or recipe.random_calibration)
