@@ -25,7 +25,7 @@ from .machine.environment import environment
 from .manifest import FORMAT, Benchmark, EngineRecord, Manifest
 from .progress import Progress, Stages
 from .pruning.module import check_module, check_pruned_weights
-from .recipe import AUTO, PATHS, Recipe, make_recipe, read_recipe
+from .recipe import PATHS, Recipe, make_recipe, read_recipe
 from .rewriting import calibrated, run_passes, workshop
 from .storage.cache import Cache
 from .storage.files import appearing_folder
@@ -103,8 +103,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     known_modules = set(sys.modules)
     load_metric(recipe)  # a metric that is not there fails before any work
     load_budget(recipe)
-    climbs = AUTO in recipe.precisions
-    stages = Stages(progress, STAGES + climbs)
+    stages = Stages(progress, STAGES + recipe.climbs)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
         job = Job(recipe, targets, passes, variants, machine, cache, folder, Path(scratch), stages)
         with stages("load model") as stage:
@@ -131,11 +130,11 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         model = model if job.passes_need_model else remaining
         release()
         shop = workshop(job, model, data)
-        as_captured = captured.graph.clone() if captured.graph and climbs else None
+        as_captured = captured.graph.clone() if captured.graph and recipe.climbs else None
         with stages("run passes"):
             graphs, pass_records = run_passes(shop, captured.graph)
         calibration = shop.context.calibration
-        climber = shop if climbs else None  # it holds the weights
+        climber = shop if recipe.climbs else None  # it holds the weights
         del shop
         model = remaining
         release()

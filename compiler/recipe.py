@@ -88,10 +88,11 @@ class Recipe(BaseModel):
     """Task metric, file.py:function(outputs, inputs), for instance metric.py:accuracy."""
     targets: Annotated[tuple[str, ...], Flag("target", "-t", metavar="NAME[:OPTION=VALUE,...]")] = ()
     """Target with its options, for instance tensorrt:builder_level=4. Default: what this machine runs best."""
-    precisions: Annotated[tuple[str, ...], Flag("precision", "--dtype")] = ("fp32",)
+    precisions: Annotated[tuple[str, ...], Flag("precision", "--dtype")] = (AUTO,)
     """Precision of the engines: fp32, fp16, bf16, fp8, int8, int8-dynamic, int8-weights, int4-weights,
     mixed (8 bits), mixed-fp16 or mixed-bf16; auto: the ladder finds the best engine of each target, trying precisions,
-    graph rewrites and options of the target, and keeps what is measured faster and right."""
+    graph rewrites and options of the target, and keeps what is measured faster and right (fp32 where nothing is to be
+    measured)."""
     objective: Annotated[str, Flag(metavar="latency|throughput|size[=SHARE]")] = "latency"
     """What the ladder improves: latency at the usual sizes, throughput at the largest batch, or the size of the engine,
     which a step has to shrink by that share."""
@@ -219,6 +220,11 @@ class Recipe(BaseModel):
         for precision, bounds in named.items():
             resolve_tolerance(precision, bounds)
         return named
+
+    @property
+    def climbs(self) -> bool:
+        """Whether the ladder is to find the engines."""
+        return AUTO in self.precisions and self.benchmark
 
     def dump(self) -> str:
         """YAML text of the fields that differ from their defaults."""

@@ -69,7 +69,9 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
             seen[name] += 1
             numbered = name if seen[name] == 1 else f"{name}-{seen[name]}"
             plain = Variant(numbered, target, precision, lowering_of(recipe, target, precision))
-            if precision not in recipe.precisions:  # where the ladder begins: it tries the optional steps itself
+            if (
+                recipe.climbs and precision not in recipe.precisions
+            ):  # where the ladder begins: it tries the optional steps itself
                 variants.append(plain)
                 continue
             for base in (plain, *pruned(recipe, plain)):

@@ -46,6 +46,15 @@ class Clock:
         known = self._costs.get(kind) or [cost for costs in self._costs.values() for cost in costs]
         return sum(known) / len(known) if known else 0.0
 
+    def lacks(self, kind: str) -> str:
+        """What is missing for one more candidate of this kind; empty where there is time."""
+        expected = self.cost_s(kind)
+        if self.left_s > expected:
+            return ""
+        return (
+            f"about {in_words(expected)} needed, {in_words(self.left_s)} left" if expected else "the limit is reached"
+        )
+
     def note(self, kind: str, seconds: float) -> None:
         """Remembers what a candidate took."""
         self._costs.setdefault(kind, []).append(seconds)

@@ -18,7 +18,7 @@ from ..storage.memory import release
 from ..trial import race, validate_engines
 from ..validation.reference import ReferenceOutputs
 from ..variants import Variant
-from .clock import Clock, in_words
+from .clock import Clock
 from .objective import Objective
 from .rungs import Rung
 
@@ -88,10 +88,14 @@ class Trials:
         for number, variant in enumerate(rung.candidates):
             self.clock.tell(f"{variant.name}: {rung.name}", ahead - number)
             start = time.perf_counter()
-            step, contender = self._built(rung, variant, incumbent)
+            step = self._step(rung, difference(variant, incumbent.variant), variant.name, "failed", "", variant)
+            steps.append(step)
+            if left := self.clock.lacks(rung.name):
+                step.update({"status": "skipped", "reason": f"no time: {left}"})
+                continue
+            contender = self._built(step, variant, incumbent)
             step["seconds"] = time.perf_counter() - start
             self.clock.note(rung.name, step["seconds"])
-            steps.append(step)
             if contender:
                 built.append((step, contender))
         winner = self.race(built, incumbent) if timed and built else self._asked(built, asked=rung.asked)
@@ -106,21 +110,15 @@ class Trials:
             shutil.rmtree(self.shop.job.folder / folder / contender.record["name"], ignore_errors=True)
         release()
 
-    def _built(self, rung: Rung, variant: Variant, incumbent: Contender) -> tuple[LadderStep, Contender | None]:
-        what = difference(variant, incumbent.variant)
-        step = self._step(rung, what, variant.name, "failed", "", variant)
-        expected = self.clock.cost_s(rung.name)
-        if self.clock.left_s < max(expected, 1e-9):
-            left = f"about {in_words(expected)} needed, {in_words(self.clock.left_s)} left"
-            step.update({"status": "skipped", "reason": f"no time: {left if expected else 'the limit is reached'}"})
-            return step, None
+    def _built(self, step: LadderStep, variant: Variant, incumbent: Contender) -> Contender | None:
+        """Builds and judges a candidate, and notes in the step why it does not come to a race."""
         graph, records = self._graph_of(variant)
         own = _own(records, variant, incumbent.variant)
         if graph is not None and not isinstance(graph, str) and own and not any(record["modified"] for record in own):
             reasons = [refusal["reason"] for record in own for refusal in record["refusals"]]
             why = f": {reasons[0]}" if reasons else ""
             step.update({"status": "skipped", "reason": f"it changes nothing{why}"})
-            return step, None
+            return None
         contender = dataclasses.replace(self.build(variant, graph), passes=tuple(records))
         record = contender.record
         if record["status"] == "ready":
@@ -128,16 +126,16 @@ class Trials:
         step.update({"size_bytes": record["size_bytes"], "reason": record["reason"]})
         if record["status"] not in ("ready", "built"):
             self.remove(contender)
-            return step, None
+            return None
         validation = record["validation"]
         if validation is None:
-            return step, contender
+            return contender
         step.update({"relative_l2": worst_error(validation), "budget": validation["budget"]})
         if not validation["passed"]:
             self.remove(contender)
             step.update({"status": "reverted", "reason": f"not close enough: {problem(validation)}"})
-            return step, None
-        return step, contender
+            return None
+        return contender
 
     def _graph_of(self, variant: Variant) -> tuple[Graph | str | None, list[PassRecord]]:
         """The lowered graph; the last few are kept, as the options of a target change no graph."""
