@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 START = "captured graph"
 UNTIMED = "engines of this target cannot be timed on this machine; what you ask for by its own option is kept"
 
+SLOW = "an engine takes too long to build to have one of the captured graph too; all later steps build on it"
+SLOW_SHARE = 0.1
+"""Share of the time that one build may take for the captured graph to be built beside."""
+
 
 def climb(
     shop: Workshop, graphs: tuple[Graph | None, Graph | None], evidence: Evidence, engines: list[EngineRecord]
@@ -97,6 +101,10 @@ def _begun(trials: Trials, start: Contender, captured: Graph | None) -> list[Lad
     if captured is None or variant.target.capabilities.consumes != "graph" or not texts:
         trials.measure(first, start)
         return [first]
+    if (record["build_s"] or 0.0) > SLOW_SHARE * trials.clock.left_s:
+        trials.measure(first, start)
+        step = new_step(variant.target.name, "simplify", texts, variant.name, "not measured", SLOW)
+        return [first, step]
     plain = dataclasses.replace(variant, name=f"{variant.target.name}-captured")
     trials.clock.tell(f"{variant.name}: simplify", 1)
     built = trials.build(plain, captured)

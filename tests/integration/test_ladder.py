@@ -52,7 +52,7 @@ def speeds(monkeypatch):
 
     monkeypatch.setattr(trials, "race", race)
     given["sizes"] = asked
-    yield given
+    return given
 
 
 def status(ladder):
@@ -173,7 +173,7 @@ def test_an_interrupted_search_goes_on_where_it_ended(enginesmith, arguments, sp
 
 def test_what_cannot_be_timed_is_kept_only_where_it_is_asked_for(compile):
     pytest.importorskip("tensorrt_rtx")
-    ladder, manifest = compile(
+    ladder, _ = compile(
         "--argument",
         "width=1001",
         "--target",
