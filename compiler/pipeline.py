@@ -22,7 +22,7 @@ from .gains import drop
 from .ladder.climb import climb
 from .ladder.trials import Evidence
 from .machine.environment import environment
-from .manifest import FORMAT, Benchmark, EngineRecord, Manifest
+from .manifest import FORMAT, Benchmark, EngineRecord, Manifest, OutputMetrics
 from .progress import Progress, Stages
 from .pruning.module import check_module, check_pruned_weights
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
@@ -85,8 +85,6 @@ def compile(
 
 def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progress: Progress) -> Bundle:
     """The stages. Every name and option is checked before any work starts."""
-    from .validation.validator import noise_floor
-
     check_output(output)
     targets = tuple(parse_target(text) for text in recipe.targets)
     variants = make_variants(recipe, targets)
@@ -142,8 +140,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             engines = build_all(job, graphs, captured.record, model, data)
             built = [engine for engine in engines if engine["status"] in ("ready", "built")]
             stage["detail"] = f"{len(built)} of {len(engines)}"
-        floor = noise_floor(reference, model, captured.path)
-        release()
+        floor = _noise_floor(reference, model, captured)
         ladder = None
         if climber:
             with stages("climb ladder") as stage:
@@ -277,6 +274,14 @@ def _capture(job: Job, model: Model, data: Data) -> Captured:
             hint="targets torchscript and torch-inductor need no graph",
         )
     return captured
+
+
+def _noise_floor(reference: ReferenceOutputs, model: Model, captured: Captured) -> tuple[str, list[OutputMetrics]]:
+    from .validation.validator import noise_floor
+
+    floor = noise_floor(reference, model, captured.path)
+    release()
+    return floor
 
 
 def _benchmark(job: Job, model: Model, data: Data, engines: list[EngineRecord]) -> Benchmark | None:

@@ -144,10 +144,9 @@ def _pruning(situation: Situation) -> Rung:
     wanted = asked or (recipe.budget is not None and _reaches(recipe.effort, "default"))
     if not wanted:
         return Rung("pruning")
-    if not has_data(recipe):
-        return Rung("pruning", left_out={recipe.prune or PRUNED_SHARE: NO_DATA})
-    goal = recipe.model_copy(update={"prune": recipe.prune or PRUNED_SHARE})
-    return Rung("pruning", pruned(goal, situation.incumbent), asked=asked)
+    goal = recipe.prune or PRUNED_SHARE
+    found = pruned(recipe.model_copy(update={"prune": goal}), situation.incumbent)
+    return _with_data("pruning", goal, found, situation, asked=asked)
 
 
 def _sparsity(situation: Situation) -> Rung:
@@ -155,11 +154,17 @@ def _sparsity(situation: Situation) -> Rung:
     incumbent = situation.incumbent
     if not asked and (recipe.budget is None or "2:4" not in incumbent.target.capabilities.sparsity):
         return Rung("sparsity")
-    if not has_data(recipe):
-        return Rung("sparsity", left_out={"2:4": NO_DATA})
     found = sparse(recipe.model_copy(update={"sparsify": "2:4"}), incumbent)
-    left_out = {str(variant.target): variant.refusal for variant in found if variant.refusal}
-    return Rung("sparsity", () if left_out else found, left_out, asked=asked)
+    if left_out := {str(variant.target): variant.refusal for variant in found if variant.refusal}:
+        return Rung("sparsity", (), left_out, asked=asked)
+    return _with_data("sparsity", "2:4", found, situation, asked=asked)
+
+
+def _with_data(name: str, what: str, found: tuple[Variant, ...], situation: Situation, *, asked: bool) -> Rung:
+    """The rung, or the reason where its passes look at what layers read, and there are no data."""
+    if has_data(situation.recipe) or not any(rewrite.calibrates for variant in found for rewrite in variant.steps):
+        return Rung(name, found, asked=asked)
+    return Rung(name, left_out={what: NO_DATA}, asked=asked)
 
 
 def _alignment(situation: Situation) -> Rung:

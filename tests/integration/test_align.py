@@ -41,7 +41,7 @@ def test_auto_does_nothing_where_there_are_no_tensor_cores(compile):
 
 def test_an_aligned_engine_that_is_not_faster_is_dropped(compile, monkeypatch):
     monkeypatch.setattr("enginesmith.compiler.gains.FASTER", 100.0)  # whatever else this machine does
-    measured = ["--benchmark", "--baseline", "none", "--rounds", "6", "--slice-s", "0.02"]
+    measured = ["--precision", "fp32", "--benchmark", "--baseline", "none", "--rounds", "6", "--slice-s", "0.02"]
     outcome, manifest = compile(*WIDE, "--align", "8", *measured)
     plain, aligned = manifest["engines"]
     assert plain["dropped"] == ""

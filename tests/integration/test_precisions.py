@@ -41,7 +41,7 @@ def test_calibration_is_kept_hashed_and_read_again(enginesmith, tmp_path):
     assert outcome.code == 0, outcome
     (record,) = manifest["calibration"]
     assert record["samples"] == 64
-    assert record["data"] == "test.npz"
+    assert record["data"] == "calibration.npz"
     assert record["file"] in manifest["files"]
     kept = Statistics.load(tmp_path / "out" / record["file"])
     assert kept.digest == record["digest"]
@@ -52,7 +52,8 @@ def test_calibration_is_kept_hashed_and_read_again(enginesmith, tmp_path):
 
 
 def test_mixed_precision_keeps_the_budget_where_8_bits_do_not(enginesmith, tmp_path):
-    budget = ("--budget", "relative_l2=0.01")
+    data = SAMPLES / "digits" / "test.npz"  # the budget is spent on what it is judged on
+    budget = ("--budget", "relative_l2=0.01", "--calibration-data", data)
     outcome, manifest = compile_digits(enginesmith, tmp_path / "out", "--precision", "int8,mixed", *budget)
     assert outcome.code == 1
     int8, mixed = manifest["engines"]

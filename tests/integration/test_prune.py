@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "digits"
-QUICK = ["--baseline", "none", "--rounds", "6", "--slice-s", "0.02", "--max-samples", "8"]
+QUICK = ["--precision", "fp32", "--baseline", "none", "--rounds", "6", "--slice-s", "0.02", "--max-samples", "8"]
 MODEL = """
 import torch
 
@@ -151,6 +151,6 @@ def test_options_that_cannot_be(compile, option, message):
 
 
 def test_importance_from_data_needs_data(compile):
-    outcome, _ = compile("--prune", "0.3", "--pruning", "importance=obs", data=False, code=2)
+    outcome, _ = compile("--prune", "0.3", "--pruning", "importance=obs", "--precision", "fp32", data=False, code=2)
     message = "engine 'onnxruntime-cpu-fp32-pruned' needs calibration data, to see what its layers read"
     assert message in flat(outcome.err)

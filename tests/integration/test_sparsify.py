@@ -98,7 +98,18 @@ def test_sparse_weights_go_where_they_are_wrong_or_not_faster(compile, monkeypat
     claimed = dataclasses.replace(OnnxRuntimeCpu.capabilities, sparsity=("2:4",))
     monkeypatch.setattr(OnnxRuntimeCpu, "capabilities", claimed)
     monkeypatch.setattr("enginesmith.compiler.gains.FASTER", 100.0)  # whatever else this machine does
-    options = ["--target", "onnxruntime-cpu", "--baseline", "none", "--rounds", "6", "--slice-s", "0.02"]
+    options = [
+        "--precision",
+        "fp32",
+        "--target",
+        "onnxruntime-cpu",
+        "--baseline",
+        "none",
+        "--rounds",
+        "6",
+        "--slice-s",
+        "0.02",
+    ]
     outcome, manifest, _ = compile(*options, *budget)
     dense, sparse = manifest["engines"]
     assert (dense["dropped"], sparse["dropped"][: len(reason)]) == ("", reason)

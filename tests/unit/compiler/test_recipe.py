@@ -92,7 +92,10 @@ def test_schema_describes_every_field():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"precisions": ["fp33"]}, r"unknown precision 'fp33'\n.*one of bf16, fp16, fp32, .*\n.*did you mean 'fp32'"),
+        (
+            {"precisions": ["fp33"]},
+            r"unknown precision 'fp33'\n.*one of auto, bf16, fp16, fp32, .*\n.*did you mean 'fp32'",
+        ),
         ({"precisions": "int7"}, r"unknown precision 'int7'\n(.*\n)*.*did you mean 'int8'"),
         ({"keep": {"int8": ["*"]}}, r"unknown precision to keep nodes in 'int8'\n.*one of bf16, fp16, fp32"),
         ({"tolerances": {"fp33": {"cosine": 1}}}, "unknown precision 'fp33'"),

@@ -11,7 +11,7 @@ from enginesmith.targets import parse_target
 
 
 def variants(*targets: str, **fields: Any) -> dict[str, Variant]:
-    made = make_variants(make_recipe(fields), [parse_target(text) for text in targets])
+    made = make_variants(make_recipe({"precisions": ["fp32"], **fields}), [parse_target(text) for text in targets])
     return {variant.name: variant for variant in made}
 
 
