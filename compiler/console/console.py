@@ -84,9 +84,13 @@ def show_bundle(bundle: Bundle) -> None:
     console = _console()
     at = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     caption = f"times at {at}" if at and timings else None
-    _print_table(console, headers, rows, drop=("MB", "mean ms", "requests/s"), caption=caption)
+    print_table(console, headers, rows, drop=("MB", "mean ms", "requests/s"), caption=caption)
     if timings:
         console.print(view.RATIO, style="dim", soft_wrap=True)
+    if ladder := manifest.get("ladder"):
+        from .ladder import show_ladder
+
+        show_ladder(console, ladder)
     for engine in manifest["engines"]:
         _show_reason(console, engine["name"], engine["reason"], engine["to_do"])
         if not engine["dropped"]:
@@ -119,7 +123,7 @@ def show_validations(validations: Sequence[Validation]) -> None:
         for output in validation["outputs"]
     ]
     console = _console()
-    _print_table(console, headers, rows, drop=("SNR dB", "top-1", "max abs", "noise floor L2"))
+    print_table(console, headers, rows, drop=("SNR dB", "top-1", "max abs", "noise floor L2"))
     for validation in validations:
         _show_failures(console, validation)
         if metric := validation["metric"]:
@@ -146,7 +150,7 @@ def show_benchmark(benchmark: Benchmark) -> None:
             _percent(timing["gpu_utilization_percent"]), _speed_up(timing),
         ))  # fmt: skip
     console = _console()
-    _print_table(console, headers, rows, drop=("GPU %", "device ms", "mean ms", "requests/s"))
+    print_table(console, headers, rows, drop=("GPU %", "device ms", "mean ms", "requests/s"))
     for name, reason in benchmark["skipped"].items():
         console.print(f"[yellow]{escape(name)}[/] skipped: {escape(reason)}", soft_wrap=True)
     console.print(escape(benchmark["protocol"]["description"]), view.RATIO, style="dim")
@@ -187,7 +191,7 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
-def _print_table(
+def print_table(
     console: Console,
     headers: Sequence[str],
     rows: Sequence[Sequence[str]],

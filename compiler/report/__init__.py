@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..manifest import Manifest
-from . import facts, figures, numbers, view
+from . import facts, figures, numbers, plots, view, waterfall
 
 _HERE = Path(__file__).parent
 
@@ -44,6 +44,8 @@ def render(manifest: Manifest) -> str:
         view=view,
         facts=facts.facts,
         figures=figures,
+        plots=plots,
+        waterfall=waterfall,
         css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         headline=view.headline(manifest),
         signature=view.read_signature(manifest),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..manifest import Benchmark, EngineRecord, Manifest, OutputMetrics, PassRecord, SpeedUp, Timing, Validation
 from ..signature import Signature
+from . import plots
 from .numbers import ABSENT, TIMES, error, number, ratio
 
 
@@ -130,8 +131,13 @@ def sections(manifest: Manifest) -> tuple[str, ...]:
     """The page's sections, for its navigation."""
     precision = ("precision",) if manifest["calibration"] or lowerings(manifest) else ()
     pruning = ("pruning",) if prunings(manifest) else ()
+    search = ("search",) if manifest.get("ladder") else ()
+    trade_off = ("trade-off",) if len(plots.trade_off(manifest)) > 1 else ()
+    batches = ("batch-size",) if manifest.get("batches") else ()
+    roofline = ("roofline",) if manifest.get("roofline") else ()
+    found = (*search, *trade_off, *batches, *roofline)
     last = ("stages", "passes", "capture", "engines", "environment", "use")
-    return ("model", "speed", "accuracy", *pruning, *precision, *last)
+    return ("model", "speed", "accuracy", *found, *pruning, *precision, *last)
 
 
 def lowerings(manifest: Manifest) -> list[PassRecord]:

@@ -19,7 +19,7 @@ from enginesmith.compiler.report.facts import Fact, facts
 from enginesmith.compiler.signature import Signature, TensorSpec
 
 example: Callable[[], Manifest] = runpy.run_path(str(Path(__file__).with_name("manifest_example.py")))["example"]
-SECTIONS = ["model", "speed", "accuracy", "precision", "stages", "passes", "capture", "engines", "missing"]
+SECTIONS = ["model", "speed", "accuracy", "trade-off", "precision", "stages", "passes", "capture", "engines", "missing"]
 SECTIONS += ["environment", "protocol", "use"]
 BEST = "onnxruntime-cpu-fp32"
 
