@@ -188,4 +188,3 @@ def _check_results(before: Graph, after: Graph, context: Context) -> None:
                 raise _RefusedError(
                     f"onnxsim changes output {name!r}: relative L2 {difference:.2e}, allowed {limit:.0e}"
                 )
-

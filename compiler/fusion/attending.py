@@ -16,16 +16,16 @@ from .masks import Mask
 from .patterns import rank, size
 from .projections import Packed, packed
 
-Packing = Literal["none", "product", "weights"]
-"""Whether queries, keys and values come from one product, or Attention takes its weights."""
+Form = Literal["operands", "weights"]
+"""Whether the fused operator takes queries, keys and values, or, where it can, the tensor that they are products of."""
 
 
 class Attending:
     """Makes patches of attentions; masks that several of them use are made once."""
 
-    def __init__(self, patcher: Patcher, packing: Packing) -> None:
+    def __init__(self, patcher: Patcher, form: Form) -> None:
         self._patcher = patcher
-        self._packing = packing
+        self._form = form
         self._made: dict[object, ir.Value] = {}
 
     def why_not(self, found: Attention) -> str:
@@ -42,7 +42,7 @@ class Attending:
         bias = self._bias(patch, found)
         attributes: Attributes = {"num_heads": found.heads, "scale": found.scale}
         together = self._packed(found)
-        if together is not None and self._packing == "weights":
+        if together is not None:
             columns = together.weight.shape[1]
             vector = np.zeros(columns, together.weight.dtype) if together.bias is None else together.bias
             weights = self._patcher.initializer(f"{patch.title}/weights", together.weight)
@@ -50,8 +50,8 @@ class Attending:
             sizes = {"qkv_hidden_sizes": together.sizes}
             self._finish(patch, found, "Attention", inputs, {**attributes, **sizes})
             return
-        operands = self._product(patch, together) if together is not None else self._operands(patch, found)
-        self._finish(patch, found, "MultiHeadAttention", [*operands, None, None, bias], attributes)
+        inputs = [*self._operands(patch, found), None, None, bias]
+        self._finish(patch, found, "MultiHeadAttention", inputs, attributes)
 
     def _finish(
         self, patch: Patch, found: Attention, operator: str, inputs: Sequence[ir.Value | None], attributes: Attributes
@@ -96,27 +96,10 @@ class Attending:
         return self._made[mask]
 
     def _packed(self, found: Attention) -> Packed | None:
-        if self._packing == "none":
+        if self._form == "operands":
             return None
         together = packed([found.query.joined, found.key.joined, found.value.joined])
-        if together is None or (self._packing == "product" and len(together.made) == 1):
-            return None
-        return None if outlives(together.made, found.result) else together
-
-    def _product(self, patch: Patch, together: Packed) -> list[ir.Value]:
-        """Queries, keys and values out of one product."""
-        dtype = together.x.dtype or ir.DataType.FLOAT
-        leading = list(together.x.shape or (None, None))[:2]
-        whole = ir.Shape([*leading, together.weight.shape[1]])
-        weights = self._patcher.initializer(f"{patch.title}/weights", together.weight)
-        (value,) = patch.add("MatMul", [together.x, weights], [(f"{patch.title}/product", dtype, whole)])
-        if together.bias is not None:
-            bias = self._patcher.initializer(f"{patch.title}/bias", together.bias)
-            (value,) = patch.add("Add", [value, bias], [(f"{patch.title}/sum", dtype, whole)])
-        sizes = self._patcher.initializer(f"{patch.title}/sizes", np.array(together.sizes, np.int64))
-        parts = zip(("query", "key", "value"), together.sizes, strict=True)
-        outputs = [(f"{patch.title}/{part}", dtype, ir.Shape([*leading, length])) for part, length in parts]
-        return list(patch.add("Split", [value, sizes], outputs, {"axis": -1}))
+        return None if together is None or outlives(together.made, found.result) else together
 
     def _operands(self, patch: Patch, found: Attention) -> list[ir.Value]:
         query, key, value = found.query, found.key, found.value

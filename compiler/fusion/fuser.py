@@ -16,7 +16,7 @@ from ..graph.editing import is_constant
 from ..graph.schemas import MICROSOFT
 from ..graph.selection import label
 from ..quantization.patch import Attributes, Patch, Patcher
-from .attending import Attending, Packing
+from .attending import Attending, Form
 from .attention import attention
 from .gelu import Gelu, gelu
 from .liveness import outlives
@@ -34,12 +34,12 @@ class Operators:
     """Which fused operators a runtime is given.
 
     Attributes:
-        attention: whether attention becomes one node, and what that takes; None for no.
+        attention: what the operator of a whole attention takes; None where there is none.
         gelu: ONNX's own operator, or those of ONNX Runtime; None where the runtime finds GELU itself.
         bias_gelu, skip: whether the sum before GELU and LayerNormalization goes into them.
     """
 
-    attention: Packing | None = None
+    attention: Form | None = None
     gelu: Literal["onnx", "microsoft"] | None = None
     bias_gelu: bool = False
     skip: bool = False
@@ -203,9 +203,7 @@ class Fuser:
         names = ("fused",) if found.total is None else ("fused", "mean", "deviation", "sum")
         outputs = [(f"{patch.title}/{name}", dtype, result.shape) for name in names]
         attributes: Attributes = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
-        fused, *others = patch.add(
-            "SkipLayerNormalization", inputs, outputs, attributes, domain=MICROSOFT, main=True
-        )
+        fused, *others = patch.add("SkipLayerNormalization", inputs, outputs, attributes, domain=MICROSOFT, main=True)
         for left_out in others[:2]:
             left_out.name = ""
         patch.apply(fused)

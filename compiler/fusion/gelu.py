@@ -83,13 +83,12 @@ def _argument(value: ir.Value | None) -> ir.Value | None:
                 return x
     node = producer(inner, "Mul")
     for a, b in pairs(node):
-        x, constant = scaled(a)
-        plus_one = producer(b, "Add")
-        for one, quadratic in pairs(plus_one):
+        source, constant = scaled(a)
+        for one, quadratic in pairs(producer(b, "Add")):
             square, coefficient = scaled(quadratic)
             whole = is_near(factor * constant, math.sqrt(2 / math.pi)) and is_near(scalar(one), 1.0)
-            if x is not None and whole and is_near(coefficient, _CUBIC) and _is_power(square, x, 2):
-                return x
+            if source is not None and whole and is_near(coefficient, _CUBIC) and _is_power(square, source, 2):
+                return source
     return None
 
 

@@ -1,7 +1,7 @@
 """Finds LayerNormalization that is written in primitives, and the sum before one.
 
-    d = x - mean(x);  y = d / sqrt(mean(d**2) + epsilon) * scale + bias      over the last axis
-    s = x + skip (+ bias);  y = LayerNormalization(s)
+d = x - mean(x);  y = d / sqrt(mean(d**2) + epsilon) * scale + bias      over the last axis
+s = x + skip (+ bias);  y = LayerNormalization(s)
 """
 
 from __future__ import annotations
@@ -92,7 +92,13 @@ def _summed(node: ir.Node, add: ir.Node, total: ir.Value) -> Skip | None:
     for a, b in ((x, other), (other, x)):
         biased = producer(a, "Add") if reader(a) is add else None
         for value, bias in pairs(biased):
-            if is_constant(bias) and rank(bias) == 1 and rank(value) == 3 and not _is_broadcast(value, b) and rank(b) == 3:
+            if (
+                is_constant(bias)
+                and rank(bias) == 1
+                and rank(value) == 3
+                and not _is_broadcast(value, b)
+                and rank(b) == 3
+            ):
                 return Skip(value, b, bias, whole, node)
     return Skip(x, other, None, whole, node)
 

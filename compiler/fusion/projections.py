@@ -1,6 +1,8 @@
 """Queries, keys and values as products of one tensor with constants, which one product can give together.
 
-    q = x Wq + bq,  k = x Wk + bk,  v = x Wv + bv      ->      q, k, v = Split(x [Wq | Wk | Wv] + [bq | bk | bv])
+    q = x Wq + bq,  k = x Wk + bk,  v = x Wv + bv      ->      x [Wq | Wk | Wv] + [bq | bk | bv]
+
+The parts may come from one product by Split already.
 """
 
 from __future__ import annotations
@@ -22,14 +24,12 @@ class Projection(NamedTuple):
         weight: array (in, out).
         bias: array (out,); None where there is none.
         made: what the product itself gives.
-        whole: whether it is that, and not a part by Split.
     """
 
     x: ir.Value
     weight: np.ndarray
     bias: np.ndarray | None
     made: ir.Value
-    whole: bool
 
 
 class Packed(NamedTuple):
@@ -80,7 +80,7 @@ def projection(value: ir.Value) -> Projection | None:
     part = slice(sum(sizes[:place]), sum(sizes[: place + 1]))
     whole = _sum(found.bias, common)
     own = None if whole is None else whole[part]
-    return Projection(found.x, found.weight[:, part], _sum(own, bias), found.made, whole=False)
+    return Projection(found.x, found.weight[:, part], _sum(own, bias), found.made)
 
 
 def _biased(value: ir.Value | None) -> tuple[ir.Value | None, np.ndarray | None]:
@@ -98,7 +98,7 @@ def _product(value: ir.Value | None) -> Projection | None:
         x, weight = node.inputs
         if x is None or rank(x) != 3 or rank(weight) != 2 or not _is_own(weight):
             return None
-        return Projection(x, _array(weight), None, node.outputs[0], whole=True)
+        return Projection(x, _array(weight), None, node.outputs[0])
     node = producer(value, "Reshape")
     gemm = producer(node.inputs[0], "Gemm") if node is not None else None
     flat = producer(gemm.inputs[0], "Reshape") if gemm is not None else None
@@ -111,7 +111,7 @@ def _product(value: ir.Value | None) -> Projection | None:
         return None
     array = _array(weight)
     matrix = array.T if gemm.attributes.get_int("transB", 0) else array
-    return Projection(x, matrix, None if bias is None else _array(bias).reshape(-1), gemm.outputs[0], whole=True)
+    return Projection(x, matrix, None if bias is None else _array(bias).reshape(-1), gemm.outputs[0])
 
 
 def _is_plain(gemm: ir.Node) -> bool:
