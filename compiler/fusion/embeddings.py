@@ -19,7 +19,6 @@ from ..graph.editing import is_constant
 from ..quantization.patch import Patch, Patcher
 from .patterns import integers, producer, rank, size
 
-
 MOST = {"INT32": np.iinfo(np.int32).max}
 """Rows that indices can count."""
 

@@ -166,7 +166,7 @@ def test_a_product_that_is_split_gives_weights_too(fused):
         CUDA,
         """<ir_version: 8, opset_import: ["": 17]>
         g (float[B,S,8] x) => (float[B,S,8] y) <float[8,24] w, float[24] b, int64[3] parts = {8, 8, 8},
-            int64[2] flat = {-1, 8}, int64[3] back = {-1, 5, 24}, int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}> {
+            int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}> {
             c = MatMul(x, w)  d = Add(c, b)  qa, ka, va = Split <axis = -1> (d, parts)
             qs = Reshape(qa, split)  q = Transpose <perm = [0, 2, 1, 3]> (qs)
             ks = Reshape(ka, split)  k = Transpose <perm = [0, 2, 3, 1]> (ks)

@@ -6,7 +6,9 @@ from enginesmith.passes.fuse_transformer import FuseTransformer
 
 CUDA, ONNX = FuseTransformer(scheme="onnxruntime-cuda"), FuseTransformer(scheme="onnx")
 
-GELU = "g (float[B,6,4] x) => (float[B,6,4] y) <float half = {0.5}, float one = {1}, float three = {3}, float root = {1.4142135}, float inverse = {0.70710677}, float cubic = {0.044715}, float angle = {0.7978846}, float alpha = {1.702}, float[4] b> { BODY }"
+GELU = """g (float[B,6,4] x) => (float[B,6,4] y)
+    <float half = {0.5}, float one = {1}, float three = {3}, float root = {1.4142135}, float inverse = {0.70710677},
+     float cubic = {0.044715}, float angle = {0.7978846}, float alpha = {1.702}, float[4] b> { BODY }"""
 FORMS = {
     "erf": ("d = Div(x, root)  e = Erf(d)  a = Add(e, one)  m = Mul(x, a)  y = Mul(m, half)", "exact"),
     "erf-half-first": ("h = Mul(x, half)  d = Mul(inverse, x)  e = Erf(d)  a = Add(one, e)  y = Mul(h, a)", "exact"),
