@@ -81,9 +81,8 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
         return value
     if origin is tuple:
         if isinstance(value, str):
-            items = value.split("+") if value else []
-        else:
-            items = value if isinstance(value, (list, tuple)) else [value]
+            value = value.split("+") if value else []
+        items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(item, arguments[0], what) for item in items)
     if hint is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

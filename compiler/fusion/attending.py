@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from ..graph.schemas import MICROSOFT
 from ..quantization.patch import Attributes, Patch, Patcher
-from .attention import Attention, Operand
+from .attention import Attention
 from .liveness import outlives
 from .masks import Mask
+from .operands import Operand
 from .patterns import rank, size
 from .projections import Packed, packed
 
@@ -35,6 +36,8 @@ class Attending:
         for mask in found.masks:
             if (axes := rank(mask.value)) is None or axes > 4:
                 return f"its mask {mask.value.name!r} has {axes or 'an unknown number of'} axes, not up to 4"
+            if axes > 2 and rank(found.softmax.outputs[0]) == 3:
+                return f"its mask {mask.value.name!r} has batch and heads as one axis"
         return ""
 
     def apply(self, patch: Patch, found: Attention) -> None:
@@ -56,23 +59,27 @@ class Attending:
     def _finish(
         self, patch: Patch, found: Attention, operator: str, inputs: Sequence[ir.Value | None], attributes: Attributes
     ) -> None:
-        """The fused node, and behind it the Reshape that stays, where there is one."""
+        """The fused node, and behind it what the attention has beside that."""
         given = list(inputs)
         while given[-1] is None:
             given.pop()
-        dtype = found.result.dtype or ir.DataType.FLOAT
-        shape = found.result.shape if found.reshape is None else ir.Shape([None, None, None])
-        last = found.reshape is None and not found.guarded
-        output = (f"{patch.title}/attended", dtype, shape)
-        (value,) = patch.add(operator, given, [output], attributes, domain=MICROSOFT, main=last)
-        if found.guarded:
-            zero = self._number(0.0, dtype)
-            inputs = [self._open_rows(patch, found.masks[0]), value, zero]
-            output = (f"{patch.title}/guarded", dtype, shape)
-            (value,) = patch.add("Where", inputs, [output], main=found.reshape is None)
-        if found.reshape is not None:
-            output = (f"{patch.title}/reshaped", dtype, found.result.shape)
-            (value,) = patch.add("Reshape", [value, found.reshape.inputs[1]], [output], main=True)
+        steps: list[tuple[str, Attributes, str]] = [(operator, attributes, MICROSOFT)]
+        steps += [("Where", {}, "")] if found.guarded else []
+        steps += [("Transpose", {"perm": (1, 0, 2)}, "")] if found.turned else []
+        steps += [("Reshape", {}, "")] if found.reshape is not None else []
+        dtype, value = found.result.dtype or ir.DataType.FLOAT, None
+        for number, (name, options, domain) in enumerate(steps, start=1):
+            last = number == len(steps)
+            shape = found.result.shape if last else ir.Shape([None, None, None])
+            if name == "Where":
+                given = [self._open_rows(patch, found.masks[0]), value, self._number(0.0, dtype)]
+            elif name == "Reshape" and found.reshape is not None:
+                given = [value, found.reshape.inputs[1]]
+            elif name == "Transpose":
+                given = [value]
+            output = (f"{patch.title}/{name.lower()}", dtype, shape)
+            (value,) = patch.add(name, given, [output], options, domain=domain, main=last)
+        assert value is not None
         patch.apply(value)
 
     def _open_rows(self, patch: Patch, mask: Mask) -> ir.Value:
@@ -104,7 +111,7 @@ class Attending:
     def _operands(self, patch: Patch, found: Attention) -> list[ir.Value]:
         query, key, value = found.query, found.key, found.value
         rest = [operand.split for operand in (key, value)]
-        if key.joined is None and value.joined is None and None not in rest:
+        if all(operand.source is operand.split for operand in (key, value)):
             return [self._joined(patch, query, found), *(split for split in rest if split is not None)]
         return [self._joined(patch, operand, found) for operand in (query, key, value)]
 
@@ -112,6 +119,8 @@ class Attending:
         """The operand as (batch, sequence, heads * width)."""
         if operand.joined is not None:
             return operand.joined
+        if operand.turned is not None:
+            return self._swapped(patch, operand.turned)
         assert operand.split is not None
         dtype = operand.split.dtype or ir.DataType.FLOAT
         wide = found.heads * operand.width if operand.width else None
@@ -119,6 +128,12 @@ class Attending:
         (value,) = patch.add("Transpose", [operand.split], [turned], {"perm": (0, 2, 1, 3)})
         output = (f"{patch.title}/joined", dtype, ir.Shape([None, None, wide]))
         return patch.add("Reshape", [value, self._constant("joined", [0, 0, -1])], [output])[0]
+
+    def _swapped(self, patch: Patch, value: ir.Value) -> ir.Value:
+        """Batch and sequence in the other order."""
+        shape = list(value.shape or (None, None, None))
+        output = (f"{patch.title}/swapped", value.dtype or ir.DataType.FLOAT, ir.Shape([shape[1], shape[0], shape[2]]))
+        return patch.add("Transpose", [value], [output], {"perm": (1, 0, 2)})[0]
 
     def _bias(self, patch: Patch, found: Attention) -> ir.Value | None:
         """What is added to the scores, (batch or 1, heads or 1, queries, keys)."""
@@ -155,9 +170,10 @@ class Attending:
 
     def _lengthened(self, patch: Patch, bias: ir.Value, found: Attention) -> ir.Value:
         """A mask of one row, repeated for each query."""
-        source = found.query.joined or found.query.split
+        query = found.query
+        source = query.source
         assert source is not None
-        place = self._constant("queries", [1 if source is found.query.joined else 2])
+        place = self._constant("queries", [1 if source is query.joined else 0 if source is query.turned else 2])
         one = self._constant("one", [1])
         lengths = (f"{patch.title}/shape", ir.DataType.INT64, ir.Shape([rank(source)]))
         (lengths_of,) = patch.add("Shape", [source], [lengths])

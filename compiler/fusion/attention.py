@@ -16,29 +16,11 @@ import onnx_ir as ir
 from ..graph.editing import is_constant
 from ..quantization.attention import is_finite
 from .masks import Mask, all_zero, as_choice
+from .operands import Operand, permuted, split, transposed
 from .patterns import integers, is_last, pairs, producer, rank, scalar, scaled, size
-
-_SPLIT = (0, 2, 1, 3)
-"""Of (batch, sequence, heads, width) to (batch, heads, sequence, width), and back."""
-
 
 _FAR_BELOW = -1e30
 """Where a score is lost in the sum with it in float32, so that choosing and adding are the same."""
-
-
-class Operand(NamedTuple):
-    """Queries, keys or values.
-
-    Attributes:
-        joined: the tensor (batch, sequence, heads * width); None where there is none.
-        split: the tensor (batch, heads, sequence, width); None where keys are transposed at once.
-        heads, width: None where that varies or is not known.
-    """
-
-    joined: ir.Value | None
-    split: ir.Value | None
-    heads: int | None
-    width: int | None
 
 
 class Attention(NamedTuple):
@@ -48,6 +30,7 @@ class Attention(NamedTuple):
         masks: what is added to the scores.
         result: (batch, sequence, heads * width), or what is reshaped from that, see `reshape`.
         reshape: a node that may read the joined result in place of the split one; None where `result` is joined.
+        turned: whether the sequence comes before the batch in the result.
         guarded: whether rows that are masked whole become zero; there is one mask then, a choice.
     """
 
@@ -61,6 +44,7 @@ class Attention(NamedTuple):
     width: int
     result: ir.Value
     reshape: ir.Node | None
+    turned: bool
     guarded: bool
 
 
@@ -83,9 +67,9 @@ def attention(softmax: ir.Node) -> Attention | str:
         masks = choices
     q, on_q = scaled(product.inputs[0])
     k, on_k = scaled(product.inputs[1])
-    query, key, value = _split(q), _transposed(k), _split(mixed.inputs[1])
-    if key.joined is None and key.split is None:
-        return "its keys are not (batch, heads, keys, width) before they are transposed"
+    query, key, value = split(q), transposed(k), split(mixed.inputs[1])
+    if any(operand.source is None for operand in (query, key, value)):
+        return "queries, keys or values are not (batch, heads, sequence, width)"
     width = query.width or key.width
     heads = query.heads or key.heads or value.heads or _heads_of(mixed.outputs[0], value.width)
     if width is None or heads is None:
@@ -155,64 +139,17 @@ def _leads_to_product(value: ir.Value | None) -> bool:
     """Whether this is a product of two activations, scaled and masked."""
     inner, _ = scaled(value)
     if (node := producer(inner, "MatMul")) is not None:
-        return rank(node.outputs[0]) == 4 and not any(v is None or v.is_initializer() for v in node.inputs)
+        return rank(node.outputs[0]) in (3, 4) and not any(v is None or v.is_initializer() for v in node.inputs)
     node = producer(inner, "Add", "Where")
     return node is not None and any(map(_leads_to_product, node.inputs))
-
-
-def _split(value: ir.Value | None) -> Operand:
-    """Reads (batch, heads, sequence, width)."""
-    node = producer(value, "Transpose")
-    if node is not None and tuple(node.attributes.get_ints("perm") or ()) == _SPLIT:
-        return _joined(node.inputs[0], value)
-    return Operand(None, value, size(value, 1), size(value, 3))
-
-
-def _transposed(value: ir.Value | None) -> Operand:
-    """Reads keys (batch, heads, width, sequence)."""
-    heads, width = size(value, 1), size(value, 2)
-    node = producer(value, "Transpose")
-    perm = tuple(node.attributes.get_ints("perm") or ()) if node is not None else ()
-    if node is not None and perm == (0, 2, 3, 1):
-        return _joined(node.inputs[0], None)
-    if node is not None and perm == (0, 1, 3, 2):
-        return _split(node.inputs[0])
-    split = _transposed_flat(value)
-    return _split(split) if split is not None else Operand(None, None, heads, width)
-
-
-def _transposed_flat(value: ir.Value | None) -> ir.Value | None:
-    """Of keys that are transposed with batch and heads as one axis, (batch, heads, sequence, width)."""
-    outer = producer(value, "Reshape")
-    transpose = producer(outer.inputs[0], "Transpose") if outer is not None else None
-    if transpose is None or tuple(transpose.attributes.get_ints("perm") or ()) != (0, 2, 1):
-        return None
-    inner = producer(transpose.inputs[0], "Reshape")
-    return inner.inputs[0] if inner is not None and rank(inner.inputs[0]) == 4 else None
-
-
-def _joined(value: ir.Value | None, split: ir.Value | None) -> Operand:
-    """Reads (batch, sequence, heads, width), made of a tensor with the last two as one axis where it is."""
-    heads, width = size(value, 2), size(value, 3)
-    node = producer(value, "Reshape")
-    joined = node.inputs[0] if node is not None and rank(node.inputs[0]) == 3 else None
-    whole = size(joined, -1)
-    if whole is not None and width:
-        heads = heads or whole // width
-    if whole is not None and heads:
-        width = width or whole // heads
-    if joined is not None and (whole is None or not heads or whole != heads * (width or 0)):
-        joined = None
-    return Operand(joined, split, heads, width)
 
 
 def _heads_of(value: ir.Value, width: int | None) -> int | None:
     """How many heads the product behind the result reads, found by its weight (heads * width, out)."""
     for _ in range(5):
-        readers = [node for node in value.consumers() if node.op_type != "Shape"]
-        if len(readers) != 1 or readers[0].domain or not readers[0].outputs or not width:
+        node = _only_reader(value)
+        if node is None or not width:
             return None
-        node = readers[0]
         if node.op_type in ("MatMul", "Gemm") and is_constant(node.inputs[1]) and node.inputs[0] is value:
             rows = size(node.inputs[1], 1 if node.attributes.get_int("transB", 0) else 0)
             return rows // width if rows and rows % width == 0 else None
@@ -222,27 +159,29 @@ def _heads_of(value: ir.Value, width: int | None) -> int | None:
     return None
 
 
-def _ends(value: ir.Value, heads: int) -> tuple[ir.Value, ir.Node | None] | str:
-    """The joined result, or the node that reshapes the split one."""
-    for _ in range(2):  # the TorchScript exporter puts a Reshape between that changes nothing
-        readers = [node for node in value.consumers() if node.op_type != "Shape"]
-        if len(readers) != 1 or value.is_graph_output() or readers[0].domain:
-            return "its result goes several ways before the heads are joined"
-        node = readers[0]
-        if node.op_type == "Reshape" and rank(node.outputs[0]) == 4 and size(value, 3) == size(node.outputs[0], 3):
-            value = node.outputs[0]
-            continue
-        break
-    if node.op_type != "Transpose" or tuple(node.attributes.get_ints("perm") or ()) != _SPLIT:
+def _ends(value: ir.Value, heads: int) -> tuple[ir.Value, ir.Node | None, bool] | str:
+    """The joined result, or the node that reshapes the split one, and whether the sequence comes first."""
+    node = _only_reader(value)
+    if node is not None and node.op_type == "Reshape" and rank(node.outputs[0]) == rank(value) == 4:
+        node = _only_reader(node.outputs[0])  # the TorchScript exporter puts a Reshape between that changes nothing
+    if node is None:
+        return "its result goes several ways before the heads are joined"
+    turned = permuted(node.outputs[0], (2, 0, 1, 3)) or permuted(node.outputs[0], (1, 0, 2))
+    if turned is None and permuted(node.outputs[0], (0, 2, 1, 3)) is None:
         return "its heads are not joined behind the product"
-    readers = [reader for reader in node.outputs[0].consumers() if reader.op_type != "Shape"]
-    if len(readers) != 1 or readers[0].op_type != "Reshape" or node.outputs[0].is_graph_output():
+    reshape = _only_reader(node.outputs[0])
+    if reshape is None or reshape.op_type != "Reshape":
         return "its heads are not joined by a Reshape"
-    reshape = readers[0]
-    last = size(reshape.outputs[0], -1)
-    if rank(reshape.outputs[0]) == 3 and last in (None, heads * (size(node.outputs[0], 3) or 0)):
-        return reshape.outputs[0], None
+    result, width = reshape.outputs[0], size(node.outputs[0], -1) or 0
+    if rank(result) == 3 and size(result, -1) in (None, heads * width):
+        return result, None, turned is not None
     shape = integers(reshape.inputs[1])
     if shape is not None and 0 not in shape:
-        return reshape.outputs[0], reshape
+        return result, reshape, turned is not None
     return "its result is reshaped to something else than (batch, sequence, width)"
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value, but for those that look at its shape."""
+    readers = [node for node in value.consumers() if node.op_type != "Shape"]
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() and not readers[0].domain else None

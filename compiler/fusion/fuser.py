@@ -177,12 +177,14 @@ class Fuser:
             return
         attending = Attending(self._patcher, self._operators.attention)
         for node in list(self._main):
-            if node.op_type != "Softmax" or node.domain or rank(node.outputs[0]) != 4:
+            axes = rank(node.outputs[0])
+            if node.op_type != "Softmax" or node.domain or axes not in (3, 4):
                 continue
             found = attention(node)
             reason = found if isinstance(found, str) else attending.why_not(found)
             if isinstance(found, str) or reason:
-                self._refuse(node, f"no attention to fuse: {reason}")
+                if axes == 4:  # of three axes, probabilities of classes are more common
+                    self._refuse(node, f"no attention to fuse: {reason}")
             elif (patch := self._patch("attention", found.result, node)) is not None:
                 attending.apply(patch, found)
 

@@ -138,6 +138,32 @@ def test_refuses_what_is_no_attention(fill, context, parts, reason):
     assert reason in result.refusals[0].reason
 
 
+FIRST = """<ir_version: 8, opset_import: ["": 17]>
+g (float[S,B,8] q, float[S,B,8] k, float[S,B,8] v, float[S,S] flat) => (float[S,B,8] y)
+    <int64[3] heads = {0, -1, 4}, int64[3] join = {0, -1, 8}, int64[2] flatten = {-1, 8}> {
+    qs = Reshape(q, heads)  a = Transpose <perm = [1, 0, 2]> (qs)
+    ks = Reshape(k, heads)  b = Transpose <perm = [1, 2, 0]> (ks)
+    vs = Reshape(v, heads)  c = Transpose <perm = [1, 0, 2]> (vs)
+    m = MatMul(a, b)  SCORES  p = Softmax <axis = 2> (s)  o = MatMul(p, c)
+    t = Transpose <perm = [1, 0, 2]> (o)  END }"""
+
+
+@pytest.mark.parametrize("end", ["y = Reshape(t, join)", "y = Reshape(t, flatten)"])
+def test_attention_with_the_sequence_first_and_heads_beside_the_batch(fused, end):
+    text = FIRST.replace("SCORES", "s = Add(m, flat)").replace("END", end)
+    text = text.replace("float[S,B,8] y", "float[N,8] y") if "flatten" in end else text
+    graph, result = fused(CPU, text)
+    assert result.changes == {"attention fused": 1}
+    assert node_of(graph, "MultiHeadAttention").attributes["num_heads"].value == 2
+    assert graph.operators()["Transpose"] == 4
+
+
+def test_refuses_a_mask_for_each_head_beside_the_batch(fill, context):
+    text = FIRST.replace("SCORES", "s = Add(m, each)").replace("END", "y = Reshape(t, join)")
+    graph = fill(text.replace("float[S,S] flat", "float[C,S,S] each"))
+    assert not CPU(graph, context(graph)).modified
+
+
 def test_refuses_an_attention_whose_probabilities_are_an_output(fill, context):
     text = attention(probabilities="o = MatMul(p, v)").replace("(float[B,S,8] y)", "(float[B,S,8] y, float[B,2,S,S] p)")
     graph = fill(text)
