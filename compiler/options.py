@@ -80,9 +80,9 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
             raise RecipeError(f"{what} has an unknown value", expected=" or ".join(map(str, arguments)), found=value)
         return value
     if origin is tuple:
-        items = (
-            value.split("+") if isinstance(value, str) else [value] if not isinstance(value, (list, tuple)) else value
-        )
+        if isinstance(value, str):
+            value = value.split("+") if value else []
+        items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(item, arguments[0], what) for item in items)
     if hint is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

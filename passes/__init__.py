@@ -15,6 +15,8 @@ PASSES = {
     "align": "align:Align",
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
+    "fuse-embeddings": "fuse_embeddings:FuseEmbeddings",
+    "fuse-transformer": "fuse_transformer:FuseTransformer",
     "opset": "opset:Opset",
     "pin": "pin:Pin",
     "precision": "precision:Precision",

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..compiler.data import other_sizes, random_batch, resized
 from ..compiler.difference import relative_l2
 from ..compiler.graph import Graph
-from ..compiler.graph.probe import Arrays, run
+from ..compiler.graph.equality import allowed, inputs_at_two_sizes
+from ..compiler.graph.probe import run
 from ..errors import GraphError, TargetUnavailableError
 from .base import Context, Pass, PassResult, Refusal
 
@@ -177,24 +176,15 @@ def _check_weights(before: Graph, after: Graph) -> None:
 
 
 def _check_results(before: Graph, after: Graph, context: Context) -> None:
-    for inputs in _inputs(context):
+    for inputs in inputs_at_two_sizes(context):
         try:
             expected, found = run(before, inputs), run(after, inputs)
         except (GraphError, TargetUnavailableError) as error:
             raise _RefusedError(f"the result cannot be checked: {error}") from error
         for name, value in expected.items():
             difference = relative_l2(found[name], value)
-            allowed = max(TOLERANCE, 2 * float(np.finfo(value.dtype).eps)) if value.dtype.kind == "f" else 0.0
-            if not difference <= allowed:
+            limit = allowed(value, TOLERANCE)
+            if not difference <= limit:
                 raise _RefusedError(
-                    f"onnxsim changes output {name!r}: relative L2 {difference:.2e}, allowed {allowed:.0e}"
+                    f"onnxsim changes output {name!r}: relative L2 {difference:.2e}, allowed {limit:.0e}"
                 )
-
-
-def _inputs(context: Context) -> Iterator[Arrays]:
-    """Real values where there are any, at two sizes of each dynamic axis, so that no size is folded in."""
-    sample = next(iter(context.samples), None) if context.samples is not None else None
-    generator = np.random.default_rng(0)
-    signature = context.signature
-    for sizes in (signature.sizes(), *other_sizes(signature)):
-        yield random_batch(signature, generator, sizes) if sample is None else resized(signature, sample, sizes)

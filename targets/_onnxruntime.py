@@ -37,6 +37,7 @@ class Session:
         disabled_optimizers: graph optimizers of ONNX Runtime to leave out.
         intra_threads: threads within an operator, 0 for one a physical core.
         inter_threads: operators run side by side; 1 for one after the other.
+        arena: whether memory of one run on the CPU is kept for the next.
     """
 
     provider: str = CPU
@@ -46,6 +47,7 @@ class Session:
     optimization: Optimization = "all"
     intra_threads: int = 0
     inter_threads: int = 1
+    arena: bool = True
 
     def open(self, path: Path, *, optimized: Path | None = None, profile: Path | None = None) -> Any:
         """Makes an `onnxruntime.InferenceSession` that runs on `provider` or not at all.
@@ -70,6 +72,7 @@ class Session:
         if self.inter_threads > 1:
             options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
             options.inter_op_num_threads = self.inter_threads
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = self.arena
         for key, value in self.entries.items():
             options.add_session_config_entry(key, value)
         if optimized is not None:

@@ -258,6 +258,10 @@ class Target(abc.ABC):
         """The passes, as text and in order, that bring a float32 graph to a precision that the target builds."""
         return self.lowerings.get(precision, ()) if self.capabilities.consumes == "graph" else ()
 
+    def rewrites(self, precision: str) -> tuple[str, ...]:
+        """Passes worth measuring each, as text: run after those that cut or grow dimensions, before the lowering."""
+        return ()
+
     def tunings(self, precision: str) -> tuple[Tuning, ...]:
         """Options worth measuring on this machine for an engine of a precision, in the order in which to try them."""
         return ()

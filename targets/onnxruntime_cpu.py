@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import TargetUnavailableError
+from ..compiler.difference import relative_l2
+from ..errors import BuildError, RecipeError, TargetUnavailableError
 from ._onnxruntime import MINIMUM, OPSET, HostRunner, Optimization, Session, examine, require_onnxruntime
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+
+_SAME = 1e-6
+"""Relative L2 that is allowed between the graph and what ONNX Runtime saves of it: sums in another order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,9 @@ class OnnxRuntimeCpu(Target):
         optimization: which of ONNX Runtime's own graph optimizations run; "all" chooses layouts for this processor.
         disabled_optimizers: optimizations to leave out, joined by ``+``. The one that is left out by default fuses Add
             and LayerNormalization to a node that takes longer than the two.
+        optimized_model: whether to save the graph as ONNX Runtime optimizes it, so that this is not done again whenever
+            the engine is loaded; it runs on processors alike and with this version only.
+        arena: whether memory of one run is kept for the next.
     """
 
     threads: int | None = None
@@ -31,6 +39,8 @@ class OnnxRuntimeCpu(Target):
     spinning: bool = True
     optimization: Optimization = "all"
     disabled_optimizers: tuple[str, ...] = ("SkipLayerNormFusion",)
+    optimized_model: bool = False
+    arena: bool = True
 
     name: ClassVar[str] = "onnxruntime-cpu"
     summary: ClassVar[str] = "ONNX Runtime on the CPU"
@@ -54,6 +64,12 @@ class OnnxRuntimeCpu(Target):
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "threads", "inter_threads")
+        if self.optimized_model and self.optimization == "none":
+            raise RecipeError(
+                "optimized_model=true saves a graph that optimization=none leaves as it is",
+                found=str(self),
+                hint="leave one of the two out",
+            )
 
     def availability(self) -> Availability:
         """Imports onnxruntime."""
@@ -64,6 +80,25 @@ class OnnxRuntimeCpu(Target):
         import onnxruntime
 
         return Availability(build=True, run=True, versions={"onnxruntime": onnxruntime.__version__})
+
+    def rewrites(self, precision: str) -> tuple[str, ...]:
+        """Attention, and embedding tables; quantization takes what they leave."""
+        return ("fuse-transformer:scheme=onnxruntime-cpu", "fuse-embeddings")
+
+    def tunings(self, precision: str) -> tuple[Tuning, ...]:
+        """Threads first; spinning and the level of optimization stay, as less was never faster."""
+        from ..compiler.machine import environment
+
+        cores, processors = environment.cores(), environment.processors()
+        counts = sorted({1, max(cores // 2, 1), cores, processors} - {self.threads or cores}, reverse=True)
+        threads = Tuning("threads within an operator", tuple({"threads": count} for count in counts), "quick")
+        side = Tuning("operators side by side", ({"inter_threads": 2},)) if cores > 1 else None
+        return (
+            *((threads,) if counts else ()),
+            *((side,) if side else ()),
+            Tuning("sums and LayerNormalization as one node", ({"disabled_optimizers": ()},)),
+            Tuning("memory kept between runs", ({"arena": False},), "thorough"),
+        )
 
     def refusals(self) -> Mapping[str, str]:
         """bfloat16, which ONNX Runtime does not compute in on a CPU."""
@@ -77,19 +112,56 @@ class OnnxRuntimeCpu(Target):
         request.graph.save(entry)
         details = examine(entry, self._session(), request.sample, request.cache)
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
-        return self.info(request, entry.name, self.versions(), details=details)
+        if not self.optimized_model:
+            return self.info(request, entry.name, self.versions(), details=details)
+        optimized = self._optimized(entry, request)
+        requires = _requires(self.versions()["onnxruntime"])
+        return self.info(request, optimized.name, self.versions(), requires=requires, details=details)
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the session."""
+        from ..compiler.machine.requirements import check_machine
+
         require_onnxruntime("cpu")
-        session = self._session().open(directory / info.entry)
+        check_machine(info, self)
+        session = self._session(optimized=self.optimized_model).open(directory / info.entry)
         return HostRunner(session, [spec.name for spec in info.signature.outputs])
 
-    def _session(self) -> Session:
+    def _optimized(self, entry: Path, request: BuildRequest) -> Path:
+        """Puts the graph as ONNX Runtime optimizes it in the place of the one in `entry`, where it gives the same."""
+        optimized = entry.with_name("optimized.onnx")
+        before = self._session().open(entry, optimized=optimized)
+        after = self._session(optimized=True).open(optimized)
+        feed = {value.name: request.sample[value.name] for value in before.get_inputs()}
+        for spec, expected, found in zip(
+            before.get_outputs(), before.run(None, feed), after.run(None, feed), strict=True
+        ):
+            if not (difference := relative_l2(found, expected)) <= _SAME:
+                raise BuildError(
+                    f"the graph that ONNX Runtime saves computes another {spec.name!r}",
+                    expected=f"relative L2 up to {_SAME:.0e}",
+                    found=f"{difference:.2e}",
+                    hint="build it with optimized_model=false",
+                )
+        for file in (entry, entry.with_name(entry.name + ".data")):
+            file.unlink(missing_ok=True)
+        return optimized
+
+    def _session(self, *, optimized: bool = False) -> Session:
         return Session(
             intra_threads=self.threads or 0,
             inter_threads=self.inter_threads,
-            optimization=self.optimization,
+            optimization="none" if optimized else self.optimization,
             disabled_optimizers=self.disabled_optimizers,
             entries={} if self.spinning else {"session.intra_op.allow_spinning": "0"},
+            arena=self.arena,
         )
+
+
+def _requires(version: str) -> dict[str, str]:
+    """What must hold where layouts and kernels that were chosen here are to run."""
+    from ..compiler.machine import environment
+
+    flags = " ".join(environment.simd_flags())
+    needs = {"onnxruntime": ".".join(version.split(".")[:2]), "machine": platform.machine()}
+    return {**needs, **({"cpu_flags": flags} if flags else {})}

@@ -14,12 +14,14 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import BuildError, EngineError, TargetUnavailableError
 from ._onnxruntime import MINIMUM, OPSET, Optimization, Session, examine, require_onnxruntime
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from ._tunings import tf32
+from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .cuda import driver
 from .cuda.onnxruntime import DeviceRunner
 from .cuda.stream import Stream
 
 CUDA = "CUDAExecutionProvider"
+_ARENA = {"power-of-two": "kNextPowerOfTwo", "requested": "kSameAsRequested"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +36,12 @@ class OnnxRuntimeCuda(Target):
         prefer_nhwc: whether convolutions run in the layout that Tensor Cores take; None for "in fp16 only".
         fuse_conv_bias: whether cuDNN adds the bias within a convolution; None for "in fp16 only".
         conv_algo_search: how cuDNN's algorithm is found; "exhaustive" times them at the first run of each shape.
+        conv_workspace: whether a convolution may take all the memory that its fastest algorithm needs.
         tf32: whether fp32 products may round their factors to 10 bits; off so that fp32 means fp32.
+        gelu_approximation: whether GELU by erf is computed by tanh, which differs by less than 5e-4.
+        strict_layer_norm: whether SkipLayerNormalization in fp16 sums in fp32, which is slower.
         memory_limit_mib: most memory that the session's arena may take; None for all.
+        arena: whether the arena grows to powers of two, or by what is asked for, which takes less and may come slower.
         optimization: which of ONNX Runtime's own graph optimizations run.
         disabled_optimizers: optimizations to leave out.
     """
@@ -45,8 +51,12 @@ class OnnxRuntimeCuda(Target):
     prefer_nhwc: bool | None = None
     fuse_conv_bias: bool | None = None
     conv_algo_search: Literal["exhaustive", "heuristic", "default"] = "exhaustive"
+    conv_workspace: bool = True
     tf32: bool = False
+    gelu_approximation: bool = False
+    strict_layer_norm: bool = False
     memory_limit_mib: int | None = None
+    arena: Literal["power-of-two", "requested"] = "power-of-two"
     optimization: Optimization = "all"
     disabled_optimizers: tuple[str, ...] = ()
 
@@ -80,6 +90,25 @@ class OnnxRuntimeCuda(Target):
         except TargetUnavailableError as error:
             return Availability(build=False, run=False, reason=error.message, install=error.hint or "")
         return Availability(build=True, run=True, versions=versions)
+
+    def rewrites(self, precision: str) -> tuple[str, ...]:
+        """Attention and what is around it, and embedding tables."""
+        return ("fuse-transformer:scheme=onnxruntime-cuda", "fuse-embeddings")
+
+    def tunings(self, precision: str) -> tuple[Tuning, ...]:
+        """How convolutions and products are computed, and how launches and memory reach the GPU."""
+        now = self._convolutions(precision)
+        both = {"prefer_nhwc": True, "fuse_conv_bias": True}
+        others = tuple({**now, name: not value} for name, value in now.items())
+        layouts = others if now == both else (both, *(other for other in others if other != both))
+        return (
+            *tf32(precision),
+            Tuning("layout of convolutions", layouts, "quick"),
+            Tuning("search for algorithms of convolutions", ({"conv_algo_search": "heuristic"},)),
+            Tuning("GELU by tanh", ({"gelu_approximation": True},)),
+            Tuning("launches as a CUDA graph", ({"cuda_graph": not self.cuda_graph},), "thorough"),
+            Tuning("growth of the arena", ({"arena": "requested"},), "thorough"),
+        )
 
     def refusals(self) -> Mapping[str, str]:
         """Quantized arithmetic, for which the CUDA provider has no kernels."""
@@ -144,16 +173,24 @@ class OnnxRuntimeCuda(Target):
             provider_options={**self._provider_options(precision), **(extra or {})},
             optimization=self.optimization,
             disabled_optimizers=self.disabled_optimizers,
+            entries={"optimization.enable_gelu_approximation": "1"} if self.gelu_approximation else {},
         )
 
-    def _provider_options(self, precision: str) -> dict[str, str]:
+    def _convolutions(self, precision: str) -> dict[str, bool]:
+        """How convolutions are computed, with what is left open decided."""
         half = precision == "fp16"
+        chosen = {"prefer_nhwc": self.prefer_nhwc, "fuse_conv_bias": self.fuse_conv_bias}
+        return {name: half if value is None else value for name, value in chosen.items()}
+
+    def _provider_options(self, precision: str) -> dict[str, str]:
         options: dict[str, Any] = {
             "device_id": self.device_id,
-            "prefer_nhwc": int(half if self.prefer_nhwc is None else self.prefer_nhwc),
-            "fuse_conv_bias": int(half if self.fuse_conv_bias is None else self.fuse_conv_bias),
+            **{name: int(value) for name, value in self._convolutions(precision).items()},
             "cudnn_conv_algo_search": self.conv_algo_search.upper(),
+            "cudnn_conv_use_max_workspace": int(self.conv_workspace),
             "use_tf32": int(self.tf32),
+            "enable_skip_layer_norm_strict_mode": int(self.strict_layer_norm),
+            "arena_extend_strategy": _ARENA[self.arena],
         }
         if self.memory_limit_mib is not None:
             options["gpu_mem_limit"] = self.memory_limit_mib << 20

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..errors import RecipeError, TargetUnavailableError
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from ._tunings import tf32
+from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .trt import build as trt
 from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_LOWERINGS, refusals
 
 MODULE = "tensorrt"
+REWRITES = ("fuse-transformer:scheme=onnx", "fuse-embeddings")
 OLDEST, NEWEST = (8, 6), (11, 99)
 
 INSTALL = (
@@ -67,6 +69,20 @@ class TensorRT(Target):
 
     def __post_init__(self) -> None:
         check_options(self.name, self.workspace_gib, self.builder_level, self.aux_streams)
+
+    def rewrites(self, precision: str) -> tuple[str, ...]:
+        """ONNX's own operators alone, which the parser takes."""
+        return REWRITES
+
+    def tunings(self, precision: str) -> tuple[Tuning, ...]:
+        """What the builder may search, and how launches reach the GPU."""
+        return (
+            *tf32(precision),
+            Tuning("search for kernels", ({"builder_level": 4}, {"builder_level": 5})),
+            Tuning("streams beside the main one", ({"aux_streams": 0},)),
+            Tuning("sizes to tune for", ({"profiles": "points"},), "thorough"),
+            Tuning("launches as a CUDA graph", ({"cuda_graph": False},), "thorough"),
+        )
 
     def opset_range(self) -> tuple[int, int] | None:
         """The opsets that the parser of the version found takes."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..errors import RecipeError, TargetUnavailableError
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
-from .tensorrt import check_options
+from ._tunings import tf32
+from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .tensorrt import REWRITES, check_options
 from .trt import build as trt
 from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, refusals
 
@@ -69,6 +70,18 @@ class TensorRTRTX(Target):
                 expected="some of " + ", ".join(COMPUTE_CAPABILITIES),
                 found="+".join(unknown) or "none",
             )
+
+    def rewrites(self, precision: str) -> tuple[str, ...]:
+        """ONNX's own operators alone, which the parser takes."""
+        return REWRITES
+
+    def tunings(self, precision: str) -> tuple[Tuning, ...]:
+        """As for TensorRT, but for what only that has."""
+        return (
+            *tf32(precision),
+            Tuning("search for kernels", ({"builder_level": 5},)),
+            Tuning("launches as a CUDA graph", ({"cuda_graph": False},), "thorough"),
+        )
 
     def refusals(self) -> Mapping[str, str]:
         """What some of the GPUs chosen do not have."""

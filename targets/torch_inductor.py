@@ -18,16 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from ..errors import BuildError, EngineError
+from ..errors import BuildError, EngineError, RecipeError
 from ._torch import MINIMUM_TEXT, TorchRunner, check, prepare, require, tensors_of, torch_availability
 from ._worker import Worker
-from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .inductor.worker import command, load_arrays, save_arrays
 
 if TYPE_CHECKING:
     import torch
-
-SIMD = re.compile(r"avx|amx|fma|f16c|sse|bmi|asimd|sve")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +40,14 @@ class TorchInductor(Target):
         freezing: whether weights become constants in layouts of the compiler's choice. Without it a CNN was slower than
             eager torch (0.86x), with it faster (1.5x). Left out for models with state and on a GPU.
         max_autotune: whether kernels are chosen by measuring, which takes minutes.
+        coordinate_descent: whether the sizes of blocks in kernels for a GPU are searched by measuring too.
         threads: number of threads compiled in; None for as many as torch uses when it runs.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     freezing: bool = True
     max_autotune: bool = False
+    coordinate_descent: bool = False
     threads: int | None = None
 
     name: ClassVar[str] = "torch-inductor"
@@ -58,6 +58,26 @@ class TorchInductor(Target):
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "threads")
+        if self.coordinate_descent and self.device == "cpu":
+            raise RecipeError(
+                "coordinate_descent=true searches kernels for a GPU", found=str(self), hint="add device=cuda"
+            )
+
+    def tunings(self, precision: str) -> tuple[Tuning, ...]:
+        """Kernels chosen by measuring, and threads; AOTInductor records no CUDA graphs."""
+        from ..compiler.machine import environment
+
+        if self.device == "cuda":
+            both = {"max_autotune": True, "coordinate_descent": True}
+            return (
+                Tuning("kernels chosen by measuring", ({"max_autotune": True},)),
+                Tuning("blocks of kernels chosen by measuring", (both,), "thorough"),
+            )
+        return (
+            Tuning("kernels chosen by measuring", ({"max_autotune": True},)),
+            Tuning("number of threads compiled in", ({"threads": environment.cores()},)),
+            Tuning("weights as constants", ({"freezing": False},), "thorough"),
+        )
 
     def availability(self) -> Availability:
         """Imports torch and looks for the device, and for what building alone needs: a C++ compiler, Triton, CUDA."""
@@ -122,6 +142,7 @@ class TorchInductor(Target):
         return {
             "freezing": self.freezing and self.device == "cpu" and not stateful,
             "max_autotune": self.max_autotune,
+            "coordinate_descent_tuning": self.coordinate_descent,
             "cpp.threads": self.threads or -1,
             "cpp.dynamic_threads": self.threads is None,
         }
@@ -158,8 +179,8 @@ class TorchInductor(Target):
         needs = {"torch": ".".join(version.split(".")[:2]), "machine": platform.machine()}
         if self.device == "cuda":
             return {**needs, "compute_capability": environment.compute_capability() or ""}
-        flags = sorted(flag for flag in environment.cpu_flags() if SIMD.match(flag))
-        return {**needs, **({"cpu_flags": " ".join(flags)} if flags else {})}
+        flags = " ".join(environment.simd_flags())
+        return {**needs, **({"cpu_flags": flags} if flags else {})}
 
 
 class _CheckedRunner(TorchRunner):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import BuildError, RecipeError
 from ._torch import MINIMUM_TEXT, TorchRunner, check, last_line, prepare, require, tensors_of, torch_availability
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target
+from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,13 @@ class TorchScript(Target):
     def __post_init__(self) -> None:
         if self.optimize and not self.freeze:
             raise RecipeError("optimize=true needs freeze=true", found=str(self), hint="add optimize=false")
+
+    def tunings(self, precision: str) -> tuple[Tuning, ...]:
+        """What torch does to the graph; threads are the process's, which other engines run in too."""
+        return (
+            Tuning("fusions by torch", ({"optimize": False},)),
+            Tuning("weights as constants", ({"freeze": False, "optimize": False},), "thorough"),
+        )
 
     def availability(self) -> Availability:
         """Imports torch and looks for the device."""

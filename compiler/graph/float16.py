@@ -95,7 +95,7 @@ def _is_mask(value: ir.Value) -> bool:
         if current.is_graph_output():
             return False
         for node in current.consumers():
-            if node.op_type in ("Attention", "LogSoftmax", "Softmax"):
+            if node.op_type in ("Attention", "LogSoftmax", "MultiHeadAttention", "Softmax"):
                 found = True
             elif node.op_type in _MASK_OPERATORS:
                 pending.extend(output for output in node.outputs if output not in seen)

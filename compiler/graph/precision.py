@@ -19,7 +19,9 @@ from .identity import MARK
 from .schemas import type_text
 from .verifier import Scope, subgraphs
 
-HEAVY = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"))
+HEAVY = frozenset((
+    "Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "MultiHeadAttention", "RNN",
+))  # fmt: skip
 """Operators whose precision decides the speed."""
 
 _TAKES_ANY = frozenset(("Cast", "Shape", "Size"))

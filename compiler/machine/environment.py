@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ ISA_FLAGS = (
 )  # fmt: skip
 """Flags of the processor that kernels are chosen by, as Linux names them."""
 
+_SIMD = re.compile(r"avx|amx|fma|f16c|sse|bmi|asimd|sve")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -65,6 +67,16 @@ def cpu_flags() -> frozenset[str]:
     """All flags of the processor, as Linux names them; empty where they cannot be read."""
     info = _cpu_info()
     return frozenset((info.get("flags") or info.get("Features") or "").split())
+
+
+def simd_flags() -> tuple[str, ...]:
+    """Those of the flags that name instructions for vectors and matrices, which compiled kernels need."""
+    return tuple(sorted(flag for flag in cpu_flags() if _SIMD.match(flag)))
+
+
+def processors() -> int:
+    """How many processors this process may use: those of a core count each."""
+    return _allowed() or 1
 
 
 def cores() -> int:

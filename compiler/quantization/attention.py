@@ -57,7 +57,7 @@ def drop_guards(graph: Graph) -> int:
         softmax = probabilities.producer() if probabilities is not None else None
         if probabilities is None or softmax is None or softmax.op_type != "Softmax" or result.is_graph_output():
             continue
-        if not _is_finite(softmax.inputs[0]):
+        if not is_finite(softmax.inputs[0]):
             continue
         result.replace_all_uses_with(probabilities)
         main.remove(node, safe=True)
@@ -67,7 +67,7 @@ def drop_guards(graph: Graph) -> int:
     return dropped
 
 
-def _is_finite(value: ir.Value | None) -> bool:
+def is_finite(value: ir.Value | None) -> bool:
     """Whether this is a product with nothing but finite constants and integers added to it, or multiplied."""
     pending, seen = [value], set[ir.Value]()
     while pending:

@@ -44,8 +44,8 @@ WORDS = st.text("abcdefghijklmnopqrstuvwxyz/._0123456789", min_size=1).filter(la
         keep_io=st.booleans(),
         label=WORDS,
         limit=st.none() | st.integers(),
-        nodes=st.lists(WORDS, min_size=1).map(tuple),
-        sizes=st.lists(st.integers(), min_size=1).map(tuple),
+        nodes=st.lists(WORDS).map(tuple),
+        sizes=st.lists(st.integers()).map(tuple),
     )
 )
 def test_text_and_options_are_inverses(options: Options) -> None:
@@ -77,6 +77,7 @@ def test_split_reads_spaces_and_dashes() -> None:
         ("limit", None, None),
         ("limit", "3", 3),
         ("nodes", "a+b", ("a", "b")),
+        ("nodes", "", ()),
         ("nodes", ["a", "b"], ("a", "b")),
         ("sizes", 4, (4,)),
         ("sizes", "4+8", (4, 8)),

@@ -8,8 +8,15 @@ import onnx.parser
 import pytest
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
-from enginesmith.errors import BuildError, DataError, EngineError, RecipeError, TargetUnavailableError
-from enginesmith.targets import parse_target
+from enginesmith.errors import (
+    BuildError,
+    DataError,
+    EngineError,
+    EngineMismatchError,
+    RecipeError,
+    TargetUnavailableError,
+)
+from enginesmith.targets import onnxruntime_cpu, parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
 from enginesmith.targets.onnxruntime_cpu import OnnxRuntimeCpu
 
@@ -44,7 +51,7 @@ class SavedGraph:
 
 def request(tmp_path: Path, text: str = MODEL, precision: str = "fp32", sample=SAMPLE) -> BuildRequest:
     directory = tmp_path / f"onnxruntime-cpu-{precision}"
-    directory.mkdir()
+    directory.mkdir(parents=True)
     return BuildRequest(
         graph=SavedGraph(text),
         model=None,
@@ -199,6 +206,63 @@ def test_disabled_optimizers_reach_the_session(tmp_path):
     text = MODEL.replace("y = Relu(a)", "b = Relu(a) y = Identity(b)")
     kept = parse_target("onnxruntime-cpu:disabled_optimizers=EliminateIdentity").build(request(tmp_path, text))
     assert kept.details["operators"]["Identity"] == 1
+
+
+def test_memory_of_a_run_is_kept_or_not(tmp_path):
+    for number, kept in enumerate((True, False)):
+        target = parse_target(f"onnxruntime-cpu:arena={kept}")
+        asked = request(tmp_path / str(number))
+        options = target.runner(asked.directory, target.build(asked))._session.get_session_options()
+        assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (kept, kept)
+
+
+class TestOptimizedModel:
+    TEXT = "onnxruntime-cpu:optimized_model=true"
+
+    def test_it_takes_the_place_of_the_graph(self, tmp_path):
+        asked = request(
+            tmp_path, MODEL.replace("a = MatMul(x, w)", "zero = Sub(w, w)  v = Add(w, zero)  a = MatMul(x, v)")
+        )
+        target = parse_target(self.TEXT)
+        info = target.build(asked)
+        assert info.entry == "optimized.onnx"
+        assert "model.onnx" not in {file.name for file in asked.directory.iterdir()}
+        nodes = onnx.load(asked.directory / "optimized.onnx", load_external_data=False).graph.node
+        assert [node.op_type for node in nodes] == ["MatMul", "Relu", "ReduceSum"]
+        runner = target.runner(asked.directory, info)
+        assert runner._session.get_session_options().graph_optimization_level.name == "ORT_DISABLE_ALL"
+        for name, value in expected(SAMPLE["x"]).items():
+            np.testing.assert_allclose(runner.run(SAMPLE)[name], value)
+
+    def test_it_runs_on_processors_alike_only(self, tmp_path, monkeypatch):
+        target, asked = parse_target(self.TEXT), request(tmp_path)
+        info = target.build(asked)
+        assert {"onnxruntime", "machine"} <= set(info.requires)
+        monkeypatch.setattr("platform.machine", lambda: "pdp11")
+        with pytest.raises(EngineMismatchError, match=r"was built for another machine"):
+            target.runner(asked.directory, info)
+
+    def test_it_has_to_compute_the_same(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(onnxruntime_cpu, "relative_l2", lambda found, expected: 0.5)
+        with pytest.raises(BuildError, match="the graph that ONNX Runtime saves computes another 'y'"):
+            parse_target(self.TEXT).build(request(tmp_path))
+
+    def test_without_optimization_there_is_nothing_to_save(self):
+        with pytest.raises(RecipeError, match="optimized_model=true saves a graph that optimization=none leaves"):
+            parse_target(self.TEXT + ",optimization=none")
+
+
+@pytest.mark.parametrize(
+    ("cores", "processors", "threads", "counts"),
+    [(1, 1, None, []), (2, 2, None, [1]), (8, 16, None, [16, 4, 1]), (8, 16, 4, [16, 8, 1])],
+)
+def test_threads_to_try_are_those_of_the_machine(monkeypatch, cores, processors, threads, counts):
+    monkeypatch.setattr("enginesmith.compiler.machine.environment.cores", lambda: cores)
+    monkeypatch.setattr("enginesmith.compiler.machine.environment.processors", lambda: processors)
+    tunings = OnnxRuntimeCpu(threads=threads).tunings("fp32")
+    tried = [dict(found) for tuning in tunings for found in tuning.alternatives]
+    assert [found["threads"] for found in tried if "threads" in found] == counts
+    assert ({"inter_threads": 2} in tried) == (cores > 1)
 
 
 @pytest.mark.parametrize("option", ["threads", "inter_threads"])

@@ -276,7 +276,10 @@ def test_build_records_placement_options_and_graph(built):
         "prefer_nhwc": "1",
         "fuse_conv_bias": "1",
         "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "cudnn_conv_use_max_workspace": "1",
         "use_tf32": "0",
+        "enable_skip_layer_norm_strict_mode": "0",
+        "arena_extend_strategy": "kNextPowerOfTwo",
     }
     check(target.runner(directory, info).run(SAMPLE), SAMPLE["x"], flip=True)
     assert opened[-1]["enable_cuda_graph"] == "1"
@@ -300,8 +303,8 @@ def test_a_capture_that_fails_is_recorded(built, monkeypatch):
 
 def test_options_reach_the_provider(built):
     text = (
-        "onnxruntime-cuda:cuda_graph=false,prefer_nhwc=true,fuse_conv_bias=false,conv_algo_search=heuristic,tf32=true,"
-        "memory_limit_mib=64"
+        "onnxruntime-cuda:cuda_graph=false,prefer_nhwc=true,fuse_conv_bias=false,conv_algo_search=heuristic,"
+        "conv_workspace=false,tf32=true,strict_layer_norm=true,memory_limit_mib=64,arena=requested"
     )
     target, _, info, _ = built(text, precision="fp16")
     assert str(target) == text
@@ -311,9 +314,26 @@ def test_options_reach_the_provider(built):
         "prefer_nhwc": "1",
         "fuse_conv_bias": "0",
         "cudnn_conv_algo_search": "HEURISTIC",
+        "cudnn_conv_use_max_workspace": "0",
         "use_tf32": "1",
+        "enable_skip_layer_norm_strict_mode": "1",
+        "arena_extend_strategy": "kSameAsRequested",
         "gpu_mem_limit": str(64 << 20),
     }
+
+
+def test_gelu_by_tanh_is_an_entry_of_the_session():
+    entries = parse_target("onnxruntime-cuda:gelu_approximation=true")._session("fp16").entries
+    assert entries == {"optimization.enable_gelu_approximation": "1"}
+    assert not parse_target("onnxruntime-cuda")._session("fp16").entries
+
+
+@pytest.mark.parametrize(("precision", "first"), [("fp16", (False, True)), ("fp32", (True, True))])
+def test_layouts_of_convolutions_are_tried_from_what_the_precision_has(precision, first):
+    tunings = {tuning.what: tuning for tuning in parse_target("onnxruntime-cuda").tunings(precision)}
+    layouts = tunings["layout of convolutions"].alternatives
+    assert (layouts[0]["prefer_nhwc"], layouts[0]["fuse_conv_bias"]) == first
+    assert ("TF32 in products of float32" in tunings) == (precision == "fp32")
 
 
 def test_layouts_of_fp32_stay_as_they_are(built):

@@ -1,5 +1,7 @@
 """What every target promises of its precisions."""
 
+import dataclasses
+
 import pytest
 
 from enginesmith.passes import parse_pass
@@ -15,6 +17,38 @@ def test_each_precision_is_lowered_by_passes_that_exist(name):
         assert bool(passes) == (takes_graph and precision != "fp32")
         for text in passes:
             parse_pass(text)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_each_rewrite_is_a_pass(name):
+    target = parse_target(name)
+    for precision in target.capabilities.precisions:
+        rewrites = target.rewrites(precision)
+        assert bool(rewrites) == (target.capabilities.consumes == "graph")
+        assert [str(parse_pass(text)).partition(":")[0] for text in rewrites] == [t.partition(":")[0] for t in rewrites]
+
+
+@pytest.mark.parametrize("text", [*TARGETS, "torch-inductor:device=cuda"])
+def test_each_tuning_changes_options_that_the_target_has(text):
+    target = parse_target(text)
+    for precision in target.capabilities.precisions:
+        tunings = target.tunings(precision)
+        assert tunings
+        assert len({tuning.what for tuning in tunings}) == len(tunings)
+        for tuning in tunings:
+            assert tuning.alternatives
+            for options in tuning.alternatives:
+                other = dataclasses.replace(target, **options)
+                assert other != target
+                assert parse_target(str(other)) == other
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_quick_is_tried_first(name):
+    efforts = [tuning.effort for tuning in parse_target(name).tunings("fp32")]
+    order = ("quick", "default", "thorough")
+    assert [order.index(effort) for effort in efforts] == sorted(order.index(effort) for effort in efforts)
+    assert efforts.count("quick") <= 2
 
 
 @pytest.mark.parametrize("name", TARGETS)

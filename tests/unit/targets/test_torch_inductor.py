@@ -111,6 +111,7 @@ def test_axes_with_a_range_stay_dynamic(compiled: dict[str, Any], tmp_path: Path
     assert compiled["configs"] == {
         "freezing": True,
         "max_autotune": False,
+        "coordinate_descent_tuning": False,
         "cpp.threads": 2,
         "cpp.dynamic_threads": False,
     }
@@ -340,9 +341,12 @@ def test_a_package_that_is_damaged_is_an_engine_error(tmp_path: Path) -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(RecipeError, match="threads of torch-inductor is too small"):
         parse_target("torch-inductor:threads=0")
+    with pytest.raises(RecipeError, match="coordinate_descent=true searches kernels for a GPU"):
+        parse_target("torch-inductor:coordinate_descent=true")
     assert TorchInductor(freezing=False).options() == {
         "device": "cpu",
         "freezing": False,
         "max_autotune": False,
+        "coordinate_descent": False,
         "threads": None,
     }

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from enginesmith.compiler.graph import Graph, probe
+from enginesmith.passes.fuse_transformer import FuseTransformer
+
+CPU, CUDA = FuseTransformer(scheme="onnxruntime-cpu"), FuseTransformer(scheme="onnxruntime-cuda")
+
+ATTENTION = """<ir_version: 8, opset_import: ["": 17]>
+g (float[B,S,8] x, float[B,1,1,S] row, float[B,1,S,S] mask, float[S,S] flat, bool[B,1,S,S] allowed) => (float[B,S,8] y)
+    <float[8,8] wq, float[8] bq, float[8,8] wk, float[8] bk, float[8,8] wv, float[8] bv,
+     int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}, int64[2] flatten = {-1, 8}, int64[2] fold = {0, -1},
+     float half = {0.5}, float third = {0.3}, float zero = {0}, float lowest = {-3.4e38},
+     float infinite = {-inf}> {
+    a = MatMul(x, wq)  qa = Add(a, bq)  qs = Reshape(qa, split)  q = Transpose <perm = [0, 2, 1, 3]> (qs)
+    b = MatMul(x, wk)  kb = Add(b, bk)  ks = Reshape(kb, split)  k = Transpose <perm = [0, 2, 3, 1]> (ks)
+    c = MatMul(x, wv)  vc = Add(c, bv)  vs = Reshape(vc, split)  v = Transpose <perm = [0, 2, 1, 3]> (vs)
+    SCORES
+    [softmax] p = Softmax <axis = -1> (s)
+    PROBABILITIES  t = Transpose <perm = [0, 2, 1, 3]> (o)
+    END
+}"""
+PARTS = {
+    "SCORES": "m = MatMul(q, k)  s = Mul(m, half)",
+    "PROBABILITIES": "o = MatMul(p, v)",
+    "END": "y = Reshape(t, join)",
+}
+
+
+KEYS = "h = Transpose <perm = [0, 2, 1, 3]> (ks)  l = Transpose <perm = [0, 1, 3, 2]> (h)  "
+ROTATED = "u = Neg(q)  h = Transpose <perm = [0, 2, 1, 3]> (ks)  n = Neg(h)  l = Transpose <perm = [0, 1, 3, 2]> (n)  "
+GUARD = "i = IsNaN(p)  r = Where(i, zero, p)  o = MatMul(r, v)"
+
+
+def attention(**parts: str) -> str:
+    text = ATTENTION
+    for name, default in PARTS.items():
+        text = text.replace(name, parts.get(name.lower(), default))
+    return text
+
+
+def node_of(graph: Graph, operator: str) -> ir.Node:
+    return next(node for node in graph.nodes() if node.op_type == operator)
+
+
+@pytest.mark.parametrize(
+    ("scores", "scale", "bias"),
+    [
+        ("m = MatMul(q, k)  s = Mul(m, half)", 0.5, None),
+        ("m = MatMul(q, k)  s = Div(m, half)", 2.0, None),
+        ("u = Mul(q, half)  w = Mul(k, third)  s = MatMul(u, w)", 0.15, None),
+        ("m = MatMul(q, k)  n = Mul(m, half)  s = Add(n, mask)", 0.5, "mask"),
+        ("m = MatMul(q, k)  n = Mul(half, m)  s = Add(mask, n)", 0.5, "mask"),
+        ("m = MatMul(q, k)  n = Mul(half, m)  d = Add(flat, n)  s = Add(d, mask)", 0.5, "Add"),
+        ("m = MatMul(q, k)  n = Mul(m, half)  s = Add(n, row)", 0.5, "Expand"),
+        ("m = MatMul(q, k)  s = Where(allowed, m, lowest)", 1.0, "Where"),
+        ("m = MatMul(q, k)  s = Where(allowed, lowest, m)", 1.0, "Where"),
+        (KEYS + "s = MatMul(q, l)", 1.0, None),
+    ],
+)
+def test_attention_with_its_scale_and_masks(fused, scores, scale, bias):
+    graph, result = fused(CPU, attention(scores=scores))
+    assert result.changes == {"attention fused": 1}
+    assert result.details["relative_l2"] < 1e-6
+    node = node_of(graph, "MultiHeadAttention")
+    assert node.attributes["num_heads"].value == 2
+    assert node.attributes["scale"].value == pytest.approx(scale)
+    given = node.inputs[5] if len(node.inputs) > 5 else None
+    made_by = given.producer() if given is not None else None
+    assert (made_by.op_type if made_by is not None else given and given.name) == bias
+    assert {"Softmax", "Reshape", "Transpose"}.isdisjoint(graph.operators())
+
+
+def test_attention_whose_keys_and_values_are_split_already(fused):
+    text = attention(scores=ROTATED + "s = MatMul(u, l)", probabilities="e = Neg(v)  o = MatMul(p, e)")
+    graph, result = fused(CPU, text)
+    assert result.changes == {"attention fused": 1}
+    node = node_of(graph, "MultiHeadAttention")
+    assert [value.name for value in node.inputs[1:]] == ["n", "e"]
+
+
+@pytest.mark.parametrize("choice", ["Where(allowed, zero, infinite)", "Where(allowed, infinite, zero)"])
+def test_rows_that_are_masked_whole_stay_zero(fused, made, choice):
+    scores = f"m = MatMul(q, k)  w = {choice}  s = Add(m, w)"
+    graph, result = fused(CPU, attention(scores=scores, probabilities=GUARD))
+    assert result.changes == {"attention fused": 1}
+    inputs = made(graph)
+    inputs["allowed"][0, 0, 2] = "infinite, zero" in choice
+    output = probe.run(graph, inputs)["y"]
+    assert not output[0, 2].any()
+    assert output[0, 1].any() or output[0, 3].any()
+
+
+def test_guard_of_a_finite_mask_is_dropped(fused):
+    graph, _ = fused(CPU, attention(scores="m = MatMul(q, k)  s = Where(allowed, m, lowest)", probabilities=GUARD))
+    assert {"IsNaN", "ReduceMax"}.isdisjoint(graph.operators())
+
+
+@pytest.mark.parametrize("end", ["y = Reshape(t, flatten)", "n = Reshape(t, flatten)  y = Neg(n)"])
+def test_result_that_loses_its_batch_is_reshaped_still(fused, end):
+    graph, result = fused(CPU, attention(end=end).replace("float[B,S,8] y)", "float[N,8] y)"))
+    assert result.changes == {"attention fused": 1}
+    assert graph.operators()["Reshape"] == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"scores": "m = MatMul(q, k)  n = Add(m, mask)  s = Mul(n, half)"}, "mask is scaled together with the scores"),
+        ({"scores": "m = MatMul(q, k)  s = Where(allowed, m, third)"}, "something else than minus infinity"),
+        ({"scores": "m = MatMul(q, k)  n = MatMul(q, k)  s = Add(m, n)"}, "a mask cannot be told from its scores"),
+        ({"scores": "m = MatMul(q, k)  s = Relu(m)"}, "its scores are no product of queries and keys"),
+        (
+            {"scores": "m = MatMul(q, k)  s = Mul(m, half)", "probabilities": "r = Relu(p)  o = MatMul(r, v)"},
+            "its probabilities go elsewhere",
+        ),
+        ({"probabilities": "i = Relu(p)  o = MatMul(p, v)  z = MatMul(i, v)"}, "its probabilities go elsewhere"),
+        (
+            {
+                "scores": "m = MatMul(q, k)  w = Where(allowed, half, infinite)  s = Add(m, w)",
+                "probabilities": GUARD,
+            },
+            "rows that are masked whole become zero",
+        ),
+        ({"end": "y = Reshape(t, join)  z = Reshape(o, join)"}, "its result goes several ways"),
+        ({"end": "w = Identity(t)  y = Reshape(w, join)"}, "its heads are not joined by a Reshape"),
+        ({"end": "y = Reshape(t, fold)"}, "reshaped to something else"),
+    ],
+)
+def test_refuses_what_is_no_attention(fill, context, parts, reason):
+    text = attention(**parts)
+    graph = fill(text.replace("float[B,S,8] y)", "float[B,N] y)") if "fold" in parts.get("end", "") else text)
+    result = CPU(graph, context(graph))
+    assert not result.modified
+    assert [refusal.node for refusal in result.refusals] == ["softmax"]
+    assert reason in result.refusals[0].reason
+
+
+FIRST = """<ir_version: 8, opset_import: ["": 17]>
+g (float[S,B,8] q, float[S,B,8] k, float[S,B,8] v, float[S,S] flat) => (float[S,B,8] y)
+    <int64[3] heads = {0, -1, 4}, int64[3] join = {0, -1, 8}, int64[2] flatten = {-1, 8}> {
+    qs = Reshape(q, heads)  a = Transpose <perm = [1, 0, 2]> (qs)
+    ks = Reshape(k, heads)  b = Transpose <perm = [1, 2, 0]> (ks)
+    vs = Reshape(v, heads)  c = Transpose <perm = [1, 0, 2]> (vs)
+    m = MatMul(a, b)  SCORES  p = Softmax <axis = 2> (s)  o = MatMul(p, c)
+    t = Transpose <perm = [1, 0, 2]> (o)  END }"""
+
+
+@pytest.mark.parametrize("end", ["y = Reshape(t, join)", "y = Reshape(t, flatten)"])
+def test_attention_with_the_sequence_first_and_heads_beside_the_batch(fused, end):
+    text = FIRST.replace("SCORES", "s = Add(m, flat)").replace("END", end)
+    text = text.replace("float[S,B,8] y", "float[N,8] y") if "flatten" in end else text
+    graph, result = fused(CPU, text)
+    assert result.changes == {"attention fused": 1}
+    assert node_of(graph, "MultiHeadAttention").attributes["num_heads"].value == 2
+    assert graph.operators()["Transpose"] == 4
+
+
+def test_refuses_a_mask_for_each_head_beside_the_batch(fill, context):
+    text = FIRST.replace("SCORES", "s = Add(m, each)").replace("END", "y = Reshape(t, join)")
+    graph = fill(text.replace("float[S,S] flat", "float[C,S,S] each"))
+    assert not CPU(graph, context(graph)).modified
+
+
+def test_refuses_an_attention_whose_probabilities_are_an_output(fill, context):
+    text = attention(probabilities="o = MatMul(p, v)").replace("(float[B,S,8] y)", "(float[B,S,8] y, float[B,2,S,S] p)")
+    graph = fill(text)
+    result = CPU(graph, context(graph))
+    assert not result.modified
+    assert "its probabilities, or what comes of them, are used elsewhere" in result.refusals[0].reason
+
+
+def test_weights_go_into_one_product(fused):
+    graph, result = fused(CUDA, attention(scores="m = MatMul(q, k)  n = Mul(m, half)  s = Add(n, mask)"))
+    assert result.changes == {"attention fused": 1}
+    assert graph.operators() == {"com.microsoft::Attention": 1}
+    node = next(graph.nodes())
+    assert [list(value.shape) for value in node.inputs[:3] if value is not None] == [["B", "S", 8], [8, 24], [24]]
+    assert node.attributes["qkv_hidden_sizes"].value == (8, 8, 8)
+
+
+def test_weights_that_others_use_stay_products(fused):
+    graph, _ = fused(CUDA, attention(end="n = Reshape(t, join)  z = MatMul(n, wq)  y = Add(z, bq)"))
+    assert graph.operators()["com.microsoft::MultiHeadAttention"] == 1
+    assert "com.microsoft::Attention" not in graph.operators()
+
+
+def test_a_product_that_is_split_gives_weights_too(fused):
+    graph, result = fused(
+        CUDA,
+        """<ir_version: 8, opset_import: ["": 17]>
+        g (float[B,S,8] x) => (float[B,S,8] y) <float[8,24] w, float[24] b, int64[3] parts = {8, 8, 8},
+            int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}> {
+            c = MatMul(x, w)  d = Add(c, b)  qa, ka, va = Split <axis = -1> (d, parts)
+            qs = Reshape(qa, split)  q = Transpose <perm = [0, 2, 1, 3]> (qs)
+            ks = Reshape(ka, split)  k = Transpose <perm = [0, 2, 3, 1]> (ks)
+            vs = Reshape(va, split)  v = Transpose <perm = [0, 2, 1, 3]> (vs)
+            s = MatMul(q, k)  p = Softmax <axis = -1> (s)  o = MatMul(p, v)
+            t = Transpose <perm = [0, 2, 1, 3]> (o)  y = Reshape(t, join) }""",
+    )
+    assert result.changes == {"attention fused": 1}
+    assert graph.operators() == {"com.microsoft::Attention": 1}
