@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from ..compiler.machine.environment import cores, logical_cores
+from ..compiler.machine.environment import cores, processors
 from ..errors import BuildError, EngineError, EnginesmithError, TargetUnavailableError
 from ._onnxruntime import to_numpy
 from .base import Arrays, Availability, Bound, BuildRequest, Capabilities, EngineInfo, HostBound, Runner, Target, Tuning
@@ -87,7 +87,7 @@ class OpenVINO(Target):
         rest = Tuning("type of what is not quantized", ({"rest": "bf16"},), "quick")
         threads = Tuning(
             "threads within an operator",
-            tuple({"threads": count} for count in sorted({1, cores(), logical_cores()})),
+            tuple({"threads": count} for count in sorted({1, cores(), processors()})),
             "default",
         )
         pinning = Tuning("pinning of threads to cores", ({"pinning": True}, {"pinning": False}), "thorough")

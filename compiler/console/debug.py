@@ -12,7 +12,7 @@ from ..debug.debug import Debugged
 from ..debug.distance import Distance
 from ..debug.findings import Culprit, Findings
 from ..debug.trace import Row
-from .console import _console, _print_table
+from .console import _console, print_table
 
 WHOLE = 30
 """Tables of more rows show what matters, and the rows around it."""
@@ -77,7 +77,7 @@ def _show_rows(console: Console, found: Findings) -> None:
             rows.append(_cells(found, row))
         elif index - 1 in kept:
             rows.append(("...",) + ("",) * (len(headers) - 1))
-    _print_table(console, headers, rows, drop=("max abs", "SNR dB"))
+    print_table(console, headers, rows, drop=("max abs", "SNR dB"))
 
 
 def _kept(found: Findings) -> set[int]:

@@ -20,7 +20,7 @@ from ..manifest import EngineRecord, Ladder, LadderStep, PassRecord
 from ..rewriting import Workshop
 from .clock import LIMITS_S, Clock
 from .memory import Memory, out_of_time
-from .rungs import Rung, Situation, option_rungs, planners, remaining
+from .rungs import Rung, Situation, own_rungs, planners, remaining
 from .trials import Contender, Evidence, Trials, difference, new_step, worst_error
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ def _climbed(trials: Trials, memory: Memory, start: Contender, steps: list[Ladde
         ahead = remaining(planned, situation)
         incumbent = _step_up(trials, memory, planned.pop(0)(situation), incumbent, start, steps, ahead)
     situation = Situation(recipe, incumbent.variant, steps)
-    rungs = [rung.name for rung in option_rungs(situation)]
+    rungs = [rung.name for rung in own_rungs(situation)]
     for number, name in enumerate(rungs):
         situation = Situation(recipe, incumbent.variant, steps)
-        rung = next((rung for rung in option_rungs(situation) if rung.name == name), Rung(name))
+        rung = next((rung for rung in own_rungs(situation) if rung.name == name), Rung(name))
         incumbent = _step_up(trials, memory, rung, incumbent, start, steps, len(rungs) - number)
     return incumbent
 

@@ -1,12 +1,12 @@
 """What the ladder tries on a target: rungs in order, each with candidates that stand against the incumbent.
 
-    rewrites        what the target runs better, as fused attention
     precision       fp16 and bf16
     quantization    8 bits with ranges from calibration, dynamic, and weights alone
     mixed           where one of these was not close enough: with some nodes in higher precision
     pruning         fewer channels, where a budget says what it may cost
     sparsity        2:4, likewise
     alignment       dimensions grown to what Tensor Cores take
+    rewrites        what the target runs better, as fused attention
     options         of the target, one question a rung
 
 Passes that change the float32 graph are run before those that lower it, whichever rung found them.
@@ -18,6 +18,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from ...passes import parse_pass
+from ...passes.base import Pass
 from ...targets.base import Effort, Target, Tuning
 from ..manifest import LadderStep
 from ..recipe import Recipe
@@ -76,24 +78,27 @@ Planner = Callable[[Situation], Rung]
 
 
 def planners(target: Target, recipe: Recipe) -> tuple[Planner, ...]:
-    """The rungs of a target but for its options."""
+    """The rungs that every target has."""
     if target.capabilities.consumes == "module":
         return (_precision,)
     return (_precision, _quantization, _mixed, _pruning, _sparsity, _alignment)
 
 
-def option_rungs(situation: Situation) -> Iterator[Rung]:
-    """The rungs of the options of the incumbent's target."""
-    target = situation.incumbent.target
-    for tuning in target.tunings(situation.incumbent.precision):
-        if _reaches(situation.recipe.effort, tuning.effort):
-            yield _options(situation, tuning)
+def own_rungs(situation: Situation) -> Iterator[Rung]:
+    """The rungs of the incumbent's target: rewrites that it gains by, then its options."""
+    recipe, incumbent = situation.recipe, situation.incumbent
+    if incumbent.target.capabilities.consumes == "graph":
+        for text in incumbent.target.rewrites(incumbent.precision):
+            yield _rewriting(incumbent, parse_pass(text))
+    for tuning in incumbent.target.tunings(incumbent.precision):
+        if _reaches(recipe.effort, tuning.effort):
+            yield Rung(tuning.what, retuned(incumbent, tuning, recipe))
 
 
 def remaining(planned: Sequence[Planner], situation: Situation) -> int:
     """How many candidates are ahead, as far as one can tell now."""
     ahead = sum(len(planner(situation).candidates) for planner in planned)
-    return ahead + sum(len(rung.candidates) for rung in option_rungs(situation))
+    return ahead + sum(len(rung.candidates) for rung in own_rungs(situation))
 
 
 def retuned(variant: Variant, tuning: Tuning, recipe: Recipe) -> tuple[Variant, ...]:
@@ -173,8 +178,13 @@ def _alignment(situation: Situation) -> Rung:
     return Rung("alignment", aligned(wanted, situation.incumbent), asked=recipe.align not in (None, "off"))
 
 
-def _options(situation: Situation, tuning: Tuning) -> Rung:
-    return Rung(tuning.what, retuned(situation.incumbent, tuning, situation.recipe))
+def _rewriting(incumbent: Variant, rewrite: Pass) -> Rung:
+    """A rewrite comes behind other steps, and before what lowers the graph."""
+    if rewrite in incumbent.steps:
+        return Rung(rewrite.name)
+    step = incumbent.with_step("fused", rewrite)
+    name = incumbent.name if "-fused" in incumbent.name else step.name
+    return Rung(rewrite.name, (dataclasses.replace(step, name=name),))
 
 
 def _reaches(effort: Effort, least: Effort) -> bool:

@@ -86,11 +86,6 @@ def cores() -> int:
     return min(psutil.cpu_count(logical=False) or 1, _allowed() or 1)
 
 
-def logical_cores() -> int:
-    """How many processors this process may use, as the operating system counts them."""
-    return _allowed() or 1
-
-
 def _packages() -> dict[str, str]:
     found = ((name, _version(name)) for name in PACKAGES)
     return {name: version for name, version in found if version}

@@ -209,7 +209,7 @@ def roofline_plot(roofline: Roofline) -> Plot | None:
     )
     return Plot(
         "Nodes below what this machine can do; the larger, the more time",
-        f"The ceilings are {number(peak)} GFLOP/s and {number(bandwidth)} GB/s, meeting at {number(ridge)} FLOP per byte.",
+        f"Ceilings: {number(peak)} GFLOP/s and {number(bandwidth)} GB/s, which meet at {number(ridge)} FLOP per byte.",
         "FLOP per byte",
         "GFLOP/s",
         x_ticks,

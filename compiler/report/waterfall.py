@@ -38,8 +38,8 @@ def waterfall(steps: Sequence[LadderStep]) -> Chart | None:
             rung, base = step["step"], level
         if step["status"] == "start":
             rows.append((step, 0.0, 1.0, 1.0, 1.0))
-        elif gain is not None and all(math.isfinite(gain[key]) for key in ("ratio", "low", "high")):
-            rows.append((step, base, *(base * gain[key] for key in ("ratio", "low", "high"))))
+        elif gain is not None and math.isfinite(gain["ratio"] + gain["low"] + gain["high"]):
+            rows.append((step, base, base * gain["ratio"], base * gain["low"], base * gain["high"]))
             level = base * gain["ratio"] if step["status"] == "kept" else level
     if len(rows) < 2:
         return None

@@ -3,7 +3,7 @@ from typing import ClassVar
 
 import pytest
 
-from enginesmith.compiler.ladder.rungs import Situation, option_rungs, planners, remaining
+from enginesmith.compiler.ladder.rungs import Situation, own_rungs, planners, remaining
 from enginesmith.compiler.ladder.trials import difference, new_step
 from enginesmith.compiler.recipe import make_recipe
 from enginesmith.compiler.variants import make_variants
@@ -93,6 +93,9 @@ class Tunable(OnnxRuntimeCpu):
 
     name: ClassVar[str] = "tunable"
 
+    def rewrites(self, precision):
+        return ()
+
     def tunings(self, precision):
         return (
             Tuning("threads within an operator", ({"threads": 1}, {"threads": 2}), "quick"),
@@ -101,12 +104,26 @@ class Tunable(OnnxRuntimeCpu):
 
 
 def test_options_that_the_target_has_already_are_no_candidates():
-    (rung,) = option_rungs(situation(Tunable(threads=1), effort="default"))
+    (rung,) = own_rungs(situation(Tunable(threads=1), effort="default"))
     assert rung.name == "threads within an operator"
     (candidate,) = rung.candidates
     assert (candidate.name, candidate.target.threads) == ("tunable-fp32-tuned", 2)
     assert difference(candidate, situation(Tunable(threads=1)).incumbent) == "threads=2"
-    assert len(list(option_rungs(situation(Tunable(), effort="thorough")))) == 2
+    assert len(list(own_rungs(situation(Tunable(), effort="thorough")))) == 2
+
+
+def test_a_rewrite_of_the_target_comes_behind_other_steps_once():
+    found = situation("onnxruntime-cpu", effort="quick")
+    fuse = next(own_rungs(found))
+    (candidate,) = fuse.candidates
+    assert (fuse.name, candidate.name) == ("fuse-transformer", "onnxruntime-cpu-fp32-fused")
+    assert [rewrite.name for rewrite in candidate.passes] == ["fuse-transformer"]
+    again = dataclasses.replace(found, incumbent=candidate)
+    rungs = {rung.name: rung.candidates for rung in own_rungs(again)}
+    assert rungs["fuse-transformer"] == ()
+    (both,) = rungs["fuse-embeddings"]
+    assert both.name == "onnxruntime-cpu-fp32-fused"
+    assert [rewrite.name for rewrite in both.passes] == ["fuse-transformer", "fuse-embeddings"]
 
 
 def test_what_is_ahead_is_counted():
@@ -118,5 +135,5 @@ def test_what_is_ahead_is_counted():
 def test_a_tuned_engine_is_tuned_once_in_its_name(name):
     tuned = dataclasses.replace(situation(Tunable()).incumbent, name=f"tunable-fp32{name}")
     found = dataclasses.replace(situation(Tunable()), incumbent=tuned)
-    (rung,) = option_rungs(found)
+    (rung,) = own_rungs(found)
     assert {variant.name for variant in rung.candidates} == {"tunable-fp32-tuned"}
