@@ -50,18 +50,6 @@ class Batches(list[dict[str, np.ndarray]]):
     random = False
 
 
-class Logits(nn.Module):
-    """A classifier of transformers that takes and gives tensors."""
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.classifier(pixel_values=image).logits
-        return logits
-
-
 def vit() -> nn.Module:
     """ViT-S/16 with seeded random weights."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -70,7 +58,7 @@ def vit() -> nn.Module:
     config.num_labels = 1000
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(models.SEED)
-        return Logits(ViTForImageClassification(config)).eval()
+        return models.Logits(ViTForImageClassification(config)).eval()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""The models that are measured, as factories: `benchmarks/models.py:resnet50`, `:minilm` and `:bert_base`."""
+"""The models that are measured, as factories: `benchmarks/models.py:resnet50`, `:vit_b16`, `:bert_base`, and so on."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from torch import nn
 
 SEED = 0
 TOKENS = 128
+WORDS = 64
+"""Of a sentence that the LSTM tags."""
+
+DENSE, TABLES, ROWS = 13, 26, 20_000
+"""Numbers and categories of the recommender, as in Criteo's logs of clicks; rows of each table of embeddings."""
 
 
 class Bottleneck(nn.Module):
@@ -128,6 +134,27 @@ def bert_base() -> nn.Module:
         return SentenceEncoder(BertModel(BertConfig(), add_pooling_layer=False)).eval()
 
 
+class Logits(nn.Module):
+    """A classifier of transformers that takes and gives tensors."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier(pixel_values=image).logits
+        return logits
+
+
+def vit_b16() -> nn.Module:
+    """ViT-B/16 with seeded random weights, 86.6 million parameters."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig()
+    config.num_labels = 1000
+    return seeded(lambda: Logits(ViTForImageClassification(config)))
+
+
 def resnet50_inputs(count: int) -> dict[str, np.ndarray]:
     """Images of random coarse patches under noise, so that they differ from each other in more than their noise."""
     random = np.random.default_rng(SEED)
@@ -146,15 +173,28 @@ def minilm_inputs(count: int) -> dict[str, np.ndarray]:
 class DLRM(nn.Module):
     """Deep learning recommendation model: embeddings of categories and a bottom MLP, their products, a top MLP."""
 
-    def __init__(self, tables: int = 8, rows: int = 1000, width: int = 16, dense: int = 13) -> None:
+    def __init__(
+        self,
+        tables: int = 8,
+        rows: int = 1000,
+        width: int = 16,
+        dense: int = DENSE,
+        bottom: tuple[int, ...] = (64,),
+        top: tuple[int, ...] = (128, 64),
+    ) -> None:
         super().__init__()
         self.tables = nn.ModuleList(nn.Embedding(rows, width) for _ in range(tables))
-        self.bottom = nn.Sequential(nn.Linear(dense, 64), nn.ReLU(), nn.Linear(64, width), nn.ReLU())
+        self.bottom = self.mlp(dense, *bottom, width)
         pairs = torch.tril_indices(tables + 1, tables + 1, -1)
         self.register_buffer("pairs", pairs[0] * (tables + 1) + pairs[1])
-        self.top = nn.Sequential(
-            nn.Linear(width + pairs.shape[1], 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1)
-        )
+        self.top = self.mlp(width + pairs.shape[1], *top, 1)[:-1]
+
+    @staticmethod
+    def mlp(*widths: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*layers)
 
     def forward(self, dense: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
         bottom = self.bottom(dense)
@@ -223,8 +263,25 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def dlrm() -> nn.Module:
-    """A small DLRM with seeded random weights."""
-    return seeded(DLRM)
+    """DLRM in the sizes of its authors' run on Criteo's clicks, with 26 tables of 20,000 rows of 64 numbers.
+
+    With seeded random weights, scaled so that activations keep their size from layer to layer: else all clicks come out
+    alike, and an engine that ignores its input would pass as right.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = DLRM(TABLES, ROWS, 64, DENSE, bottom=(512, 256), top=(512, 256))
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, 0, module.embedding_dim**-0.5)
+    return model.eval()
+
+
+def lstm_tagger() -> nn.Module:
+    """Two bidirectional LSTM layers of 256 units over 20,000 words, and 17 classes, with seeded random weights."""
+    return seeded(lambda: Tagger(words=20_000, width=128, hidden=256))
 
 
 def unet() -> nn.Module:
@@ -232,6 +289,12 @@ def unet() -> nn.Module:
     return seeded(UNet)
 
 
-def tagger() -> nn.Module:
-    """A small bidirectional LSTM with seeded random weights."""
-    return seeded(Tagger)
+def dlrm_inputs(count: int) -> dict[str, np.ndarray]:
+    """Normal numbers, and categories of which the first are more frequent."""
+    random = np.random.default_rng(SEED)
+    categories = (ROWS * random.random((count, TABLES)) ** 3).astype(np.int64)
+    return {"dense": random.standard_normal((count, DENSE), dtype=np.float32), "categories": categories}
+
+
+def lstm_tagger_inputs(count: int) -> dict[str, np.ndarray]:
+    return {"words": np.random.default_rng(SEED).integers(0, 20_000, (count, WORDS))}

@@ -20,6 +20,7 @@ from enginesmith.targets import parse_target
 SAMPLES = Path(__file__).parents[2] / "samples"
 DIGITS = SAMPLES / "digits"
 CHARACTERS = SAMPLES / "characters"
+RECOMMENDATION = SAMPLES / "recommendation"
 
 
 def module(path: Path) -> ModuleType:
@@ -112,6 +113,60 @@ def test_the_metric_counts_right_characters() -> None:
     accuracy = module(CHARACTERS / "metric.py").accuracy
     guesses = np.eye(3)[[[1, 2, 0], [0, 0, 0]]]
     assert accuracy({"y": guesses}, {"tokens": np.array([[0, 1, 2], [2, 0, 1]])}).tolist() == [1, 0.5]
+
+
+@pytest.fixture(scope="module")
+def impressions() -> dict[str, np.ndarray]:
+    with np.load(RECOMMENDATION / "test.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_recommendation_ranks_as_well_as_its_page_says(impressions: dict[str, np.ndarray]) -> None:
+    model = module(RECOMMENDATION / "model.py").recommender().eval()
+    model.load_state_dict(load_file(RECOMMENDATION / "recommender.safetensors"))
+    with torch.inference_mode():
+        numbers, categories = (torch.from_numpy(impressions[name]) for name in ("numbers", "categories"))
+        predicted = model(numbers, categories).numpy()
+    auc = module(RECOMMENDATION / "metric.py").auc
+    reached, best = (auc({"y": scores}, impressions).mean() for scores in (predicted, impressions["probability"]))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    page = " ".join((RECOMMENDATION / "README.md").read_text().split())
+    assert f"{parameters:,} parameters" in page
+    assert f"On {len(predicted):,} held-out impressions the network reaches an AUC of {reached:.4f}" in page
+    assert f"the true probabilities {best:.4f}" in page
+    assert best - 0.01 < reached < best
+
+
+def test_recommendation_knows_the_probabilities_of_its_clicks(impressions: dict[str, np.ndarray]) -> None:
+    made = module(RECOMMENDATION / "clicks.py").clicks(8192, seed=2)
+    assert all((made[name] == impressions[name]).all() for name in ("numbers", "categories", "click"))
+    probability, click = impressions["probability"], impressions["click"]
+    assert np.allclose(made["probability"], probability)
+    for part in np.array_split(np.argsort(probability), 8):
+        assert abs(click[part].mean() - probability[part].mean()) < 0.06
+
+
+def test_the_metric_is_the_area_under_the_curve() -> None:
+    auc = module(RECOMMENDATION / "metric.py").auc
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    scores, click = random.integers(0, 20, 300) / 20, random.integers(0, 2, 300)
+    assert auc({"y": scores}, {"click": click}).mean() == pytest.approx(metrics.roc_auc_score(click, scores))
+    assert auc({"y": np.array([0.1, 0.7, 0.9])}, {"click": np.array([0, 1, 0])}).tolist() == [1, 0.5, 0]
+    with pytest.raises(ValueError, match="a batch needs rows with a click and rows without one"):
+        auc({"y": scores}, {"click": np.ones(300)})
+
+
+@pytest.mark.slow
+def test_recommendation_becomes_an_engine_that_ranks_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    recipe = RECOMMENDATION / "recipe.yaml"
+    bundle = enginesmith.compile(recipe=recipe, output=tmp_path / "bundle", precisions=("fp32",), benchmark=False)
+    (engine,) = bundle.manifest["engines"]
+    metric = engine["validation"]["metric"]
+    assert engine["validation"]["passed"]
+    assert metric["samples"] == 8192
+    assert metric["value"] == pytest.approx(metric["reference"], abs=1e-5)
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*/recipe.yaml")), ids=lambda path: path.parent.name)
