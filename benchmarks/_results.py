@@ -23,7 +23,11 @@ def command() -> str:
     if "--out" in arguments:
         index = arguments.index("--out")
         arguments = arguments[:index] + arguments[index + 2 :]
-    for option, named in (("--modelopt-python", "modelopt/bin/python"), ("--torch-pruning", "torch-pruning")):
+    for option, named in (
+        ("--modelopt-python", "modelopt/bin/python"),
+        ("--nncf-python", "nncf/bin/python"),
+        ("--torch-pruning", "torch-pruning"),
+    ):
         if option in arguments:
             arguments[arguments.index(option) + 1] = named
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
