@@ -91,6 +91,11 @@ def show_bundle(bundle: Bundle) -> None:
         from .ladder import show_ladder
 
         show_ladder(console, ladder)
+    if curves := manifest.get("batches"):
+        from .batches import show_decisions
+
+        for curve in curves:
+            show_decisions(console, curve)
     for engine in manifest["engines"]:
         _show_reason(console, engine["name"], engine["reason"], engine["to_do"])
         if not engine["dropped"]:
