@@ -132,7 +132,7 @@ class Processes:
 
     def _start(self) -> Worker:
         subject = self._subject
-        self._kept = worker = Worker(command(), name="the process that tried it", failure=EngineError)
+        self._kept = worker = Worker(command(), name="the batch worker", failure=EngineError)
         paths = {"directory": str(subject.directory.absolute()), "sample": str(subject.sample.absolute())}
         with Watch(worker.pid, worker.kill, growth_bytes=None, period_s=PROBING_S) as watch:
             self._translated(watch, lambda: worker.call("open", timeout_s=OPEN_S, on_gpu=subject.on_gpu, **paths))

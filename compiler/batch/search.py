@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -153,11 +154,15 @@ def _search(
     axis = signature.axes[subject.axis]
     known = min(axis.opt, limit)
 
+    sizes = doubling(axis.min, limit, axis.opt, axis.max)
+    fractions = itertools.chain(
+        (PROBING * number / len(sizes) for number in range(len(sizes))), itertools.repeat(PROBING)
+    )
+
     def probe(batch: int) -> Probe:
-        update(PROBING * batch.bit_length() / (limit.bit_length() + 1), f"try batch {batch}")
+        update(next(fractions), f"try batch {batch}")
         return processes.probe(batch, alone=batch > known)
 
-    sizes = doubling(axis.min, limit, axis.opt, axis.max)
     probes = find_largest(probe, sizes)
     p99_limit_ms = None if recipe.p99 is None else parse_latency(recipe.p99)
     timed = _Timed({}, {})

@@ -23,7 +23,11 @@ from .memory import data_limit, forget_peak, status_bytes, volunteer
 RUNS = 3
 """Runs of a probe: runtimes plan their memory in the first and specialize in the second."""
 
-MEMORY_SIGNS = ("out of memory", "bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "alloc failed")
+MEMORY_SIGNS = (
+    "out of memory", "out_of_memory", "bad_alloc", "bad allocation", "allocate memory", "alloc failed",
+    "smaller than requested",
+)  # fmt: skip
+"""What runtimes say where memory ran out, in lower case."""
 
 
 def command() -> list[str]:
