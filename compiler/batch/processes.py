@@ -133,7 +133,10 @@ class Processes:
     def _start(self) -> Worker:
         subject = self._subject
         self._kept = worker = Worker(command(), name="the batch worker", failure=EngineError)
-        paths = {"directory": str(subject.directory.absolute()), "sample": str(subject.sample.absolute())}
+        paths: dict[str, Any] = {
+            "directory": str(subject.directory.absolute()),
+            "sample": str(subject.sample.absolute()),
+        }
         with Watch(worker.pid, worker.kill, growth_bytes=None, period_s=PROBING_S) as watch:
             self._translated(watch, lambda: worker.call("open", timeout_s=OPEN_S, on_gpu=subject.on_gpu, **paths))
         return worker

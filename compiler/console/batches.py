@@ -21,7 +21,7 @@ def show_curves(curves: Sequence[BatchCurve]) -> None:
         headers = (">batch", "fits", ">p50 ms", ">p99 ms", ">calls", ">samples/s", ">GPU %", ">memory MB", "")
         rows = [_cells(curve, point) for point in curve["points"]]
         _print_table(console, headers, rows, drop=("GPU %", "calls", "p50 ms"))
-        show_decisions(console, curve)
+        show_decisions(console, [curve])
         for point in curve["points"]:
             if point["reason"]:
                 console.print(f"batch {point['batch']}: {escape(point['reason'])}", soft_wrap=True, highlight=False)
@@ -29,12 +29,13 @@ def show_curves(curves: Sequence[BatchCurve]) -> None:
         console.print(escape(protocol), style="dim")
 
 
-def show_decisions(console: Console, curve: BatchCurve) -> None:
+def show_decisions(console: Console, curves: Sequence[BatchCurve]) -> None:
     """What was decided, a line each."""
-    by_batch = {point["batch"]: point for point in curve["points"]}
-    for line in (_largest(curve), _saturation(curve, by_batch), _best(curve, by_batch)):
-        if line:
-            console.print(f"{escape(curve['engine'])}: {line}", soft_wrap=True, highlight=False)
+    for curve in curves:
+        by_batch = {point["batch"]: point for point in curve["points"]}
+        for line in (_largest(curve), _saturation(curve, by_batch), _best(curve, by_batch)):
+            if line:
+                console.print(f"{escape(curve['engine'])}: {line}", soft_wrap=True, highlight=False)
 
 
 def _largest(curve: BatchCurve) -> str:

@@ -67,8 +67,14 @@ def test_the_steps_of_the_bisection_are_not_timed_but_its_end_is() -> None:
 
 @pytest.mark.parametrize(
     ("room", "found"),
-    [(1000, [[1, 2, 4, 8, 16]]), (26, [[1, 2, 4, 8, 16]]), (25, [[1, 2, 4, 8], [16]]), (8, [[1, 2, 4], [8], [16]]), (0, [[1], [2], [4], [8], [16]])],
-)  # fmt: skip
+    [
+        (1000, [[1, 2, 4, 8, 16]]),
+        (26, [[1, 2, 4, 8, 16]]),
+        (25, [[1, 2, 4, 8], [16]]),
+        (8, [[1, 2, 4], [8], [16]]),
+        (0, [[1], [2], [4], [8], [16]]),
+    ],
+)
 def test_sizes_that_do_not_fit_together_are_timed_apart(room: int, found: list[list[int]]) -> None:
     probe, _ = memory_of(16)
     sizes = doubling(1, 16)

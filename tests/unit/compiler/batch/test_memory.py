@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,7 +103,8 @@ def test_a_reserve_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.reserve_bytes() == 512 * MIB
 
 
-def test_the_worker_is_killed_first(tmp_path: Path) -> None:
-    code = "from enginesmith.compiler.batch.memory import volunteer; volunteer(); print(open('/proc/self/oom_score_adj').read())"
+def test_the_worker_is_killed_first() -> None:
+    code = "from enginesmith.compiler.batch.memory import volunteer\nvolunteer()"
+    code += "\nprint(open('/proc/self/oom_score_adj').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1000"

@@ -1,4 +1,4 @@
-"""The whole search of one engine on a machine that is made up: memory ends where it is told to, calls take what they do."""
+"""The whole search of one engine on a made-up machine: its memory ends, and its calls take, as it is told."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_limit_that_no_size_keeps(searched: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_noise_moves_decisions_little(searched: Any, seed: int) -> None:
-    """With times off by up to 2 %, the saturation of a curve with a knee at 16 stays at it, and the best within 5 ms."""
+    """With times off by up to 2 %, the saturation stays at the knee of a curve, and the best within 5 ms."""
 
     def knee(batch: int) -> float:
         return 1.0 + 0.01 * batch if batch <= 16 else 1.16 * batch / 16

@@ -56,7 +56,8 @@ def test_a_p99_over_few_calls_says_so(shown: Any) -> None:
     lines = shown(curve(POINTS[:-1], largest_is_limit=True, saturation=64, best=64))
     assert "cpu-fp32: largest batch 64, and no larger one was asked for" in lines
     assert lines[-2] == (
-        "cpu-fp32: most throughput at batch 64: 4267 samples/s, p99 20 ms (p99 over 40 calls only, of 200 that it needs)"
+        "cpu-fp32: most throughput at batch 64: 4267 samples/s, p99 20 ms "
+        "(p99 over 40 calls only, of 200 that it needs)"
     )
 
 
