@@ -12,7 +12,7 @@ from ...errors import EngineError
 from ...targets._worker import Worker
 from ..benchmark.gpu_monitor import GpuMonitor
 from .largest import Probe
-from .memory import Watch, room_bytes
+from .memory import Watch, reason_of, room_bytes
 from .worker import command
 
 PROBE_S = 120.0
@@ -74,7 +74,7 @@ class Processes:
             answer = self._call("probe", timeout_s=self._subject.probe_s, period_s=PROBING_S, sizes=self._sizes(batch))
         except EngineError as error:
             self._end()
-            return Probe(batch, False, reason=error.message)
+            return Probe(batch, False, reason=_reason(error))
         finally:
             if alone:
                 self._end()
@@ -97,7 +97,7 @@ class Processes:
         try:
             found = self._call("time", timeout_s=TIME_S, period_s=TIMING_S, batches=batches, settings=settings)
         except EngineError as error:
-            return {}, dict.fromkeys(slices_s, error.message)
+            return {}, dict.fromkeys(slices_s, _reason(error))
         finally:
             self._end()
         return (
@@ -155,3 +155,9 @@ class Processes:
         worker, self._kept = self._kept, None
         if worker is not None:
             worker.close()
+
+
+def _reason(error: EngineError) -> str:
+    """Why a worker failed, with the last line of its log."""
+    log = [line.strip() for line in str(error.found or "").splitlines()[1:]]
+    return reason_of(EngineError(error.message), log[-1] if log else "")

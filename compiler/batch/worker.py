@@ -18,16 +18,10 @@ from ...targets.base import Arrays, Bound, EngineInfo, Runner
 from ..benchmark.gpu_monitor import GpuMonitor
 from ..benchmark.rounds import FAILURES, Candidate, Settings, SizedInputs, benchmark
 from ..data import resized
-from .memory import data_limit, forget_peak, status_bytes, volunteer
+from .memory import data_limit, forget_peak, reason_of, status_bytes, volunteer
 
 RUNS = 3
 """Runs of a probe: runtimes plan their memory in the first and specialize in the second."""
-
-MEMORY_SIGNS = (
-    "out of memory", "out_of_memory", "bad_alloc", "bad allocation", "allocate memory", "alloc failed",
-    "smaller than requested",
-)  # fmt: skip
-"""What runtimes say where memory ran out, in lower case."""
 
 
 def command() -> list[str]:
@@ -157,14 +151,6 @@ class _Sized:
 
     def close(self) -> None:
         """Leaves that to who opened the engine."""
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a batch failed, in a line; that memory ran out stands first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = (lines[0] if lines else type(error).__name__)[:300]
-    out = isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in MEMORY_SIGNS)
-    return f"out of memory: {text}" if out and not text.lower().startswith("out of memory") else text
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from enginesmith.compiler.batch import memory
-from enginesmith.compiler.batch.memory import Watch, data_limit, forget_peak, resident_bytes, status_bytes
+from enginesmith.compiler.batch.memory import Watch, data_limit, forget_peak, reason_of, resident_bytes, status_bytes
+from enginesmith.errors import EngineError
 
 MIB = 1 << 20
 
@@ -108,3 +109,31 @@ def test_the_worker_is_killed_first() -> None:
     code += "\nprint(open('/proc/self/oom_score_adj').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1000"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "out of memory: MemoryError"),
+        (EngineError("ONNX Runtime failed to run the engine: std::bad_alloc"), "out of memory: ONNX Runtime failed"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "out of memory: CUDA out of memory. Tried"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+            "out of memory:",
+        ),
+        (EngineError("Available memory of 12 is smaller than requested bytes of 13"), "out of memory: Available"),
+        (EngineError("cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY"), "out of memory: cuMemAlloc_v2"),
+        (RuntimeError("Out of memory: 3 GiB"), "Out of memory: 3 GiB"),
+        (ValueError("shapes do not match\nat node 7"), "shapes do not match"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_that_memory_ran_out_stands_first(error: Exception, reason: str) -> None:
+    assert reason_of(error).startswith(reason)
+    assert "\n" not in reason_of(error)
+
+
+def test_the_log_may_tell_that_memory_ran_out() -> None:
+    error = EngineError("the worker ended with exit code 1")
+    assert reason_of(error, "it is broken") == "the worker ended with exit code 1: it is broken"
+    assert reason_of(error, "libgomp: Thread creation failed: again").startswith("out of memory: the worker ended")

@@ -87,8 +87,9 @@ def test_a_death_is_a_result(started: Any, batch: int, changes: dict[str, Any], 
 
 def test_an_engine_that_does_not_open_fits_nowhere(started: Any) -> None:
     with started("broken") as running:
-        assert running.probe(1, alone=False).reason == "the batch worker ended with exit code 1 during 'open'"
-        assert running.time({1: 0.1}, {})[1] == {1: "the batch worker ended with exit code 1 during 'open'"}
+        reason = "the batch worker ended with exit code 1 during 'open': no engine here"
+        assert running.probe(1, alone=False).reason == reason
+        assert running.time({1: 0.1}, {})[1] == {1: reason}
 
 
 def test_timings_come_by_batch_and_a_death_skips_all_of_them(started: Any) -> None:

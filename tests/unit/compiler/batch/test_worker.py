@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from enginesmith.compiler.batch import worker
-from enginesmith.compiler.batch.worker import Commands, reason_of
+from enginesmith.compiler.batch.worker import Commands
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import DataError, EngineError
 from enginesmith.targets.base import EngineInfo, HostBound
@@ -127,25 +127,3 @@ def test_the_engine_is_closed_at_the_end(tmp_path: Path, target: Target) -> None
     with pytest.raises(EngineError, match="no engine is loaded"):
         commands.probe({"batch": 1, "length": 4}, growth_bytes=None)
     commands.close()
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (MemoryError(), "out of memory: MemoryError"),
-        (EngineError("ONNX Runtime failed to run the engine: std::bad_alloc"), "out of memory: ONNX Runtime failed"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "out of memory: CUDA out of memory. Tried"),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-            "out of memory:",
-        ),
-        (EngineError("Available memory of 12 is smaller than requested bytes of 13"), "out of memory: Available"),
-        (EngineError("cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY"), "out of memory: cuMemAlloc_v2"),
-        (RuntimeError("Out of memory: 3 GiB"), "Out of memory: 3 GiB"),
-        (ValueError("shapes do not match\nat node 7"), "shapes do not match"),
-        (RuntimeError(), "RuntimeError"),
-    ],
-)
-def test_that_memory_ran_out_stands_first(error: Exception, reason: str) -> None:
-    assert reason_of(error).startswith(reason)
-    assert "\n" not in reason_of(error)
