@@ -258,9 +258,7 @@ def verdict(
     right = [engine["name"] for engine in judged if engine["validation"] and engine["validation"]["passed"]]
     wrong = [engine["name"] for engine in judged if engine["name"] not in right]
     broken = [engine["name"] for engine in engines if engine["status"] == "failed" and engine["build_s"] is not None]
-    passed = (
-        not wrong and not broken and not missed and any(engine["status"] in ("ready", "built") for engine in engines)
-    )
+    passed = not (wrong or broken or missed) and any(engine["status"] in ("ready", "built") for engine in engines)
     reasons = [f"{name} failed its validation" for name in wrong]
     reasons += [f"{engine['name']}: {engine['reason']}" for engine in engines if engine["status"] != "ready"]
     reasons += [missed] if missed else []

@@ -26,7 +26,8 @@ SLACK_BYTES = 64 << 20
 """The watch kills this far beyond the limit that the process keeps by itself."""
 
 SIGNS = (
-    "out of memory", "out_of_memory", "bad_alloc", "bad allocation", "allocate memory", "alloc failed",
+    "out of memory", "out_of_memory", "bad_alloc", "bad allocation", "allocate memory", "failed to allocate",
+    "alloc failed",
     "smaller than requested", "thread creation failed",
 )  # fmt: skip
 """What runtimes say where memory ran out, in lower case; a thread cannot be made for want of memory for its stack."""
@@ -127,8 +128,10 @@ class Watch:
 def reason_of(error: BaseException, more: str = "") -> str:
     """Why a batch failed, in a line; that memory ran out stands first. `more` is what else is known, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = (lines[0] if lines else type(error).__name__)[:300]
-    text = f"{text}: {more[:300]}" if more else text
+    text = lines[0] if lines else type(error).__name__
+    if text.endswith(":"):  # a place, as OpenVINO has it, several of them; what happened stands last
+        text = f"{text} {lines[-1]}" if len(lines) > 1 else text[:-1]
+    text = f"{text}: {more}"[:300] if more else text[:300]
     out = isinstance(error, MemoryError) or any(sign in f"{error} {more}".lower() for sign in SIGNS)
     return f"out of memory: {text}" if out and not text.lower().startswith("out of memory") else text
 

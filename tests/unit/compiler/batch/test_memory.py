@@ -125,7 +125,15 @@ def test_the_worker_is_killed_first() -> None:
         (EngineError("cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY"), "out of memory: cuMemAlloc_v2"),
         (RuntimeError("Out of memory: 3 GiB"), "Out of memory: 3 GiB"),
         (ValueError("shapes do not match\nat node 7"), "shapes do not match"),
+        (
+            EngineError("it failed: from a.cpp:1:\nFailed to allocate 12 bytes of memory"),
+            "out of memory: it failed: from",
+        ),
         (RuntimeError(), "RuntimeError"),
+        (
+            EngineError("it failed: from a.cpp:1:\nfrom b.cpp:2:\nno such shape\n"),
+            "it failed: from a.cpp:1: no such shape",
+        ),
     ],
 )
 def test_that_memory_ran_out_stands_first(error: Exception, reason: str) -> None:
