@@ -27,8 +27,7 @@ SLACK_BYTES = 64 << 20
 
 SIGNS = (
     "out of memory", "out_of_memory", "bad_alloc", "bad allocation", "allocate memory", "failed to allocate",
-    "alloc failed",
-    "smaller than requested", "thread creation failed",
+    "alloc failed", "smaller than requested", "thread creation failed",
 )  # fmt: skip
 """What runtimes say where memory ran out, in lower case; a thread cannot be made for want of memory for its stack."""
 
