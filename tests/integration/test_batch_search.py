@@ -27,8 +27,8 @@ def digits(enginesmith, tmp_path) -> Path:
     """A compile of the sample with a batch search and a limit that any machine keeps."""
     recipe, bundle = ROOT / "samples/digits/recipe.yaml", tmp_path / "digits"
     outcome = enginesmith(
-        "compile", "--recipe", recipe, "--target", "onnxruntime-cpu", "--no-benchmark", "-o", bundle,
-        "--batch-search", "--p99", "20s", *QUICK,
+        "compile", "--recipe", recipe, "--target", "onnxruntime-cpu", "--precision", "fp32", "--no-benchmark",
+        "-o", bundle, "--batch-search", "--p99", "20s", *QUICK,
     )  # fmt: skip
     assert outcome.code == 0, outcome
     assert "search batch" in outcome.err
