@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from ..batch.choice import CALLS, unmet
 from ..manifest import BatchCurve, BatchPoint
-from .console import _console, _ms, _percent, _print_table
+from .console import _console, _ms, _percent, print_table
 
 
 def show_curves(curves: Sequence[BatchCurve]) -> None:
@@ -20,7 +20,7 @@ def show_curves(curves: Sequence[BatchCurve]) -> None:
         console.print(f"[bold]{escape(curve['engine'])}[/], {escape(curve['axis'])}{others} on {curve['device']}")
         headers = (">batch", "fits", ">p50 ms", ">p99 ms", ">calls", ">samples/s", ">GPU %", ">memory MB", "")
         rows = [_cells(curve, point) for point in curve["points"]]
-        _print_table(console, headers, rows, drop=("GPU %", "calls", "p50 ms"))
+        print_table(console, headers, rows, drop=("GPU %", "calls", "p50 ms"))
         show_decisions(console, [curve])
         for point in curve["points"]:
             if point["reason"]:
