@@ -151,13 +151,31 @@ def _bench() -> click.Command:
         from .compiler.again import benchmark_bundle
         from .compiler.console.console import progress, show_benchmark
 
+        fields = overrides(values)
+        if fields.get("batch_search") or {"p99", "max_batch"} & fields.keys():
+            return _search_batches(bundle, engines, fields, as_json=as_json, quiet=quiet)
         with progress(quiet) as bars:
-            result = benchmark_bundle(bundle, engines, progress=bars, **overrides(values))
+            result = benchmark_bundle(bundle, engines, progress=bars, **fields)
         _show(result, as_json, quiet, lambda: show_benchmark(result))
         return 0
 
     options = field_options("baselines", "data", "rounds", "slice_s", "with_transfers", "seed")
+    options += field_options("batch_search", "p99", "max_batch")
     return click.Command("bench", params=[_BUNDLE, _ENGINES, *options], callback=run)
+
+
+def _search_batches(
+    bundle: Path, engines: tuple[str, ...], fields: dict[str, Any], *, as_json: bool, quiet: bool
+) -> int:
+    from .compiler.again import search_bundle
+    from .compiler.batch.choice import missed
+    from .compiler.console.batches import show_curves
+    from .compiler.console.console import progress
+
+    with progress(quiet) as bars:
+        result = search_bundle(bundle, engines, progress=bars, **fields)
+    _show(result, as_json, quiet, lambda: show_curves(result))
+    return 1 if missed(result) else 0
 
 
 def _debug() -> click.Command:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import EngineError, TargetUnavailableError, UnknownNameError
+from ..errors import EngineError, TargetUnavailableError, UnknownNameError, UsageError
 from ..targets import get_target
 from .bundle import Bundle
 from .data import open_data
 from .engine import check_files
-from .manifest import Benchmark, EngineRecord, OutputMetrics, Validation
+from .manifest import BatchCurve, Benchmark, EngineRecord, OutputMetrics, Validation
 from .progress import Progress
 from .recipe import Recipe, make_recipe, read_recipe
 from .signature import Signature
@@ -78,10 +78,7 @@ def benchmark_bundle(
         engines = list(dict.fromkeys([*engines, *(name for name in recipe.baselines if name in names)]))
     chosen = _choose(bundle, engines)
     signature = Signature.from_json(bundle.manifest["signature"])
-    if "data" in fields:
-        sample: Mapping[str, np.ndarray] = open_data(recipe.data, signature, seed=recipe.seed).first()
-    else:
-        sample = next(iter(ReferenceOutputs(path / "reference", signature))).inputs
+    sample = _sample(bundle, recipe, signature, given="data" in fields)
     in_torch = any(name in TORCH_BASELINES for name in recipe.baselines)
     from_file = bundle.manifest["source"]["kind"] != "onnx" and not recipe.model.startswith("<")
     model = load(recipe) if in_torch and from_file else None
@@ -91,6 +88,48 @@ def benchmark_bundle(
         reasons = result["skipped"] if result else {}
         raise EngineError("nothing could be measured", found="; ".join(f"{k}: {v}" for k, v in reasons.items()))
     return result
+
+
+def search_bundle(
+    path: Path, engines: Sequence[str] = (), *, progress: Progress | None = None, **fields: Any
+) -> list[BatchCurve]:
+    """Searches batch sizes of engines of a bundle.
+
+    Args:
+        engines: names of the engines; the best of each target that runs here where empty.
+        fields: `p99`, `max_batch`, `data`, `rounds`, `slice_s`, `with_transfers`, `seed` of the recipe.
+
+    Raises:
+        UsageError: a baseline was given.
+        RecipeError: the engines have no batch axis.
+        TargetUnavailableError: no engine that was asked for runs here.
+        EngineError: no engine runs at any batch size.
+    """
+    from .batch.search import best_of_targets, check_searchable, search_batches
+
+    if "baselines" in fields:
+        raise UsageError("a batch search compares the sizes of an engine, and has no baseline", hint="leave it out")
+    bundle, recipe = _reopen(path, {"p99": None, "max_batch": None, **fields})
+    signature = Signature.from_json(bundle.manifest["signature"])
+    check_searchable(signature, recipe)
+    chosen = _choose(bundle, engines)
+    if not engines:
+        wrong = {e["name"] for e in bundle.manifest["engines"] if (v := e["validation"]) and not v["passed"]}
+        right = [engine for engine in chosen if engine["name"] not in wrong]
+        chosen = best_of_targets(right, bundle.manifest["benchmark"], signature)
+    sample = _sample(bundle, recipe, signature, given="data" in fields)
+    curves = search_batches(path, chosen, sample, signature, recipe, (progress or Progress()).update)
+    if not any(curve["largest"] for curve in curves):
+        reasons = "; ".join(f"{curve['engine']}: {curve['points'][0]['reason']}" for curve in curves)
+        raise EngineError("no engine runs at any batch size that was searched", found=reasons or "no engine is right")
+    return curves
+
+
+def _sample(bundle: Bundle, recipe: Recipe, signature: Signature, *, given: bool) -> Mapping[str, np.ndarray]:
+    """Inputs to measure with: of the data that were given now, else of the record of the reference."""
+    if given:
+        return open_data(recipe.data, signature, seed=recipe.seed).first()
+    return next(iter(ReferenceOutputs(bundle.path / "reference", signature))).inputs
 
 
 def _reopen(path: Path, fields: Mapping[str, Any]) -> tuple[Bundle, Recipe]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,8 +17,9 @@ from ..errors import (
 )
 from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
+from .batch.choice import best_within
 from .machine.requirements import check_machine, devices
-from .manifest import FORMAT, EngineRecord, Manifest
+from .manifest import FORMAT, Benchmark, EngineRecord, Manifest
 from .signature import Signature
 from .storage.files import sha256
 
@@ -49,12 +50,12 @@ def load(bundle: str | Path, engine: str | None = None, *, device: Device | None
         record = _named(manifest, engine)
         if verify:
             check_files(root, engine, manifest)
-        return _open(root, record, device)
+        return _open(root, record, device, manifest)
     reasons = {record["name"]: _excluded(record) for record in manifest["engines"]}
     for record in ranked(manifest):
         if verify:  # a changed file is never passed over in search of another engine
             check_files(root, record["name"], manifest)
-        opened = _open_or_reason(root, record, device)
+        opened = _open_or_reason(root, record, device, manifest)
         if isinstance(opened, Engine):
             return opened
         reasons[record["name"]] = opened
@@ -70,10 +71,13 @@ class Engine:
 
     Attributes:
         info: all of engine.json.
+        best_batch: the batch size with the most throughput, within the limit on p99 where one was given; None where the
+            batch search was not asked for, or found none.
     """
 
-    def __init__(self, info: EngineInfo, runner: Runner) -> None:
+    def __init__(self, info: EngineInfo, runner: Runner, best_batch: int | None = None) -> None:
         self.info = info
+        self.best_batch = best_batch
         self._runner: Runner | None = runner
         self._signature = info.signature
 
@@ -178,13 +182,16 @@ def read_manifest(bundle: Path) -> Manifest:
 
 def ranked(manifest: Manifest) -> list[EngineRecord]:
     """The engines that may be chosen: the fastest first, then those without numbers."""
+    return by_speed(manifest["engines"], manifest["benchmark"], Signature.from_json(manifest["signature"]))
+
+
+def by_speed(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> list[EngineRecord]:
+    """Of these engines those that may be chosen, as `ranked`."""
     times: dict[str, float] = {}
-    signature = Signature.from_json(manifest["signature"])
-    benchmark = manifest["benchmark"]
     for timing in benchmark["timings"] if benchmark else []:
         if signature.sizes().items() >= timing["sizes"].items():
             times[timing["candidate"]] = timing["p50_ms"]
-    usable = [record for record in manifest["engines"] if not _excluded(record)]
+    usable = [record for record in engines if not _excluded(record)]
     return sorted(usable, key=lambda record: times.get(record["name"], float("inf")))
 
 
@@ -214,14 +221,14 @@ def check_files(bundle: Path, engine: str, manifest: Manifest) -> None:
             )
 
 
-def _open_or_reason(root: Path, record: EngineRecord, device: Device | None) -> Engine | str:
+def _open_or_reason(root: Path, record: EngineRecord, device: Device | None, manifest: Manifest) -> Engine | str:
     try:
-        return _open(root, record, device)
+        return _open(root, record, device, manifest)
     except EngineError as error:
         return error.message
 
 
-def _open(root: Path, record: EngineRecord, device: Device | None) -> Engine:
+def _open(root: Path, record: EngineRecord, device: Device | None, manifest: Manifest) -> Engine:
     folder = root / "engines" / record["name"]
     try:
         info = EngineInfo.read(folder)
@@ -235,7 +242,14 @@ def _open(root: Path, record: EngineRecord, device: Device | None) -> Engine:
             f"engine {info.name} does not run on {device}", expected=device, found=" or ".join(runs_on)
         )
     check_machine(info, target, _rebuild(root))
-    return Engine(info, target.runner(folder, info))
+    return Engine(info, target.runner(folder, info), _best_batch(info, manifest))
+
+
+def _best_batch(info: EngineInfo, manifest: Manifest) -> int | None:
+    """The best batch that was found for an engine, of those that it takes; None where it was not searched."""
+    axis = info.signature.axes.get(info.signature.batch_axis or "")
+    curves = (curve for curve in manifest.get("batches", ()) if curve["engine"] == info.name)
+    return next((best_within(curve, axis.max) for curve in curves if axis), None)
 
 
 def _named(manifest: Manifest, engine: str) -> EngineRecord:

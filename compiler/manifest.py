@@ -242,7 +242,11 @@ class Ladder(TypedDict):
 
 
 class BatchPoint(TypedDict):
-    """One batch size that was tried. Times are None where it does not fit; `reason` says why it does not."""
+    """One batch size that was tried. Times are None where it does not fit or was not timed; `reason` says why.
+
+    `samples_per_s` is of the median call; `p99_ms` is over `calls` calls, of which a p99 needs 200. `memory_bytes` is
+    what it takes with the engine: of the device, or on a CPU the peak of the whole process that ran it.
+    """
 
     batch: int
     fits: bool
@@ -250,22 +254,28 @@ class BatchPoint(TypedDict):
     p50_ms: float | None
     p99_ms: float | None
     samples_per_s: float | None
+    calls: int
     memory_bytes: int | None
+    gpu_utilization_percent: float | None
 
 
 class BatchCurve(TypedDict):
-    """Batch sizes of one engine. `largest` fits in memory, `saturation` is the smallest with 95 % of the highest
-    throughput, `best` the one with the most throughput within `p99_limit_ms` (None for no limit).
+    """Batch sizes of one engine. `largest` fits in memory, 0 where none does; `largest_is_limit` tells that no larger
+    one was asked for. `saturation` is the smallest with 95 % of the highest throughput, `best` the one with the most
+    throughput within `p99_limit_ms` (None for no limit). `sizes` are those of the other dynamic axes.
     """
 
     engine: str
     axis: str
+    sizes: dict[str, int]
+    device: Literal["cpu", "cuda"]
     points: list[BatchPoint]
     largest: int
     largest_is_limit: bool
     saturation: int | None
     best: int | None
     p99_limit_ms: float | None
+    protocol: str
 
 
 Bound = Literal["compute", "bandwidth", "launch", "cpu-placed", "transfer"]

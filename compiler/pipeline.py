@@ -15,6 +15,9 @@ from ..errors import CaptureError, RecipeError, TargetUnavailableError, UnknownN
 from ..passes import parse_pass
 from ..targets import parse_target
 from ..targets.base import Target
+from .batch.choice import missed
+from .batch.search import best_of_targets, check_searchable, search_batches
+from .batch.search import notes as batch_notes
 from .build import Job, build_all, check_left
 from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
@@ -22,7 +25,7 @@ from .gains import drop
 from .ladder.climb import climb
 from .ladder.trials import Evidence
 from .machine.environment import environment
-from .manifest import FORMAT, Benchmark, EngineRecord, Manifest, OutputMetrics
+from .manifest import FORMAT, BatchCurve, Benchmark, EngineRecord, Manifest, OutputMetrics
 from .progress import Progress, Stages
 from .pruning.module import check_module, check_pruned_weights
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from .sources import Model
 
 STAGES = 9
-"""One more where the ladder runs."""
+"""One more where the ladder runs, and one where batch sizes are searched."""
 
 
 def compile(
@@ -101,12 +104,14 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     known_modules = set(sys.modules)
     load_metric(recipe)  # a metric that is not there fails before any work
     load_budget(recipe)
-    stages = Stages(progress, STAGES + recipe.climbs)
+    stages = Stages(progress, STAGES + recipe.climbs + recipe.searches_batches)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
         job = Job(recipe, targets, passes, variants, machine, cache, folder, Path(scratch), stages)
         with stages("load model") as stage:
             model = load(recipe, module)
             stage["detail"] = f"{model.kind}, {model.parameter_bytes / 1e6:.1f} MB of weights"
+        if recipe.searches_batches:
+            check_searchable(model.signature, recipe)
         check_module(recipe, model)
         if not from_files:
             bundle_key = compile_key(recipe, machine, model.fingerprint)
@@ -158,15 +163,22 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             benchmark = _benchmark(job, model, data, engines)
             drop(engines, benchmark, model.signature)
             stage["detail"] = f"against {benchmark['baseline']}" if benchmark else "nothing to measure"
+        batches: list[BatchCurve] = []
+        if recipe.searches_batches:
+            with stages("search batch") as stage:
+                chosen = best_of_targets(engines, benchmark, model.signature)
+                sample = data.first()
+                batches = search_batches(folder, chosen, sample, model.signature, recipe, stages.update)
+                stage["detail"] = ", ".join(engine["name"] for engine in chosen) or "no engine runs here"
         with stages("write bundle"):
             dense = [variant for variant in job.variants if variant.sibling is None]
             notes = [*not_lowered(dense, pass_records), *without_effect(job.variants, pass_records)]
-            notes += not_written(pass_records)
+            notes += not_written(pass_records) + batch_notes(batches)
             manifest = Manifest(
                 format=FORMAT,
                 enginesmith=__version__,
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                verdict=verdict(engines, benchmark, model.signature, notes),
+                verdict=verdict(engines, benchmark, model.signature, notes, missed(batches)),
                 source=_describe(recipe, model),
                 signature=model.signature.to_json(),
                 data=describe(data),
@@ -178,6 +190,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 engines=engines,
                 benchmark=benchmark,
                 ladder=ladder,
+                batches=batches,
                 environment=dict(job.machine),
                 files={},
             )

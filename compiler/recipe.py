@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import RecipeError, UnknownNameError
+from .batch.latency import parse_latency
 from .budget import Budget
 from .ladder.objective import Objective
 from .pruning.goal import parse_goal
@@ -145,6 +146,14 @@ class Recipe(BaseModel):
     """Seconds that a candidate runs in one round."""
     with_transfers: bool = False
     """Include copies between host and device in the times."""
+    batch_search: bool = False
+    """Search the batch sizes of the best engine of each target: the largest that fits in memory, where throughput
+    saturates, and the one with the most."""
+    p99: Annotated[str | None, Flag(metavar="TIME")] = None
+    """Latency that 99 % of calls must keep, for instance 5ms: search the batch size with the most throughput within.
+    Where no engine keeps it at any size, the verdict is negative."""
+    max_batch: int | None = Field(default=None, ge=1)
+    """Search batch sizes up to this, beyond the axis' declared range where an engine takes them."""
     reference_device: Literal["cpu", "cuda"] = "cpu"
     """Device on which the reference is computed."""
     seed: int = 0
@@ -197,6 +206,11 @@ class Recipe(BaseModel):
     def _budget_is_known(cls, text: str | None) -> str | None:
         return None if text is None else str(Budget.parse(text))
 
+    @pydantic.field_validator("p99")
+    @classmethod
+    def _p99_is_a_time(cls, text: str | None) -> str | None:
+        return None if text is None else f"{parse_latency(text):.15g}ms"
+
     @pydantic.field_validator("keep", mode="before")
     @classmethod
     def _kept_precisions_are_known(cls, keep: Any) -> Any:
@@ -225,6 +239,11 @@ class Recipe(BaseModel):
     def climbs(self) -> bool:
         """Whether the ladder is to find the engines."""
         return AUTO in self.precisions and self.benchmark
+
+    @property
+    def searches_batches(self) -> bool:
+        """Whether any field asks for the batch search."""
+        return self.batch_search or self.p99 is not None or self.max_batch is not None
 
     def dump(self) -> str:
         """YAML text of the fields that differ from their defaults."""

@@ -242,20 +242,26 @@ def _tolerance(recipe: Recipe, precision: str, budget: Budget | None, *, lossy: 
 
 
 def verdict(
-    engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature, notes: Sequence[str] = ()
+    engines: Sequence[EngineRecord],
+    benchmark: Benchmark | None,
+    signature: Signature,
+    notes: Sequence[str] = (),
+    missed: str = "",
 ) -> dict[str, Any]:
     """Good where every engine that runs here loads and is right; the best is the fastest of them at the optimum sizes.
 
     Where engines were built but none of them runs on this machine the state is "unproven": nothing was compared. Notes
-    say what does not change the verdict, and should be known. Engines that are dropped count for nothing.
+    say what does not change the verdict, and should be known. Engines that are dropped count for nothing. `missed` is
+    a goal that the engines miss; empty where there is none.
     """
     judged = [engine for engine in engines if engine["validation"] and not engine["dropped"]]
     right = [engine["name"] for engine in judged if engine["validation"] and engine["validation"]["passed"]]
     wrong = [engine["name"] for engine in judged if engine["name"] not in right]
     broken = [engine["name"] for engine in engines if engine["status"] == "failed" and engine["build_s"] is not None]
-    passed = not wrong and not broken and any(engine["status"] in ("ready", "built") for engine in engines)
+    passed = not (wrong or broken or missed) and any(engine["status"] in ("ready", "built") for engine in engines)
     reasons = [f"{name} failed its validation" for name in wrong]
     reasons += [f"{engine['name']}: {engine['reason']}" for engine in engines if engine["status"] != "ready"]
+    reasons += [missed] if missed else []
     timings = {
         timing["candidate"]: timing
         for timing in (benchmark["timings"] if benchmark else [])

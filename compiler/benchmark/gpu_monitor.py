@@ -56,6 +56,11 @@ class GpuMonitor:
         used = self._read(lambda nvml: nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
         return None if used is None else int(used)
 
+    def free_bytes(self) -> int | None:
+        """Memory that is free on the device."""
+        free = self._read(lambda nvml: nvml.nvmlDeviceGetMemoryInfo(self._handle).free)
+        return None if free is None else int(free)
+
     @contextlib.contextmanager
     def sampling(self, period_s: float = PERIOD_S) -> Iterator[Callable[[], GpuUse]]:
         """Samples in a thread; the yielded function gives the means, and is to be called after the block.

@@ -65,10 +65,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Something to time. `runner` is a loaded engine, or loads one, which is then closed after the benchmark."""
+    """Something to time. `runner` is a loaded engine, or loads one, which is then closed after the benchmark.
+
+    `slice_s` is how long it runs in a round, None for as long as the settings say.
+    """
 
     name: str
     runner: Runner | Callable[[], Runner]
+    slice_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +146,7 @@ class _Run:
         self._siblings = siblings
         self._gpu = gpu
         self._runners: dict[str, Runner] = {}
+        self._slices_s: dict[str, float] = {}
         self._memory: dict[str, int] = {}
         self._order = np.random.default_rng(settings.seed)
         self._repeated = self._disturbed = 0
@@ -155,13 +160,14 @@ class _Run:
             else:
                 runner = candidate.runner
             self._runners[candidate.name] = runner
+            self._slices_s[candidate.name] = candidate.slice_s or self._settings.slice_s
 
     def measure(self, sized: SizedInputs) -> None:
         """All loaded candidates at one size."""
         active: dict[str, Slices] = {}
         for name in self._runners:
             with self._skipping(name, sized), self._counting_memory(name):
-                active[name] = self._prepare(self._runners[name], sized)
+                active[name] = self._prepare(name, sized)
         self._interleave(active, sized)
         for name, slices in active.items():
             use = GpuUse()
@@ -190,18 +196,19 @@ class _Run:
             ),
         )
 
-    def _prepare(self, runner: Runner, sized: SizedInputs) -> Slices:
+    def _prepare(self, name: str, sized: SizedInputs) -> Slices:
+        runner = self._runners[name]
         runner.reset()
         if self._settings.transfers:
             bound: Bound = HostBound(lambda: runner.run(sized.arrays))
         else:
             bound = runner.bind(sized.arrays)
-        return Slices(bound, self._settings.slice_s, self._settings.warmup_s)
+        return Slices(bound, self._slices_s[name], self._settings.warmup_s)
 
     def _interleave(self, active: dict[str, Slices], sized: SizedInputs) -> None:
         """The rounds. One that other processes disturbed is repeated, up to half as often as there are rounds."""
         kept, repeats = 0, self._settings.rounds // 2
-        planned_s = self._settings.rounds * self._settings.slice_s * len(active)
+        planned_s = self._settings.rounds * sum(self._slices_s[name] for name in active)
         deadline = time.perf_counter() + SLOW_FACTOR * planned_s
         foreign = ForeignCpu()
         while active and kept < self._settings.rounds:

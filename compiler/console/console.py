@@ -70,6 +70,8 @@ class _Bars(Progress):
 
 def show_bundle(bundle: Bundle) -> None:
     """The outcome of a compile."""
+    from .batches import show_decisions
+
     manifest = bundle.manifest
     sizes = Signature.from_json(manifest["signature"]).sizes()
     timings = _at(manifest["benchmark"], sizes)
@@ -91,6 +93,7 @@ def show_bundle(bundle: Bundle) -> None:
         from .ladder import show_ladder
 
         show_ladder(console, ladder)
+    show_decisions(console, manifest.get("batches", ()))
     for engine in manifest["engines"]:
         _show_reason(console, engine["name"], engine["reason"], engine["to_do"])
         if not engine["dropped"]:

@@ -7,29 +7,21 @@ alive.
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import queue
 import shutil
-import sys
-import threading
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from ...errors import EngineError
-from .. import get_target
+from .. import _serve, get_target
 from ..base import EngineInfo, Runner
-
-_START = "import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"
 
 
 def command() -> list[str]:
-    """The command of the worker: this interpreter, which finds the same modules."""
-    return [sys.executable, "-c", _START.format(module=__name__), *sys.path]
+    """The command of the worker."""
+    return _serve.command(__name__)
 
 
 def save_arrays(file: Path, arrays: Iterable[np.ndarray]) -> None:
@@ -99,6 +91,11 @@ class Commands:
         self._runner = None
         return {}
 
+    def clean(self) -> None:
+        """Removes the folder that a parent which died left behind."""
+        if self.scratch:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
     def _opened(self) -> tuple[Runner, EngineInfo]:
         if self._runner is None or self._info is None:
             raise EngineError("no engine is loaded")
@@ -106,37 +103,6 @@ class Commands:
 
 
 def main() -> None:
-    """Answers requests until the parent closes stdin; an error is answered, and ends the process."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what compilers print must not reach the channel
-    sys.stdout = sys.stderr
+    """Answers requests until the parent closes stdin."""
     commands = Commands()
-
-    def fail(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        from ...compiler.sources.guard import first_line
-
-        traceback.print_exception(kind, error, trace)
-        message = error.message if isinstance(error, EngineError) else first_line(error)
-        _answer(channel, "error", {"kind": "failed", "message": message})
-        sys.stderr.flush()
-        os._exit(1)  # an orderly exit would wait for the thread that reads stdin
-
-    sys.excepthook = fail
-    requests: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(requests, commands), daemon=True).start()
-    while True:
-        request = requests.get()
-        _answer(channel, "result", getattr(commands, request.pop("command"))(**request))
-
-
-def _answer(channel: TextIO, kind: str, value: Any) -> None:
-    channel.write(json.dumps({kind: value}) + "\n")
-    channel.flush()
-
-
-def _listen(requests: queue.Queue[dict[str, Any]], commands: Commands) -> None:
-    for line in sys.stdin:
-        requests.put(json.loads(line))
-    if commands.scratch:
-        shutil.rmtree(commands.scratch, ignore_errors=True)
-    os._exit(1)  # the parent is gone, and the main thread may be deep in a compiler
+    _serve.serve(commands, commands.clean)

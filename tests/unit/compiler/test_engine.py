@@ -88,6 +88,19 @@ def test_a_dropped_engine_is_loaded_by_name_alone(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("limit_ms", "found"), [(None, 4), (3.0, 2), (0.5, None)])
+def test_the_best_batch_is_read_from_the_manifest(tmp_path, limit_ms, found):
+    records = [write_engine(tmp_path, "only"), write_engine(tmp_path, "other")]
+    times = {1: 1.0, 2: 1.9, 4: 3.5, 64: 4.0}  # the axis ends at 4
+    points = [
+        {"batch": n, "p99_ms": ms, "samples_per_s": n / ms, "fits": True, "reason": ""} for n, ms in times.items()
+    ]
+    curve = {"engine": "only", "points": points, "p99_limit_ms": limit_ms}
+    write_manifest(tmp_path, records, batches=[curve])
+    assert load(tmp_path, "only").best_batch == load(tmp_path).best_batch == found
+    assert load(tmp_path, "other").best_batch is None
+
+
 def test_call_nests_and_run_is_flat(bundle):
     engine = load(bundle)
     nested = engine(image=IMAGE)
@@ -102,6 +115,7 @@ def test_engine_says_what_it_is(bundle):
     assert (engine.name, engine.target, engine.precision) == ("only", "onnxruntime-cpu", "fp32")
     assert engine.signature == SIGNATURE
     assert engine.info.options["threads"] == 1
+    assert engine.best_batch is None
     assert repr(engine) == "<Engine only: image:batchx3:float32>"
 
 

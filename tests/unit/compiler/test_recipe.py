@@ -158,3 +158,13 @@ def test_paths_and_single_items_of_the_python_api():
 
 def test_schema_has_a_title():
     assert schema()["title"] == "enginesmith recipe"
+
+
+def test_a_p99_is_read_and_asks_for_the_search():
+    recipe = make_recipe({"p99": "0.1 s"})
+    assert (recipe.p99, recipe.searches_batches) == ("100ms", True)
+    assert make_recipe({"max_batch": 8}).searches_batches
+    assert make_recipe({"batch_search": True}).searches_batches
+    assert not make_recipe({}).searches_batches
+    with pytest.raises(RecipeError, match="latency '5' cannot be read"):
+        make_recipe({"p99": "5"})

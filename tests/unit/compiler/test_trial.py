@@ -48,3 +48,18 @@ def test_an_engine_without_its_like_in_full_precision_is_named() -> None:
 @pytest.mark.parametrize("times", [{}, {"full": {1: 1.0}}])
 def test_nothing_is_said_of_what_was_not_measured(times: dict[str, dict[int, float]]) -> None:
     assert notes(times, full="fp32", low="int8") == []
+
+
+def test_a_goal_that_is_missed_makes_the_verdict_negative() -> None:
+    manifest = example()
+    engines = [
+        engine for engine in manifest["engines"] if engine["status"] == "ready" and engine["validation"]["passed"]
+    ]
+    arguments: Any = (engines, manifest["benchmark"], Signature.from_json(manifest["signature"]))
+    assert verdict(*arguments)["passed"]
+    found = verdict(*arguments, missed="no batch size keeps a p99 of 5 ms")
+    assert (found["passed"], found["state"], found["reasons"]) == (
+        False,
+        "failed",
+        ["no batch size keeps a p99 of 5 ms"],
+    )

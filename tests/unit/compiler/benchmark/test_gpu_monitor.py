@@ -34,7 +34,7 @@ def fake_nvml(**changes):
         "nvmlShutdown": lambda: None,
         "nvmlDeviceGetHandleByIndex": lambda index: f"gpu {index}",
         "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
-        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=123),
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=123, free=456),
         "nvmlDeviceGetUtilizationRates": utilization,
         "nvmlDeviceGetClockInfo": lambda handle, kind: next(clocks),
     }
@@ -79,3 +79,10 @@ def test_the_device_is_the_first_that_cuda_sees(monkeypatch, visible, handle):
     with GpuMonitor() as monitor:
         monitor.memory_bytes()
     assert seen == ([handle] if handle else [])
+
+
+def test_free_memory_is_told_where_there_is_a_device(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    with GpuMonitor() as monitor:
+        assert monitor.free_bytes() == 456
+    assert monitor.free_bytes() is None

@@ -253,3 +253,11 @@ def test_batch_sizes_hold_the_ends_the_optimum_and_powers_of_four(bounds, expect
 def test_batch_sizes_without_a_batch_axis_are_the_optimum():
     assert batch_sizes(parse_inputs(["x:1x7"])) == [{}]
     assert batch_sizes(parse_inputs(["x:1x7"], ["x:1=2..5..9"])) == [{"dim1": 5}]
+
+
+def test_a_candidate_may_have_a_slice_of_its_own():
+    log = []
+    candidates = [Candidate("short", FakeRunner("short", log=log)), Candidate("long", FakeRunner("long", log=log), 0.4)]
+    result = benchmark(candidates, INPUTS, baseline="short", protocol=SETTINGS)
+    found = {timing["candidate"]: timing["iterations"] for timing in result["timings"]}
+    assert found == {"short": 8 * 100, "long": 8 * 400}
