@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from enginesmith.compiler.bundle import Bundle
-from enginesmith.compiler.console.console import _print_table, show_benchmark, show_bundle, show_diagnosis
+from enginesmith.compiler.console.console import print_table, show_benchmark, show_bundle, show_diagnosis
 from enginesmith.compiler.manifest import Manifest
 
 example = runpy.run_path(str(Path(__file__).parents[1] / "manifest_example.py"))["example"]
@@ -49,7 +49,7 @@ def test_a_dropped_engine_is_no_failure(shown: Any) -> None:
 
 def test_a_narrow_terminal_gets_fewer_columns_rather_than_cut_ones(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(width=36)
-    _print_table(
+    print_table(
         console, ["engine", ">mean ms", ">p50 ms"], [["onnxruntime-cpu-fp32-2", "1.23", "1.21"]], drop=["mean ms"]
     )
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
