@@ -104,7 +104,7 @@ class Cache:
         with contextlib.suppress(OSError), scratch(self.root) as own:
             shutil.copytree(folder, own / "entry" / CONTENT)
             write_entry(own / "entry", kind, key, what or {}, notes or {})
-            if self._place(own / "entry", self.root / kind / key):
+            if self.place(own / "entry", self.root / kind / key):
                 prune(self.root, room_bytes())
 
     def read(self, kind: Literal["trials"], key: str) -> dict[str, Any] | None:
@@ -165,9 +165,16 @@ class Cache:
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         return Path(temporary)
 
-    def _place(self, new: Path, path: Path) -> bool:
-        """Moves an entry to its place, where nobody is reading another one there."""
+    def place(self, new: Path, path: Path, *, replace: bool = True) -> bool:
+        """Moves an entry to its place; whether it is there now.
+
+        One that is there already stays where it is being read, and where it is whole and not to be replaced.
+        """
         path.parent.mkdir(exist_ok=True)
+        if not replace and path.exists():
+            old = _readable(path, path.parent.name)
+            if old is not None and not old.problem:
+                return False
         for _ in range(2):
             try:
                 new.rename(path)
@@ -184,7 +191,7 @@ class Cache:
         return False
 
 
-def _readable(path: Path, kind: Kind) -> Entry | None:
+def _readable(path: Path, kind: str) -> Entry | None:
     """The entry, with what is wrong with its files; None where it is gone."""
     try:
         entry = read_entry(path, kind)
