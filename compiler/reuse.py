@@ -85,9 +85,7 @@ def _key(job: Job, target: Target, request: BuildRequest, state: Availability) -
     )
 
 
-def _reused(
-    job: Job, target: Target, engine_key: str, request: BuildRequest, state: Availability
-) -> EngineInfo | None:
+def _reused(job: Job, target: Target, engine_key: str, request: BuildRequest, state: Availability) -> EngineInfo | None:
     """The engine from the cache, copied to the request's folder; None where there is none that works here."""
     directory = request.directory
     with job.cache.reading("engines", engine_key) as kept:

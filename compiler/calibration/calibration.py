@@ -16,7 +16,6 @@ from .observe import Limited, float_activations, observe
 from .settings import CalibrationSettings
 from .statistics import Detail, Statistics
 
-
 _FILE = "statistics.npz"
 _PATIENCE_S = 1800.0
 """How long to wait for another process that collects the same statistics."""
@@ -76,9 +75,7 @@ class Calibration:
         self._kept[fingerprint] = known
         return known.only(wanted)
 
-    def _collected(
-        self, graph: Graph, known: Statistics | None, wanted: Sequence[str], detail: Detail
-    ) -> Statistics:
+    def _collected(self, graph: Graph, known: Statistics | None, wanted: Sequence[str], detail: Detail) -> Statistics:
         """What is known, with what is missing."""
         if known is None or (known.detail == "range" and detail == "full"):
             return observe(graph, self.samples, wanted, self.settings, detail)

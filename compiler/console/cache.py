@@ -14,7 +14,7 @@ from rich.markup import escape
 from ...errors import RecipeError
 from ..storage.archive import PORTABLE, export_entries, import_entries
 from ..storage.cache import Cache, room_bytes
-from ..storage.entries import FOLDERS, KINDS, LOOSE, VALUES, Entry, scan
+from ..storage.entries import KINDS, LOOSE, SEALED, Entry, scan
 from ..storage.pruning import Pruned, prune, verify
 from .commands import Named, printing
 from .console import _console, _print_table
@@ -27,7 +27,7 @@ _SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 def cache_group(show: Show) -> click.Group:
     """All of them."""
-    sealed = _kinds([*FOLDERS, *VALUES])
+    sealed = _kinds(SEALED)
     file = click.Argument(["file"], type=click.Path(path_type=Path))
     size = click.Option(["--max-size", "max_gb"], type=click.FloatRange(min=0), metavar="GB", help="What may be left.")
     age = click.Option(["--older-than"], metavar="AGE", help="Remove what was unused for longer, for instance 30d.")
@@ -44,7 +44,13 @@ def cache_group(show: Show) -> click.Group:
         click.Command("export", params=[file, sealed], help="Write entries to a file, for another machine."),
         click.Command("import", params=[file], help="Take the entries of a file."),
     ]
-    run = {"list": _list, "prune": _prune, "verify": _verify, "export": _export, "import": _import}
+    run: dict[str, Callable[..., int]] = {
+        "list": _list,
+        "prune": _prune,
+        "verify": _verify,
+        "export": _export,
+        "import": _import,
+    }
     for command in commands:
         command.callback = _bound(run[str(command.name)], show)
     return Named("cache", commands={str(command.name): printing(command) for command in commands})
@@ -97,7 +103,9 @@ def _prune(
         raise RecipeError("--all leaves nothing for --max-size and --older-than to choose", hint="give one of them")
     age_s = None if older_than is None else parse_age(older_than)
     # An age alone says all: what is younger stays, however much it is.
-    room = 0.0 if everything else max_gb * 1e9 if max_gb is not None else room_bytes() if age_s is None else float("inf")
+    room = (
+        0.0 if everything else max_gb * 1e9 if max_gb is not None else room_bytes() if age_s is None else float("inf")
+    )
     done = prune(cache.root, room, older_than_s=age_s, kinds=kinds or KINDS)
     result = {
         "removed": [entry.to_json() for entry in done.removed],
@@ -110,9 +118,7 @@ def _prune(
 
 def _verify(cache: Cache, show: Told, kinds: Sequence[str], keep: bool) -> int:
     found = verify(cache.root, kinds or KINDS, remove=not keep)
-    broken = [
-        {**entry.to_json(), "removed": (entry.kind, entry.key) in found.removed} for entry in found.broken
-    ]
+    broken = [{**entry.to_json(), "removed": (entry.kind, entry.key) in found.removed} for entry in found.broken]
 
     def lines() -> None:
         console = _console()

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from ...errors import ArchiveError, OutputError, StorageError
 from .cache import Cache, room_bytes
-from .entries import CONTENT, ENTRY, FOLDERS, VALUES, Entry, problem_of, scan
+from .entries import CONTENT, ENTRY, SEALED, Entry, problem_of, scan
 from .files import FULL, storage_errors
 from .pruning import prune, scratch
 
@@ -25,10 +25,9 @@ PORTABLE = ("engines", "calibration")
 """What serves other machines; numbers and verdicts are of the machine that found them."""
 
 _INDEX = "index.json"
-_FILE = re.compile(
-    rf"{_INDEX}|(?:{'|'.join(FOLDERS)})/[0-9a-f]+/(?:{ENTRY}|{CONTENT}/[^\\]+)|(?:{'|'.join(VALUES)})/[0-9a-f]+\.json"
-)
-_FOLDER = re.compile(rf"(?:{'|'.join(FOLDERS)})/[0-9a-f]+(?:/{CONTENT}(?:/.+)?)?")
+_KEY = rf"(?:{'|'.join(SEALED)})/[0-9a-f]+"
+_FILE = re.compile(rf"{_INDEX}|{_KEY}(?:\.json|/{ENTRY}|/{CONTENT}/[^\\]+)")
+_FOLDER = re.compile(rf"{_KEY}(?:/{CONTENT}(?:/.+)?)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +94,8 @@ def import_entries(cache: Cache, file: Path) -> Imported:
 
 
 def _whole(cache: Cache, kinds: Collection[str]) -> Iterator[Entry]:
-    for listed in scan(cache.root, [kind for kind in kinds if kind in (*FOLDERS, *VALUES)]):
-        if listed.kind in VALUES:
+    for listed in scan(cache.root, [kind for kind in kinds if kind in SEALED]):
+        if listed.value is not None:
             if not listed.problem:
                 yield listed
             continue
@@ -161,7 +160,7 @@ def _take(cache: Cache, file: Path, folder: Path) -> Imported:
         index = json.loads((folder / _INDEX).read_text())
     except (FileNotFoundError, ValueError) as error:
         raise _damaged(file, "its end is missing") from error
-    entries = list(scan(folder, (*FOLDERS, *VALUES)))
+    entries = list(scan(folder, SEALED))
     for entry in entries:
         if problem := problem_of(entry):
             raise _damaged(file, f"{entry.kind}/{entry.key}: {problem}")

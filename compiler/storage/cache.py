@@ -175,15 +175,13 @@ class Cache:
             old = _readable(path, path.parent.name)
             if old is not None and not old.problem:
                 return False
-        for _ in range(2):
-            try:
-                new.rename(path)
-            except OSError:
-                if not path.is_dir() or not self._discard(read_entry(path, path.parent.name)):
-                    return False
-            else:
-                return True
-        return False
+        if path.is_dir() and not self._discard(read_entry(path, path.parent.name)):
+            return False
+        try:
+            new.rename(path)
+        except OSError:  # another process was faster
+            return False
+        return True
 
     def _discard(self, entry: Entry) -> bool:
         with contextlib.suppress(OSError):

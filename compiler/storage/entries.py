@@ -1,9 +1,9 @@
 """What lies in the cache: folders of files and small JSON values, each sealed by hashes, and loose files of builders.
 
-    bundles|engines|calibration/<key>/entry.json    kind, key, size, what it is, the hash of each file
-                                      content/...
-    trials/<key>.json                               the same with a value in place of files
-    builders/*  tensorrt-rtx/*                      timing caches and the like, which their own software checks
+    bundles|engines|calibration|trials/<key>/entry.json    kind, key, size, what it is, the hash of each file
+                                             content/...
+    trials/<key>.json                                      the same with a value in place of files
+    builders/*  tensorrt-rtx/*                             timing caches and the like, which their own software checks
 
 A last use is the modification time of entry.json, or of the file. One look over all entries reads no content.
 """
@@ -22,10 +22,9 @@ from typing import Any, Literal
 from .files import hashes, size_bytes
 
 Kind = Literal["bundles", "engines", "calibration", "trials"]
-FOLDERS: tuple[Kind, ...] = ("bundles", "engines", "calibration")
-VALUES: tuple[Kind, ...] = ("trials",)
+SEALED: tuple[Kind, ...] = ("bundles", "engines", "calibration", "trials")
 LOOSE = ("builders", "tensorrt-rtx")
-KINDS = (*FOLDERS, *VALUES, *LOOSE)
+KINDS = (*SEALED, *LOOSE)
 
 ENTRY, CONTENT = "entry.json", "content"
 _FORMAT = 1
@@ -94,7 +93,7 @@ def read_entry(path: Path, kind: str) -> Entry:
     """
     if kind in LOOSE:
         return _loose(path, kind)
-    file, key = (path / ENTRY, path.name) if kind in FOLDERS else (path, path.stem)
+    file, key = (path / ENTRY, path.name) if path.is_dir() else (path, path.stem)
     try:
         status, text = file.stat(), file.read_text()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -146,19 +145,19 @@ def scan(root: Path, kinds: Iterable[str] = KINDS, *, brief: bool = False) -> It
         except OSError:
             continue
         for item in found:
-            if item.name.startswith(".") or item.is_dir() != (kind in FOLDERS):
-                continue
-            if item.name.endswith(".lock") or (kind in VALUES and not item.name.endswith(".json")):
+            value = kind in SEALED and item.name.endswith(".json")
+            folder = kind in SEALED and not value and item.is_dir()
+            if item.name.startswith(".") or item.name.endswith(".lock") or not (value or folder or kind in LOOSE):
                 continue
             try:
-                yield _loose(Path(item.path), kind) if brief and kind in VALUES else read_entry(Path(item.path), kind)
+                yield _loose(Path(item.path), kind) if brief and value else read_entry(Path(item.path), kind)
             except OSError:  # another process removed it
                 continue
 
 
 def _loose(path: Path, kind: str) -> Entry:
     status = path.stat()
-    key = path.stem if kind in VALUES else path.name
+    key = path.stem if kind in SEALED else path.name
     return Entry(kind, key, path, status.st_size, status.st_mtime, status.st_mtime)
 
 

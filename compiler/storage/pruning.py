@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from . import locks
-from .entries import ENTRY, FOLDERS, KINDS, LOOSE, Entry, problem_of, read_entry, scan
+from .entries import ENTRY, KINDS, LOOSE, Entry, problem_of, read_entry, scan
 
 IN_USE_S = 3600.0
 """Where a file system has no locks, what was used since then counts as being read."""
@@ -50,9 +50,7 @@ class Verified:
     removed: frozenset[tuple[str, str]]
 
 
-def prune(
-    root: Path, max_bytes: float, *, older_than_s: float | None = None, kinds: Collection[str] = KINDS
-) -> Pruned:
+def prune(root: Path, max_bytes: float, *, older_than_s: float | None = None, kinds: Collection[str] = KINDS) -> Pruned:
     """Removes what was unused for longer, and then the entries unused for longest until the rest is small enough.
 
     What is being read stays. Entries that cannot be read go first.
@@ -84,9 +82,9 @@ def verify(root: Path, kinds: Iterable[str] = KINDS, *, remove: bool = True) -> 
     broken, removed, count = [], set(), 0
     for listed in scan(root, [kind for kind in kinds if kind not in LOOSE]):
         with locks.sharing(listed.lock) as shared:
-            entry = _again(listed) if shared else listed
-            if entry is None:
+            if not shared and not (listed.problem and listed.path.exists()):  # another process is removing it
                 continue
+            entry = read_entry(listed.path, listed.kind) if shared else listed
             count += 1
             problem = problem_of(entry)
         if not problem:
@@ -104,7 +102,7 @@ def discard(root: Path, entry: Entry) -> bool:
     Raises:
         OSError: the cache cannot be written.
     """
-    if entry.kind not in FOLDERS:
+    if not entry.path.is_dir():
         entry.path.unlink(missing_ok=True)
         return True
     lock = entry.path / ENTRY
@@ -151,21 +149,11 @@ def sweep(root: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _again(entry: Entry) -> Entry | None:
-    try:
-        return read_entry(entry.path, entry.kind)
-    except OSError:
-        return None
-
-
 def _remove(root: Path, path: Path) -> bool:
     """Moves a folder out of sight in one step, and then removes it."""
-    with scratch(root) as own:
-        try:
-            path.rename(own / "gone")
-        except FileNotFoundError:
-            pass
-        return True
+    with scratch(root) as own, contextlib.suppress(FileNotFoundError):
+        path.rename(own / "gone")
+    return True
 
 
 def _is_old(path: Path) -> bool:

@@ -91,7 +91,9 @@ def test_two_processes_build_an_engine_once(tmp_path):
     assert first.communicate("\n", timeout=60)[0] == "False\n"
     told = second.communicate("\n", timeout=60)[0].strip()
     assert told.startswith(f"True; waits for process {first.pid} on ")
-    assert told.endswith(", which builds the same engine; taken from the cache: same graph, options, versions and machine")
+    assert told.endswith(
+        ", which builds the same engine; taken from the cache: same graph, options, versions and machine"
+    )
 
 
 FOUND = {"version": "10.1.0", "polygraphy": "0.50", "gpu": "H100", "compute_capability": "9.0", "driver": "13.0"}

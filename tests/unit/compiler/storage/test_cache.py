@@ -236,7 +236,9 @@ def test_keys_ignore_order_and_follow_content():
 
 
 def test_an_entry_says_what_it_is(cache, tmp_path):
-    cache.put("engines", "aa", entry(tmp_path, "text"), what={"model": "net.py:net", "target": "t", "precision": "fp32"})
+    cache.put(
+        "engines", "aa", entry(tmp_path, "text"), what={"model": "net.py:net", "target": "t", "precision": "fp32"}
+    )
     (found,) = scan(cache.root)
     told = found.to_json()
     assert json.loads(json.dumps(told)) == told
