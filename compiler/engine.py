@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,7 +15,7 @@ from ..errors import (
     UnknownNameError,
     UsageError,
 )
-from ..targets import get_target
+from ..targets import get_target, is_known, parse_target
 from ..targets.base import EngineInfo, Runner
 from .machine.requirements import check_machine, devices
 from .manifest import FORMAT, EngineRecord, Manifest
@@ -25,7 +25,14 @@ from .storage.files import sha256
 Device = Literal["cpu", "cuda"]
 
 
-def load(bundle: str | Path, engine: str | None = None, *, device: Device | None = None, verify: bool = True) -> Engine:
+def load(
+    bundle: str | Path,
+    engine: str | None = None,
+    *,
+    device: Device | None = None,
+    verify: bool = True,
+    targets: Sequence[str] = (),
+) -> Engine:
     """Loads the best engine of a bundle for this machine, or the one that is named.
 
     The best is the one with the lowest recorded median latency at the optimum sizes, among those that were built, did
@@ -36,6 +43,7 @@ def load(bundle: str | Path, engine: str | None = None, *, device: Device | None
         engine: name of an engine, a folder below ``engines/``.
         device: only engines that run there.
         verify: whether to compare the engine's files with the hashes in the manifest.
+        targets: targets of your own that engines were built for, as ``file.py:Class``; their code runs.
 
     Raises:
         UsageError: `bundle` is no bundle.
@@ -45,6 +53,8 @@ def load(bundle: str | Path, engine: str | None = None, *, device: Device | None
     """
     root = Path(bundle)
     manifest = read_manifest(root)
+    for text in targets:
+        parse_target(text)
     if engine is not None:
         record = _named(manifest, engine)
         if verify:
@@ -225,6 +235,11 @@ def _open(root: Path, record: EngineRecord, device: Device | None) -> Engine:
     folder = root / "engines" / record["name"]
     try:
         info = EngineInfo.read(folder)
+        if not is_known(info.target):
+            raise EngineMismatchError(
+                f"engine {record['name']} was built for target {info.target!r}, which is none of enginesmith's own",
+                hint="name the file that defines it: load(bundle, targets=['file.py:Class'])",
+            )
         target = get_target(info.target, info.options)
     except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
         raise EngineMismatchError(

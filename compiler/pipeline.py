@@ -18,6 +18,7 @@ from ..targets.base import Target
 from .build import Job, build_all, check_left
 from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
+from .extensions import anchored
 from .gains import drop
 from .ladder.climb import climb
 from .ladder.trials import Evidence
@@ -87,6 +88,7 @@ def compile(
 def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progress: Progress) -> Bundle:
     """The stages. Every name and option is checked before any work starts."""
     check_output(output)
+    known_modules = set(sys.modules)
     targets = tuple(parse_target(text) for text in recipe.targets)
     variants = make_variants(recipe, targets)
     _check_names(recipe, targets, [variant.name for variant in variants])
@@ -101,7 +103,6 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 with appearing_folder(output) as folder:
                     return _copied(kept.content, folder, output)
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
-    known_modules = set(sys.modules)
     load_metric(recipe)  # a metric that is not there fails before any work
     load_budget(recipe)
     stages = Stages(progress, STAGES + recipe.climbs)
@@ -204,7 +205,9 @@ def _resolve(recipe: Recipe) -> Recipe:
         for name in PATHS
         if (value := getattr(recipe, name)) and not value.startswith("<")
     }
-    return make_recipe({**recipe.model_dump(), **paths, "targets": targets})
+    texts = {"passes": recipe.passes, "targets": targets}
+    own = {name: tuple(anchored(text, Path.cwd()) for text in given) for name, given in texts.items()}
+    return make_recipe({**recipe.model_dump(), **paths, **own})
 
 
 def _check_names(recipe: Recipe, targets: Sequence[Target], names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
 from ..targets.base import Availability, BuildRequest, EngineInfo, Target
+from .extensions import code_of
 from .storage.cache import code_digest, key
 from .storage.memory import release
 
@@ -80,7 +81,7 @@ def _key(job: Job, target: Target, request: BuildRequest, state: Availability) -
             "signature": request.signature.to_json(),
             "target": [target.name, target.options(), request.precision],
             "built_for": everything if facts is None else facts,
-            "code": code_digest(),
+            "code": [code_digest(), code_of(target.source)],
         }
     )
 

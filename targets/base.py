@@ -221,6 +221,8 @@ class Target(abc.ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    source: ClassVar[str] = ""
+    """``file.py:Class`` where the class is the user's."""
     capabilities: ClassVar[Capabilities]
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "fp32": (),
@@ -310,7 +312,7 @@ class Target(abc.ABC):
                 raise RecipeError(f"{option} of {self.name} is too small", expected=f"{least} or more", found=value)
 
     def __str__(self) -> str:
-        return render(self.name, self)
+        return render(self.source or self.name, self)
 
     def options(self) -> dict[str, Any]:
         """The options by name."""

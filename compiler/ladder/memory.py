@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..build import Job
+from ..extensions import code_of
 from ..manifest import LadderStep
 from ..recipe import Recipe
 from ..reuse import described
@@ -86,7 +87,9 @@ def out_of_time(step: LadderStep) -> bool:
 
 
 def _identity(variant: Variant) -> list[Any]:
-    return [variant.name, str(variant.target), variant.precision, [str(rewrite) for rewrite in variant.passes]]
+    sources = [variant.target.source, *(rewrite.source for rewrite in variant.passes)]
+    own = [code_of(source) for source in sources if source]
+    return [variant.name, str(variant.target), variant.precision, [str(rewrite) for rewrite in variant.passes], own]
 
 
 def _relevant(recipe: Recipe) -> Recipe:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import SourceError
 from ..data import digest
+from ..extensions import files_of
 from ..machine.environment import identity
 from ..recipe import PATHS, Recipe
 from ..sources.detect import detect
@@ -42,6 +43,7 @@ def compile_key(recipe: Recipe, machine: Mapping[str, Any], model_fingerprint: s
         {
             "recipe": recipe.model_dump(mode="json"),
             "files": files,
+            "own": files_of((*recipe.passes, *recipe.targets)),
             "model": model_fingerprint,
             "machine": machine,
             "identity": identity(),
