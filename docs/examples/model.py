@@ -13,6 +13,7 @@ class Scaled(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Scores."""
         x = torch.relu(self.hidden((image / 16).flatten(1)))
         return self.head(x) / 3
 

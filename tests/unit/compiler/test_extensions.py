@@ -94,7 +94,7 @@ def test_a_changed_file_is_read_again(file):
 
 
 def test_unknown_options_and_classes_get_a_suggestion(file):
-    with pytest.raises(UnknownNameError, match="unknown option of .*mine.py:Mine' 'last'") as caught:
+    with pytest.raises(UnknownNameError, match=r"unknown option of .*mine.py:Mine' 'last'") as caught:
         parse_pass(f"{file}:Mine:last=2")
     assert caught.value.hint == "did you mean 'least'?"
     with pytest.raises(UnknownNameError, match=r"unknown pass in mine.py 'Min'") as caught:
