@@ -237,8 +237,8 @@ def _open(root: Path, record: EngineRecord, device: Device | None) -> Engine:
         info = EngineInfo.read(folder)
         if not is_known(info.target):
             raise EngineMismatchError(
-                f"engine {record['name']} was built for target {info.target!r}, which is none of enginesmith's own",
-                hint="name the file that defines it: load(bundle, targets=['file.py:Class'])",
+                f"engine {info.name} cannot be read by this version of enginesmith: unknown target {info.target!r}",
+                hint=f"name the file of your own target, load(..., targets=['file.py:Class']); or {_rebuild(root)}",
             )
         target = get_target(info.target, info.options)
     except (OSError, ValueError, TypeError, KeyError, UsageError) as error:

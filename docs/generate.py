@@ -76,9 +76,9 @@ A pass rewrites the graph in place. Each run is checked: whether the graph chang
 a valid graph, and that a second run changes nothing more. Where a rule does not fire, the report says why.
 
 `--pass NAME:OPTION=VALUE,OPTION=VALUE` runs a pass of your choice before an engine's own ones, as in
-`--pass simplify --pass opset:least=19`; several items are joined by `+`. The passes that bring a graph to a precision run
-by themselves (see [targets](targets.md)), and take the options of `--quantization`. A pass of your own is one file: see
-[adding a pass](adding-a-pass.md)."""
+`--pass simplify --pass opset:least=19`; several items are joined by `+`. The passes that bring a graph to a precision
+run by themselves (see [targets](targets.md)), and take the options of `--quantization`. A pass of your own is one file:
+see [adding a pass](adding-a-pass.md)."""
     ]
     for name in sorted(PASSES):
         cls = _class("enginesmith.passes", PASSES[name])

@@ -19,7 +19,6 @@ from enginesmith.targets import get_target, is_known, parse_target
 
 PASS = """
 import dataclasses
-import re
 from typing import ClassVar
 from enginesmith.passes.base import Pass, PassResult, Refusal
 
@@ -32,7 +31,6 @@ class Mine(Pass):
 """
 TARGET = """
 import dataclasses
-import re
 from typing import ClassVar
 from enginesmith.targets.base import Availability, Capabilities, Target
 
