@@ -12,7 +12,6 @@ from enginesmith.compiler.machine import environment
 from enginesmith.compiler.storage.archive import export_entries, import_entries
 from enginesmith.compiler.storage.cache import Cache
 
-
 NET = """<ir_version: 8, opset_import: ["": 17]>
     g (float[8,16] x) => (float[8,16] y) { h = MatMul(x, u)  r = Relu(h)  y = MatMul(r, w) }"""
 
