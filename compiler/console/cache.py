@@ -17,7 +17,7 @@ from ..storage.cache import Cache, room_bytes
 from ..storage.entries import KINDS, LOOSE, SEALED, Entry, scan
 from ..storage.pruning import Pruned, prune, verify
 from .commands import Named, printing
-from .console import _console, _print_table
+from .console import _console, print_table
 
 Show = Callable[[Any, bool, bool, Callable[[], None]], None]
 """Prints a result as JSON, or calls a function that prints it for people, or neither."""
@@ -88,7 +88,7 @@ def _list(cache: Cache, show: Told, kinds: Sequence[str]) -> int:
             for e in entries
         ]
         if rows:
-            _print_table(console, headers, rows, drop=("age", "unused for"))
+            print_table(console, headers, rows, drop=("age", "unused for"))
         told = f"{len(entries)} entries, {total / 1e9:.3g} of {room_bytes() / 1e9:g} GB in {cache.root}"
         console.print(told, soft_wrap=True, markup=False, highlight=False)
 

@@ -122,8 +122,13 @@ def test_which_facts_decide_a_torch_engine(monkeypatch):
     assert inductor.built_for() != here
 
 
-def test_which_facts_decide_an_onnx_engine():
+def test_which_facts_decide_an_onnx_engine(monkeypatch):
     assert parse_target("onnxruntime-cpu").built_for() == parse_target("onnxruntime-cuda").built_for() == {}
+    assert list(parse_target("openvino").built_for()) in ([], ["openvino"])  # where it is not installed, no version
+    optimized = parse_target("onnxruntime-cpu:optimized_model=true")
+    here = optimized.built_for()
+    monkeypatch.setattr(environment, "cpu_flags", lambda: frozenset(("avx2", "fma")))
+    assert optimized.built_for() != here
 
 
 def test_numbers_of_another_machine_never_serve(monkeypatch):
