@@ -7,7 +7,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu/torch/
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types format install clean
+.PHONY: demo test check lint types format docs install clean
 
 demo: install
 	$(BIN)/enginesmith compile --recipe samples/digits/recipe.yaml -o build/digits
@@ -30,6 +30,10 @@ types: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The pages that are made from the code.
+docs: install
+	$(BIN)/python docs/generate.py
 
 install: $(INSTALLED)
 

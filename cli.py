@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
-from .errors import EnginesmithError, UnknownNameError, UsageError
+from .compiler.console.commands import Named, printing
+from .errors import EnginesmithError, UsageError
 
 COMMANDS = {
     "compile": "Compile a model to a bundle of validated, measured engines.",
@@ -26,6 +27,7 @@ COMMANDS = {
     "debug": "Find the node that makes the error of an engine.",
     "inspect": "Show inputs, sizes, operators and precisions of a model, bundle or engine.",
     "doctor": "Build and run a one-node model on every target, and say why one cannot.",
+    "cache": "Look into the cache, keep it small, check it, carry it to another machine.",
     "schema": "Print the JSON schema of recipes.",
 }
 
@@ -34,22 +36,13 @@ AS_JSON = "enginesmith.json"
 """Whether --json was given, in the `meta` that all contexts share: a command whose options are wrong has no values."""
 
 
-class Commands(click.Group):
+class Commands(Named):
     """Commands that are made when they are called: making `compile` imports the recipe and with it pydantic."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Notes whether errors are to be JSON."""
         ctx.meta[AS_JSON] = "--json" in args
         return super().parse_args(ctx, args)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Finds the command, or names the nearest: click would look for it among commands that are made already."""
-        name = ctx.token_normalize_func(args[0]) if ctx.token_normalize_func else args[0]
-        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            raise UnknownNameError("command", name, COMMANDS)
-        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; an error of ours is shown and becomes its exit code."""
@@ -69,11 +62,7 @@ class Commands(click.Group):
             return None
         command: click.Command = _MAKERS[cmd_name]()
         command.name, command.help = cmd_name, COMMANDS[cmd_name]
-        command.params += [
-            click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
-            click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors (and the JSON)."),
-        ]
-        return command
+        return command if isinstance(command, click.Group) else printing(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without making them."""
@@ -259,6 +248,12 @@ def _doctor() -> click.Command:
     return click.Command("doctor", params=[option], callback=run)
 
 
+def _cache() -> click.Command:
+    from .compiler.console.cache import cache_group
+
+    return cache_group(_show)
+
+
 def _schema() -> click.Command:
     def run(as_json: bool, quiet: bool) -> int:
         from .compiler.recipe import schema
@@ -276,6 +271,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "debug": _debug,
     "inspect": _inspect,
     "doctor": _doctor,
+    "cache": _cache,
     "schema": _schema,
 }
 

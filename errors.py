@@ -6,7 +6,8 @@
     │   ├── RecipeError               a recipe or an option value
     │   ├── UnknownNameError          a target, pass, option or engine that does not exist
     │   ├── DataError                 data whose names, shapes or dtypes do not fit the model
-    │   └── OutputError               an output folder that cannot be used
+    │   ├── OutputError               an output folder that cannot be used
+    │   └── ArchiveError              an archive of the cache that is damaged, or is none
     ├── ModelError                  3  the model could not be loaded or captured
     │   ├── SourceError               the file or factory
     │   ├── CaptureError              from torch to a graph
@@ -78,6 +79,10 @@ class DataError(UsageError):
 
 class OutputError(UsageError):
     """The output folder cannot be used."""
+
+
+class ArchiveError(UsageError):
+    """An archive of the cache is damaged, or is something else."""
 
 
 class ModelError(EnginesmithError):

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError, TargetUnavailableError, UnknownNameError, UsageError
-from ..targets import get_target
+from ..targets import get_target, parse_target
 from .bundle import Bundle
 from .data import open_data
 from .engine import check_files
+from .extensions import is_own
 from .manifest import BatchCurve, Benchmark, EngineRecord, OutputMetrics, Validation
 from .progress import Progress
 from .recipe import Recipe, make_recipe, read_recipe
@@ -135,7 +136,15 @@ def _sample(bundle: Bundle, recipe: Recipe, signature: Signature, *, given: bool
 def _reopen(path: Path, fields: Mapping[str, Any]) -> tuple[Bundle, Recipe]:
     bundle = Bundle.open(path)
     recipe = read_recipe(path / "recipe.yaml")
+    find_own(recipe.targets)
     return bundle, make_recipe({**recipe.model_dump(), **fields}, "call")
+
+
+def find_own(targets: Sequence[str]) -> None:
+    """Loads the user's targets of a recipe, so that engines find them by name. Like its metric, their code runs."""
+    for text in targets:
+        if is_own(text):
+            parse_target(text)
 
 
 def _choose(bundle: Bundle, names: Sequence[str]) -> list[EngineRecord]:

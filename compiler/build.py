@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 import time
 import traceback
@@ -13,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError, EnginesmithError
 from ..passes.base import Pass
-from ..targets.base import Availability, BuildRequest, EngineInfo, Target
+from ..targets.base import Target
 from .bundle import write_reproduction
 from .data import Data
 from .manifest import CaptureRecord, EngineRecord
 from .progress import Stages
 from .recipe import Recipe
-from .storage.cache import Cache, code_digest, key
+from .reuse import build_or_reuse
+from .storage.cache import Cache
 from .storage.files import size_bytes
-from .storage.memory import release
 from .trial import TORCH_BASELINES
 from .variants import Variant
 
@@ -135,7 +134,7 @@ def build_one(
     start = time.perf_counter()
     try:
         given = None if isinstance(graph, str) else graph
-        info, record["cached"] = _build_or_reuse(job, target, precision, given, model, data, directory, log, state)
+        info, record["cached"] = build_or_reuse(job, target, precision, given, model, data, directory, log, state)
     except Exception as error:  # noqa: BLE001  the step boundary: one engine's failure must not take the others along
         known = isinstance(error, EnginesmithError)
         log.extend(traceback.format_exc().splitlines())
@@ -176,50 +175,3 @@ def _mismatch(target: Target, precision: str, graph: Graph | str | None, capture
     if not low <= graph.opset <= high:
         return f"the graph has opset {graph.opset}; the target takes {low} to {high}"
     return ""
-
-
-def _build_or_reuse(
-    job: Job,
-    target: Target,
-    precision: str,
-    graph: Graph | None,
-    model: Model,
-    data: Data,
-    directory: Path,
-    log: list[str],
-    state: Availability,
-) -> tuple[EngineInfo, bool]:
-    """Builds an engine, or takes the one that was built before from the same graph by the same versions."""
-    by_module = target.capabilities.consumes == "module"
-    engine_key = key(
-        {
-            "source": model.fingerprint if by_module or graph is None else graph.fingerprint(),
-            "signature": model.signature.to_json(),
-            "target": [target.name, target.options(), precision],
-            "versions": state.versions,
-            "machine": job.machine,
-            "code": code_digest(),
-        }
-    )
-    if kept := job.cache.get("engines", engine_key):
-        log.append("taken from the cache: same graph, options, versions and machine")
-        directory.rmdir()
-        shutil.copytree(kept, directory)
-        return EngineInfo.read(directory), True
-    request = BuildRequest(
-        graph=None if by_module else graph,
-        model=model,
-        signature=model.signature,
-        precision=precision,
-        sample=data.first(),
-        directory=directory,
-        cache=job.cache.folder("builders"),
-        log=log.append,
-        progress=job.stages.update,
-        timeout_s=job.recipe.timeout_s,
-    )
-    info = target.build(request)
-    release()
-    info.write(directory)
-    job.cache.put("engines", engine_key, directory)
-    return info, False

@@ -15,7 +15,7 @@ from ..errors import (
     UnknownNameError,
     UsageError,
 )
-from ..targets import get_target
+from ..targets import get_target, is_known, parse_target
 from ..targets.base import EngineInfo, Runner
 from .batch.choice import best_within
 from .machine.requirements import check_machine, devices
@@ -26,7 +26,14 @@ from .storage.files import sha256
 Device = Literal["cpu", "cuda"]
 
 
-def load(bundle: str | Path, engine: str | None = None, *, device: Device | None = None, verify: bool = True) -> Engine:
+def load(
+    bundle: str | Path,
+    engine: str | None = None,
+    *,
+    device: Device | None = None,
+    verify: bool = True,
+    targets: Sequence[str] = (),
+) -> Engine:
     """Loads the best engine of a bundle for this machine, or the one that is named.
 
     The best is the one with the lowest recorded median latency at the optimum sizes, among those that were built, did
@@ -37,6 +44,7 @@ def load(bundle: str | Path, engine: str | None = None, *, device: Device | None
         engine: name of an engine, a folder below ``engines/``.
         device: only engines that run there.
         verify: whether to compare the engine's files with the hashes in the manifest.
+        targets: targets of your own that engines were built for, as ``file.py:Class``; their code runs.
 
     Raises:
         UsageError: `bundle` is no bundle.
@@ -46,6 +54,8 @@ def load(bundle: str | Path, engine: str | None = None, *, device: Device | None
     """
     root = Path(bundle)
     manifest = read_manifest(root)
+    for text in targets:
+        parse_target(text)
     if engine is not None:
         record = _named(manifest, engine)
         if verify:
@@ -232,6 +242,11 @@ def _open(root: Path, record: EngineRecord, device: Device | None, manifest: Man
     folder = root / "engines" / record["name"]
     try:
         info = EngineInfo.read(folder)
+        if not is_known(info.target):
+            raise EngineMismatchError(
+                f"engine {info.name} cannot be read by this version of enginesmith: unknown target {info.target!r}",
+                hint=f"name the file of your own target, load(..., targets=['file.py:Class']); or {_rebuild(root)}",
+            )
         target = get_target(info.target, info.options)
     except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
         raise EngineMismatchError(

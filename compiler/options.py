@@ -18,8 +18,14 @@ T = TypeVar("T")
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
-    """Separates ``name:key=value,key=value`` into the name and its options, still as text."""
+    """Separates ``name:key=value,key=value`` into the name and its options, still as text.
+
+    The name of a class of the user's is ``file.py:Class``.
+    """
     name, _, tail = text.strip().partition(":")
+    if name.endswith(".py"):
+        cls, _, tail = tail.partition(":")
+        name = f"{name}:{cls}"
     options: dict[str, str] = {}
     for item in filter(None, tail.split(",")):
         key, equals, value = item.partition("=")

@@ -21,6 +21,7 @@ from .batch.search import notes as batch_notes
 from .build import Job, build_all, check_left
 from .bundle import Bundle, check_output, write_bundle
 from .data import Data, describe, open_data
+from .extensions import anchored
 from .gains import drop
 from .ladder.climb import climb
 from .ladder.trials import Evidence
@@ -29,6 +30,7 @@ from .manifest import FORMAT, BatchCurve, Benchmark, EngineRecord, Manifest, Out
 from .progress import Progress, Stages
 from .pruning.module import check_module, check_pruned_weights
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
+from .reuse import described
 from .rewriting import calibrated, run_passes, workshop
 from .storage.cache import Cache
 from .storage.files import appearing_folder
@@ -89,6 +91,7 @@ def compile(
 def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progress: Progress) -> Bundle:
     """The stages. Every name and option is checked before any work starts."""
     check_output(output)
+    known_modules = set(sys.modules)
     targets = tuple(parse_target(text) for text in recipe.targets)
     variants = make_variants(recipe, targets)
     _check_names(recipe, targets, [variant.name for variant in variants])
@@ -97,11 +100,12 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     machine, cache = environment(), Cache()
     bundle_key = compile_key(recipe, machine)
     from_files = module is None and is_self_contained(recipe) and is_repeatable(recipe)
-    if from_files and (kept := _unchanged(cache, bundle_key)):
-        with appearing_folder(output) as folder:
-            return _copied(kept, folder, output)
+    if from_files:
+        with cache.reading("bundles", bundle_key) as kept:
+            if kept and still_hold(kept.notes):
+                with appearing_folder(output) as folder:
+                    return _copied(kept.content, folder, output)
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
-    known_modules = set(sys.modules)
     load_metric(recipe)  # a metric that is not there fails before any work
     load_budget(recipe)
     stages = Stages(progress, STAGES + recipe.climbs + recipe.searches_batches)
@@ -115,8 +119,9 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         check_module(recipe, model)
         if not from_files:
             bundle_key = compile_key(recipe, machine, model.fingerprint)
-            if is_repeatable(recipe) and (kept := _unchanged(cache, bundle_key)):
-                return _copied(kept, folder, output)
+            with cache.reading("bundles", bundle_key) as kept:
+                if kept and is_repeatable(recipe) and still_hold(kept.notes):
+                    return _copied(kept.content, folder, output)
 
         with stages("read data") as stage:
             data = open_data(recipe.data, model.signature, seed=recipe.seed)
@@ -196,7 +201,9 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
             )
             write_bundle(folder, manifest, recipe)
         if is_repeatable(recipe) and all(engine["status"] != "failed" for engine in engines):
-            job.cache.put("bundles", bundle_key, folder, notes=local_modules(known_modules))
+            job.cache.put(
+                "bundles", bundle_key, folder, what=_what(recipe, targets), notes=local_modules(known_modules)
+            )
     return Bundle(output, manifest)
 
 
@@ -211,7 +218,9 @@ def _resolve(recipe: Recipe) -> Recipe:
         for name in PATHS
         if (value := getattr(recipe, name)) and not value.startswith("<")
     }
-    return make_recipe({**recipe.model_dump(), **paths, "targets": targets})
+    texts = {"passes": recipe.passes, "targets": targets}
+    own = {name: tuple(anchored(text, Path.cwd()) for text in given) for name, given in texts.items()}
+    return make_recipe({**recipe.model_dump(), **paths, **own})
 
 
 def _check_names(recipe: Recipe, targets: Sequence[Target], names: Sequence[str]) -> None:
@@ -248,10 +257,10 @@ def _check_calibration(recipe: Recipe, variants: Sequence[Variant]) -> None:
             )
 
 
-def _unchanged(cache: Cache, bundle_key: str) -> Path | None:
-    """The bundle of this compile in the cache, where nothing changed since."""
-    kept = cache.get("bundles", bundle_key)
-    return kept if kept and still_hold(cache.notes("bundles", bundle_key)) else None
+def _what(recipe: Recipe, targets: Sequence[Target]) -> dict[str, str]:
+    """What `cache list` says about a bundle."""
+    names = ", ".join(map(str, targets))
+    return {"model": described(recipe.model), "target": names, "precision": ", ".join(recipe.precisions)}
 
 
 def _copied(kept: Path, folder: Path, output: Path) -> Bundle:

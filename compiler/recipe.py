@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import RecipeError, UnknownNameError
 from .batch.latency import parse_latency
 from .budget import Budget
+from .extensions import anchored
 from .ladder.objective import Objective
 from .pruning.goal import parse_goal
 from .validation.metrics import resolve_tolerance
@@ -88,7 +89,8 @@ class Recipe(BaseModel):
     metric: str | None = None
     """Task metric, file.py:function(outputs, inputs), for instance metric.py:accuracy."""
     targets: Annotated[tuple[str, ...], Flag("target", "-t", metavar="NAME[:OPTION=VALUE,...]")] = ()
-    """Target with its options, for instance tensorrt:builder_level=4. Default: what this machine runs best."""
+    """Target with its options, for instance tensorrt:builder_level=4, or file.py:Class for one of your own. Default:
+    what this machine runs best."""
     precisions: Annotated[tuple[str, ...], Flag("precision", "--dtype")] = (AUTO,)
     """Precision of the engines: fp32, fp16, bf16, fp8, int8, int8-dynamic, int8-weights, int4-weights,
     mixed (8 bits), mixed-fp16 or mixed-bf16; auto: the ladder finds the best engine of each target, trying precisions,
@@ -125,7 +127,7 @@ class Recipe(BaseModel):
     require: tuple[str, ...] = ()
     """Target without whose engine the compile fails (exit code 4)."""
     passes: Annotated[tuple[str, ...], Flag("pass", metavar="NAME[:OPTION=VALUE,...]")] = ("simplify", "dedupe")
-    """Pass over the graph with its options, in this order; "none" for no pass."""
+    """Pass over the graph with its options, or file.py:Class for one of your own, in this order; "none" for no pass."""
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
     """Exporter that captures the graph."""
     opset: int | None = Field(default=None, ge=9, le=26)
@@ -292,6 +294,10 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     for name in PATHS:
         if isinstance(values.get(name), str) and values[name] and not values[name].startswith("<"):
             values[name] = str(path.parent / values[name])
+    for name in ("passes", "targets"):
+        if isinstance(given := values.get(name), (str, list)):
+            listed = [given] if isinstance(given, str) else given
+            values[name] = [anchored(item, path.parent) if isinstance(item, str) else item for item in listed]
     return make_recipe({**values, **(overrides or {})}, f"recipe {path.name}")
 
 

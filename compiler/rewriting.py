@@ -104,7 +104,7 @@ def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cach
     settings = CalibrationSettings(
         max_samples=recipe.calibration_samples, allow_random=recipe.random_calibration, seed=recipe.seed
     )
-    return Calibration(data, settings, cache.folder("calibration") if is_repeatable(recipe) else None)
+    return Calibration(data, settings, cache if is_repeatable(recipe) else None)
 
 
 def calibrated(calibration: Calibration | None, folder: Path) -> list[CalibrationRecord]:

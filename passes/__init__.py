@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ..compiler.extensions import is_own, load_class
 from ..compiler.options import build, split
 from ..errors import UnknownNameError
 
@@ -31,13 +32,18 @@ PASSES = {
 
 
 def parse_pass(text: str) -> Pass:
-    """Makes a pass from its text form, for instance ``cast:to=fp16``.
+    """Makes a pass from its text form, for instance ``cast:to=fp16`` or ``my_passes.py:MyPass:option=value``.
 
     Raises:
         UnknownNameError: no pass or no option of that name.
         RecipeError: an option with a wrong value.
     """
     name, options = split(text)
+    if is_own(text):
+        from .base import Pass
+
+        own: Pass = build(load_class(name, "pass", Pass, PASSES), options, name)
+        return own
     if name not in PASSES:
         raise UnknownNameError("pass", name, PASSES)
     module, _, cls = PASSES[name].partition(":")

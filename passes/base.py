@@ -10,10 +10,12 @@ After a pass the verifier accepts the graph, and a second run changes nothing mo
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..compiler.extensions import running
 from ..compiler.options import render
 from ..errors import RecipeError
 
@@ -106,6 +108,8 @@ class Pass(abc.ABC):
     """A rewrite of a graph in place. The fields of the dataclass are the options of the pass."""
 
     name: ClassVar[str]
+    source: ClassVar[str] = ""
+    """``file.py:Class`` where the class is the user's."""
 
     @abc.abstractmethod
     def apply(self, graph: Graph, context: Context) -> PassResult:
@@ -118,11 +122,12 @@ class Pass(abc.ABC):
             PassContractError: see the table at the top of this file.
             GraphError: the pass was refused, or left a graph that the verifier rejects.
         """
-        result = self._checked(graph, context)
-        again = self._checked(graph, context)
-        if again.modified:
-            raise PassContractError(f"{self}: the second run changed the graph again: {dict(again.changes)}")
-        return result
+        with running(self.source) if self.source else contextlib.nullcontext():
+            result = self._checked(graph, context)
+            again = self._checked(graph, context)
+            if again.modified:
+                raise PassContractError(f"{self}: the second run changed the graph again: {dict(again.changes)}")
+            return result
 
     def _checked(self, graph: Graph, context: Context) -> PassResult:
         before = graph.fingerprint()
@@ -144,4 +149,4 @@ class Pass(abc.ABC):
         return False
 
     def __str__(self) -> str:
-        return render(self.name, self)
+        return render(self.source or self.name, self)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..compiler.extensions import is_own, load_class, named
 from ..compiler.options import build, split
 from ..errors import UnknownNameError
 
@@ -24,13 +25,21 @@ TARGETS = {
 """Name of a target: module in this package and class."""
 
 
+def is_known(name: str) -> bool:
+    """Whether there is a target of that name, ours or the user's."""
+    return name in TARGETS or named("target", name) is not None
+
+
 def get_target(name: str, options: Mapping[str, Any] | None = None) -> Target:
-    """Makes a target with these options.
+    """Makes a target with these options; one of the user's is known by its name once its file was named.
 
     Raises:
         UnknownNameError: no target or no option of that name.
         RecipeError: an option with a wrong value.
     """
+    if own := named("target", name):
+        found: Target = build(own, options or {}, name)
+        return found
     if name not in TARGETS:
         raise UnknownNameError("target", name, TARGETS)
     module, _, cls = TARGETS[name].partition(":")
@@ -39,5 +48,13 @@ def get_target(name: str, options: Mapping[str, Any] | None = None) -> Target:
 
 
 def parse_target(text: str) -> Target:
-    """Makes a target from its text form, for instance ``tensorrt:workspace_gib=4``."""
-    return get_target(*split(text))
+    """Makes a target from its text form: ``tensorrt:workspace_gib=4`` or ``my_target.py:MyTarget:option=value``.
+
+    Raises: see `get_target`.
+    """
+    name, options = split(text)
+    if not is_own(text):
+        return get_target(name, options)
+    from .base import Target
+
+    return get_target(load_class(name, "target", Target, TARGETS).name, options)

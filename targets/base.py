@@ -221,6 +221,8 @@ class Target(abc.ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    source: ClassVar[str] = ""
+    """``file.py:Class`` where the class is the user's."""
     capabilities: ClassVar[Capabilities]
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "fp32": (),
@@ -266,6 +268,21 @@ class Target(abc.ABC):
         """Options worth measuring on this machine for an engine of a precision, in the order in which to try them."""
         return ()
 
+    def built_for(self) -> Mapping[str, str] | None:
+        """What decides the engine beside graph, options and precision: one serves all machines where it is equal.
+
+        None: all that is known about a machine, for targets that do not say.
+        """
+        return None
+
+    def describe(self, info: EngineInfo, request: BuildRequest) -> EngineInfo:
+        """What is true on this machine of an engine that another one built, which lies in the request's folder.
+
+        Raises:
+            EngineError: it does not work here.
+        """
+        return info
+
     def refusals(self) -> Mapping[str, str]:
         """Why precisions that one may expect, or that other versions and devices have, cannot be had; by precision."""
         return {}
@@ -295,7 +312,7 @@ class Target(abc.ABC):
                 raise RecipeError(f"{option} of {self.name} is too small", expected=f"{least} or more", found=value)
 
     def __str__(self) -> str:
-        return render(self.name, self)
+        return render(self.source or self.name, self)
 
     def options(self) -> dict[str, Any]:
         """The options by name."""

@@ -110,13 +110,24 @@ class OnnxRuntimeCpu(Target):
         assert request.graph is not None
         entry = request.directory / "model.onnx"
         request.graph.save(entry)
-        details = examine(entry, self._session(), request.sample, request.cache)
-        request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
+        info = self.describe(self.info(request, entry.name, {}), request)
         if not self.optimized_model:
-            return self.info(request, entry.name, self.versions(), details=details)
+            return info
         optimized = self._optimized(entry, request)
-        requires = _requires(self.versions()["onnxruntime"])
-        return self.info(request, optimized.name, self.versions(), requires=requires, details=details)
+        return dataclasses.replace(info, entry=optimized.name, requires=_requires(info.versions["onnxruntime"]))
+
+    def built_for(self) -> Mapping[str, str]:
+        """An ONNX file is the same everywhere; an optimized one needs the version and a processor alike."""
+        version = self.versions().get("onnxruntime", "")
+        return {**_requires(version), "onnxruntime": version} if self.optimized_model else {}
+
+    def describe(self, info: EngineInfo, request: BuildRequest) -> EngineInfo:
+        """Looks at what ONNX Runtime makes of the file on this machine; an optimized one stays as it is."""
+        if info.requires:
+            return info
+        details = examine(request.directory / info.entry, self._session(), request.sample, request.cache)
+        request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
+        return dataclasses.replace(info, versions=self.versions(), details=details)
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the session."""

@@ -120,16 +120,25 @@ class OnnxRuntimeCuda(Target):
 
     def build(self, request: BuildRequest) -> EngineInfo:
         """Saves the graph, and records on which device each node ran and whether a CUDA graph could be captured."""
-        versions = self._require()
+        self._require()
         assert request.graph is not None
         entry = request.directory / "model.onnx"
         request.graph.save(entry)
+        return self.describe(self.info(request, entry.name, {}), request)
+
+    def built_for(self) -> Mapping[str, str]:
+        """An ONNX file is the same everywhere."""
+        return {}
+
+    def describe(self, info: EngineInfo, request: BuildRequest) -> EngineInfo:
+        """Looks at what ONNX Runtime makes of the file on this machine's GPU."""
+        versions, entry = self._require(), request.directory / info.entry
         details = examine(entry, self._session(request.precision), request.sample, request.cache)
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
         if CUDA not in details["placement"]:
             raise BuildError(f"no node of {entry.name} runs on {CUDA}", expected=CUDA, found=details["placement"])
         details["provider_options"] = self._provider_options(request.precision)
-        info = self.info(request, entry.name, versions, details=details)
+        info = dataclasses.replace(info, versions=versions, details=details)
         refusal = self._graph_refusal(request, info)
         request.log(f"CUDA graph: {refusal or 'captured'}")
         graph = {"used": not refusal, "reason": refusal}

@@ -98,7 +98,7 @@ class OpenVINO(Target):
         """Writes the graph in OpenVINO's format, and records in which types this machine executes it."""
         import openvino
 
-        version = _require()
+        _require()
         assert request.graph is not None
         if self.rest == "bf16" and not has_bf16():
             raise BuildError(f"option rest=bf16 of {self.name} cannot be had: {NO_BF16}", hint="leave it out")
@@ -112,13 +112,22 @@ class OpenVINO(Target):
                     model.outputs[index].get_tensor().add_names({spec.name})
                 openvino.save_model(model, entry, compress_to_fp16=False)
                 del model
-        with _translated(f"OpenVINO failed to run {entry.name} on the sample", BuildError):
-            compiled = self._compile(entry, request.precision)
+        return self.describe(self.info(request, entry.name, {}), request)
+
+    def built_for(self) -> Mapping[str, str]:
+        """The version of OpenVINO: what is for one processor is made when the file is loaded."""
+        return self.versions()
+
+    def describe(self, info: EngineInfo, request: BuildRequest) -> EngineInfo:
+        """Looks at the types in which this machine executes the file."""
+        version = _require()
+        with _translated(f"OpenVINO failed to run {info.entry} on the sample", BuildError):
+            compiled = self._compile(request.directory / info.entry, request.precision)
             names = {name for value in compiled.inputs for name in value.get_names()}
             compiled({name: array for name, array in request.sample.items() if name in names})
             details = _examine(compiled.get_runtime_model())
         request.log(f"{details['nodes']} nodes executed: {details['executed']}")
-        return self.info(request, entry.name, {"openvino": version}, details=details)
+        return dataclasses.replace(info, versions={"openvino": version}, details=details)
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Compiles the model for this machine."""

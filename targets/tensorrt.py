@@ -110,6 +110,12 @@ class TensorRT(Target):
         """Asked for in this process where engines run in it."""
         return trt.look(MODULE, to_run=True).versions(MODULE)
 
+    def built_for(self) -> Mapping[str, str]:
+        """Version, GPU and platform; tactics were measured on this model of GPU."""
+        found = trt.look(MODULE)
+        facts = {"tensorrt": found.version, "gpu": found.gpu, "compute_capability": found.compute_capability}
+        return {**{name: value or "" for name, value in facts.items()}, "platform": trt.host()}
+
     def build(self, request: BuildRequest) -> EngineInfo:
         """Builds for this machine's GPU, tuned over the ranges of the dynamic axes."""
         found = trt.look(MODULE)

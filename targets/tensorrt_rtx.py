@@ -101,6 +101,10 @@ class TensorRTRTX(Target):
         """Asked for in this process where engines run in it."""
         return trt.look(MODULE, to_run=True).versions(MODULE)
 
+    def built_for(self) -> Mapping[str, str]:
+        """The version alone: engines are for the GPUs chosen, and for Linux and Windows alike."""
+        return {"tensorrt_rtx": trt.look(MODULE).version or ""}
+
     def build(self, request: BuildRequest) -> EngineInfo:
         """Builds for the GPUs chosen, whatever this machine has."""
         found = trt.look(MODULE)

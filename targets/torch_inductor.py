@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -87,6 +89,15 @@ class TorchInductor(Target):
             return state
         reason, install = missing
         return dataclasses.replace(state, build=False, reason=reason, install=install)
+
+    def built_for(self) -> Mapping[str, str]:
+        """The version of torch, the system's libraries, and the processor with its cores, or the GPU."""
+        from ..compiler.machine import environment
+
+        version = self.versions().get("torch", "")
+        here = environment.environment()
+        kernels = [gpu["name"] for gpu in environment.gpus()[:1]] if self.device == "cuda" else here["cpu"]
+        return {**self._requires(version), "torch": version, "os": here["os"], "kernels": json.dumps(kernels)}
 
     def build(self, request: BuildRequest) -> EngineInfo:
         """Exports the module; a worker process compiles and packages it, loads it and runs it against the model.

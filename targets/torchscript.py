@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -53,6 +53,10 @@ class TorchScript(Target):
     def availability(self) -> Availability:
         """Imports torch and looks for the device."""
         return torch_availability(self.device)
+
+    def built_for(self) -> Mapping[str, str]:
+        """The version of torch: what is for one processor or GPU is made when the archive is loaded."""
+        return self.versions()
 
     def build(self, request: BuildRequest) -> EngineInfo:
         """Traces, freezes and saves the module, loads it again and compares it with the model."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import json
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ...errors import DataError
 from ..data import Samples
 from ..graph import Graph
-from ..storage.cache import code_digest
+from ..storage.cache import Cache, code_digest, key
 from .observe import Limited, float_activations, observe
 from .settings import CalibrationSettings
 from .statistics import Detail, Statistics
+
+_FILE = "statistics.npz"
+_PATIENCE_S = 1800.0
+"""How long to wait for another process that collects the same statistics."""
 
 
 class Calibration:
@@ -23,7 +27,7 @@ class Calibration:
     Args:
         samples: what to run.
         settings: how.
-        folder: where statistics are kept from one compile to the next, by the graph, the data and the settings; None
+        cache: where statistics are kept from one compile to the next, by the graph, the data and the settings; None
             to keep them in memory alone. Samples without a `digest` are not kept there.
 
     Raises:
@@ -31,11 +35,11 @@ class Calibration:
     """
 
     def __init__(
-        self, samples: Samples, settings: CalibrationSettings | None = None, folder: Path | None = None
+        self, samples: Samples, settings: CalibrationSettings | None = None, cache: Cache | None = None
     ) -> None:
         self.samples = samples
         self.settings = settings or CalibrationSettings()
-        self._folder = folder
+        self._cache = cache
         self._kept: dict[str, Statistics] = {}
         if samples.random and not self.settings.allow_random:
             raise DataError(
@@ -60,37 +64,65 @@ class Calibration:
         One pass over the samples collects what no earlier call for an equal graph did. Raises as `observe`.
         """
         wanted = list(dict.fromkeys(float_activations(graph) if names is None else names))
-        key = graph.fingerprint()
-        known = self._kept.get(key) or self._load(key)
-        if known is not None and known.detail == "range" and detail == "full":
-            known = None
-        seen = frozenset(known.everything()) | known.empty if known else frozenset()
-        missing = [name for name in wanted if name not in seen]
-        if known is None or missing:
-            found = observe(graph, self.samples, missing, self.settings, known.detail if known else detail)
-            known = found if known is None else known.joined(found)
-            self._save(key, known)
-        self._kept[key] = known
+        fingerprint = graph.fingerprint()
+        known = self._kept.get(fingerprint) or self._load(fingerprint)
+        if not _holds(known, wanted, detail):
+            with self._alone(fingerprint) as waited:
+                known = (self._load(fingerprint) if waited else None) or known
+                known = self._collected(graph, known, wanted, detail)
+                self._save(fingerprint, known)
+        assert known is not None
+        self._kept[fingerprint] = known
         return known.only(wanted)
 
-    def _path(self, key: str) -> Path | None:
+    def _collected(self, graph: Graph, known: Statistics | None, wanted: Sequence[str], detail: Detail) -> Statistics:
+        """What is known, with what is missing."""
+        if known is None or (known.detail == "range" and detail == "full"):
+            return observe(graph, self.samples, wanted, self.settings, detail)
+        missing = [name for name in wanted if name not in _seen(known)]
+        return known.joined(observe(graph, self.samples, missing, self.settings, known.detail)) if missing else known
+
+    def _key(self, fingerprint: str) -> str | None:
+        """Where the cache keeps the statistics of a graph; None where it does not."""
         digest = getattr(self.samples, "digest", None)
-        if self._folder is None or digest is None:
+        if self._cache is None or digest is None:
             return None
         settings = dataclasses.asdict(dataclasses.replace(self.settings, threads=0))
-        text = json.dumps([key, digest, settings, code_digest()], sort_keys=True)
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+        return key({"graph": fingerprint, "data": digest, "settings": settings, "code": code_digest()})
 
-    def _load(self, key: str) -> Statistics | None:
-        path = self._path(key)
-        if path is None or not path.exists():
-            return None
-        try:
-            return Statistics.load(path)
-        except DataError:  # cut short by a crash, or of another version: collected again
-            return None
+    def _alone(self, fingerprint: str) -> contextlib.AbstractContextManager[bool]:
+        """Keeps other processes from collecting the same; whether there was one that did."""
+        kept = self._key(fingerprint)
+        if self._cache is None or kept is None:
+            return contextlib.nullcontext(False)
+        return self._cache.making("calibration", kept, wait_s=_PATIENCE_S)
 
-    def _save(self, key: str, statistics: Statistics) -> None:
-        if (path := self._path(key)) is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            statistics.save(path)
+    def _load(self, fingerprint: str) -> Statistics | None:
+        kept = self._key(fingerprint)
+        if self._cache is None or kept is None:
+            return None
+        with self._cache.reading("calibration", kept) as entry:
+            if entry is None:
+                return None
+            try:
+                return Statistics.load(entry.content / _FILE)
+            except DataError:  # of another version: collected again
+                return None
+
+    def _save(self, fingerprint: str, statistics: Statistics) -> None:
+        kept = self._key(fingerprint)
+        if self._cache is None or kept is None:
+            return
+        with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
+            statistics.save(Path(folder) / _FILE)
+            self._cache.put("calibration", kept, Path(folder), what={"data": self.samples.description})
+
+
+def _holds(known: Statistics | None, wanted: Sequence[str], detail: Detail) -> bool:
+    if known is None or (known.detail == "range" and detail == "full"):
+        return False
+    return _seen(known).issuperset(wanted)
+
+
+def _seen(known: Statistics) -> frozenset[str]:
+    return frozenset(known.everything()) | known.empty

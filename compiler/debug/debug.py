@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import DataError, EngineError, RecipeError, TargetUnavailableError, UnknownNameError, UsageError
 from ...targets import get_target, parse_target
 from ...targets.base import EngineInfo, Target
+from ..again import find_own
 from ..bundle import Bundle
 from ..data import open_data
 from ..engine import check_files
@@ -97,6 +98,7 @@ def debug_bundle(
     """
     progress = progress or Progress()
     bundle, recipe = Bundle.open(path), read_recipe(path / "recipe.yaml")
+    find_own(recipe.targets)
     record = _built(bundle, engine) if engine else _worst(bundle)
     other = None if against == REFERENCE else _built(bundle, against)
     if other is record:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..build import Job
+from ..extensions import code_of
 from ..manifest import LadderStep
 from ..recipe import Recipe
+from ..reuse import described
 from ..storage.cache import key
 from ..storage.fingerprint import compile_key, is_repeatable
 from ..variants import Variant
@@ -39,15 +41,15 @@ class Memory:
         """What came of a rung, with the engine that was kept back in its folder; None where that is not known."""
         if not self._keeps or not rung.candidates:
             return None
-        kept = self._job.cache.get("trials", self._key(rung, incumbent))
-        if kept is None:
-            return None
-        found: dict[str, Any] = json.loads((kept / "rung.json").read_text())
-        steps: list[LadderStep] = [LadderStep(**{**step, "resumed": True}) for step in found["steps"]]  # type: ignore[typeddict-item]
-        if found["winner"] is None:
-            return steps, None
-        variant = next(variant for variant in rung.candidates if variant.name == found["winner"])
-        shutil.copytree(kept / "engine", self._job.folder / "engines" / variant.name)
+        with self._job.cache.reading("trials", self._key(rung, incumbent)) as kept:
+            if kept is None:
+                return None
+            found: dict[str, Any] = json.loads((kept.content / "rung.json").read_text())
+            steps: list[LadderStep] = [LadderStep(**{**step, "resumed": True}) for step in found["steps"]]  # type: ignore[typeddict-item]
+            if found["winner"] is None:
+                return steps, None
+            variant = next(variant for variant in rung.candidates if variant.name == found["winner"])
+            shutil.copytree(kept.content / "engine", self._job.folder / "engines" / variant.name)
         return steps, Contender(variant, found["record"], tuple(found["passes"]))
 
     def keep(self, rung: Rung, incumbent: Variant, steps: list[LadderStep], winner: Contender | None) -> None:
@@ -62,7 +64,13 @@ class Memory:
                 found |= {"winner": winner.variant.name, "record": winner.record, "passes": list(winner.passes)}
                 shutil.copytree(self._job.folder / "engines" / winner.variant.name, folder / "engine")
             (folder / "rung.json").write_text(json.dumps(found, default=float))
-            self._job.cache.put("trials", self._key(rung, incumbent), folder)
+            what = {
+                "model": described(self._job.recipe.model),
+                "target": str(incumbent.target),
+                "precision": incumbent.precision,
+                "rung": rung.name,
+            }
+            self._job.cache.put("trials", self._key(rung, incumbent), folder, what=what)
 
     def _key(self, rung: Rung, incumbent: Variant) -> str:
         return key({"base": self._base, "rung": rung.name, "against": _identity(incumbent), "of": rung_identity(rung)})
@@ -79,7 +87,9 @@ def out_of_time(step: LadderStep) -> bool:
 
 
 def _identity(variant: Variant) -> list[Any]:
-    return [variant.name, str(variant.target), variant.precision, [str(rewrite) for rewrite in variant.passes]]
+    sources = [variant.target.source, *(rewrite.source for rewrite in variant.passes)]
+    own = [code_of(source) for source in sources if source]
+    return [variant.name, str(variant.target), variant.precision, [str(rewrite) for rewrite in variant.passes], own]
 
 
 def _relevant(recipe: Recipe) -> Recipe:

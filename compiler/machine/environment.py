@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -26,6 +27,7 @@ ISA_FLAGS = (
 
 _SIMD = re.compile(r"avx|amx|fma|f16c|sse|bmi|asimd|sve")
 _CPU_INFO = Path("/proc/cpuinfo")
+_MACHINE_ID = Path("/etc/machine-id")
 
 
 def environment() -> dict[str, Any]:
@@ -43,6 +45,18 @@ def environment() -> dict[str, Any]:
         "gpus": gpus(),
     }
     return {key: value for key, value in found.items() if value}
+
+
+def identity() -> str:
+    """Tells this machine from another of the same kind: its name, and the id that its system was given when installed.
+
+    A container is a machine of its own. For keys of what was measured; it is shown to nobody.
+    """
+    try:
+        installed = _MACHINE_ID.read_text().strip()
+    except OSError:
+        installed = ""
+    return hashlib.sha256(f"{platform.node()} {installed}".encode()).hexdigest()
 
 
 def gpus() -> list[dict[str, Any]]:

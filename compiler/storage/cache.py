@@ -1,25 +1,31 @@
-"""Content-addressed cache of finished bundles and engines, verified by hash each time something is taken out.
+"""Content-addressed cache of finished bundles, engines, statistics and trials, shared by processes and machines.
 
 It lives in ``$ENGINESMITH_CACHE``, else ``$XDG_CACHE_HOME/enginesmith``, else ``~/.cache/enginesmith``; when it grows
 beyond ``$ENGINESMITH_CACHE_GB`` (20 by default) the entries unused for longest are removed.
+
+Whatever is taken out is verified by hash. What is put in appears whole or not at all. A cache that cannot be written,
+or a disk that is full, is no reason to fail: then nothing is kept. What lies where is drawn in entries.py.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import OutputError, RecipeError, StorageError
-from .files import appearing_folder, hashes, size_bytes
-
-Kind = Literal["bundles", "engines", "trials"]
+from ...errors import RecipeError
+from . import locks
+from .entries import CONTENT, Entry, Kind, problem_of, read_entry, write_entry, write_value
+from .pruning import discard, prune, scratch
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -53,58 +59,145 @@ def room_bytes() -> float:
 
 
 class Cache:
-    """Folders by kind and key."""
+    """Entries by kind and key."""
 
     def __init__(self, root: Path | None = None) -> None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         room_bytes()  # a wrong value shows before the work, not after it
         self.root = root or Path(os.environ.get("ENGINESMITH_CACHE") or Path(home) / "enginesmith")
 
-    def get(self, kind: Kind, key: str) -> Path | None:
-        """The folder kept under `key`, None where there is none or where its files were changed."""
-        entry = self.root / kind / key
-        try:
-            expected = json.loads((entry / "hashes.json").read_text())
-            if hashes(entry / "content") == expected:
-                os.utime(entry)
-                return entry / "content"
-        except (OSError, ValueError):
-            pass
-        shutil.rmtree(entry, ignore_errors=True)
-        return None
+    @contextlib.contextmanager
+    def reading(self, kind: Kind, key: str) -> Iterator[Entry | None]:
+        """The entry kept under `key`, safe from removal for the block; None where there is none.
 
-    def notes(self, kind: Kind, key: str) -> dict[str, Any]:
-        """What `put` was told to remember beside the folder."""
-        notes: dict[str, Any] = json.loads((self.root / kind / key / "notes.json").read_text())
-        return notes
-
-    def put(self, kind: Kind, key: str, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
-        """Keeps a copy of a folder. A cache that cannot be written is no reason to fail: then nothing is kept."""
-        try:
-            with appearing_folder(self.root / kind / key) as entry:
-                shutil.copytree(folder, entry / "content")
-                (entry / "hashes.json").write_text(json.dumps(hashes(entry / "content")))
-                (entry / "notes.json").write_text(json.dumps(notes or {}))
-            self._prune()
-        except (OSError, StorageError, OutputError):
+        An entry whose files were changed counts as none, and is removed.
+        """
+        path = self.root / kind / key
+        if not path.is_dir():
+            yield None
             return
+        with locks.sharing(path / "entry.json") as shared:
+            entry = _readable(path, kind) if shared else None
+            if entry is not None and not entry.problem:
+                _touch(entry.lock)
+                yield entry
+                return
+        if entry is not None:
+            self._discard(entry)
+        yield None
+
+    def put(
+        self,
+        kind: Kind,
+        key: str,
+        folder: Path,
+        *,
+        what: Mapping[str, str] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keeps a copy of a folder, and then the cache within its bounds.
+
+        Args:
+            what: model, target and precision, for `cache list`.
+            notes: what those who take it out need beside the files.
+        """
+        with contextlib.suppress(OSError), scratch(self.root) as own:
+            shutil.copytree(folder, own / "entry" / CONTENT)
+            write_entry(own / "entry", kind, key, what or {}, notes or {})
+            if self.place(own / "entry", self.root / kind / key):
+                prune(self.root, room_bytes())
+
+    def read(self, kind: Literal["trials"], key: str) -> dict[str, Any] | None:
+        """The value kept under `key`; None where there is none, or a damaged one."""
+        path = self.root / kind / f"{key}.json"
+        try:
+            entry = read_entry(path, kind)
+        except OSError:
+            return None
+        if entry.problem or entry.value is None:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            return None
+        _touch(path)
+        return dict(entry.value)
+
+    def write(
+        self, kind: Literal["trials"], key: str, value: Mapping[str, Any], *, what: Mapping[str, str] | None = None
+    ) -> None:
+        """Keeps a small value that JSON can hold. It counts when something larger is `put`, which bounds the cache."""
+        with contextlib.suppress(OSError), scratch(self.root) as own:
+            write_value(own / "value", kind, key, what or {}, value)
+            path = self.root / kind / f"{key}.json"
+            path.parent.mkdir(exist_ok=True)
+            (own / "value").replace(path)
+
+    @contextlib.contextmanager
+    def making(
+        self, kind: Kind, key: str, *, wait_s: float, waiting: Callable[[str], None] | None = None
+    ) -> Iterator[bool]:
+        """Keeps other processes from making the same entry for the block, after they have finished with it.
+
+        Args:
+            wait_s: how long to wait for another process; after that the block runs all the same.
+            waiting: told which process has it, where there is a wait.
+
+        Yields:
+            Whether there was a wait, so that the entry may be there now.
+        """
+        waited: list[str] = []
+
+        def note(holder: str) -> None:
+            waited.append(holder)
+            if waiting is not None:
+                waiting(holder)
+
+        with locks.taking(self.root / "locks" / f"{kind}-{key}", wait_s=wait_s, waiting=note):
+            yield bool(waited)
 
     def folder(self, name: str) -> Path:
         """A folder that outlives the compile, for timing caches and the like; a temporary one where that cannot be."""
         path = self.root / name
-        try:
+        with contextlib.suppress(OSError):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return Path(tempfile.mkdtemp(prefix="enginesmith-"))
-        return path
+            with tempfile.TemporaryFile(dir=path):
+                return path
+        temporary = tempfile.mkdtemp(prefix="enginesmith-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary)
 
-    def _prune(self) -> None:
-        room = room_bytes()
-        kinds = ("bundles", "engines", "trials", "calibration")
-        entries = [entry for kind in kinds for entry in (self.root / kind).glob("[0-9a-f]*")]
-        for entry in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True):
-            room -= size_bytes(entry) if entry.is_dir() else entry.stat().st_size
-            if room < 0 and entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif room < 0:
-                entry.unlink(missing_ok=True)
+    def place(self, new: Path, path: Path, *, replace: bool = True) -> bool:
+        """Moves an entry to its place; whether it is there now.
+
+        One that is there already stays where it is being read, and where it is whole and not to be replaced.
+        """
+        path.parent.mkdir(exist_ok=True)
+        if not replace and path.exists():
+            old = _readable(path, path.parent.name)
+            if old is not None and not old.problem:
+                return False
+        if path.is_dir() and not self._discard(read_entry(path, path.parent.name)):
+            return False
+        try:
+            new.rename(path)
+        except OSError:  # another process was faster
+            return False
+        return True
+
+    def _discard(self, entry: Entry) -> bool:
+        with contextlib.suppress(OSError):
+            return discard(self.root, entry)
+        return False
+
+
+def _readable(path: Path, kind: str) -> Entry | None:
+    """The entry, with what is wrong with its files; None where it is gone."""
+    try:
+        entry = read_entry(path, kind)
+    except OSError:
+        return None
+    return dataclasses.replace(entry, problem=problem_of(entry))
+
+
+def _touch(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(path)

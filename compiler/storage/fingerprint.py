@@ -10,6 +10,8 @@ from typing import Any
 
 from ...errors import SourceError
 from ..data import digest
+from ..extensions import files_of
+from ..machine.environment import identity
 from ..recipe import PATHS, Recipe
 from ..sources.detect import detect
 from .cache import code_digest, key
@@ -35,14 +37,16 @@ def is_repeatable(recipe: Recipe) -> bool:
 
 
 def compile_key(recipe: Recipe, machine: Mapping[str, Any], model_fingerprint: str = "") -> str:
-    """SHA-256 over all that decides a bundle."""
+    """SHA-256 over all that decides a bundle. Its numbers are this machine's, so another machine's never serves."""
     files = {name: _digests(value) for name in PATHS if (value := getattr(recipe, name))}
     return key(
         {
             "recipe": recipe.model_dump(mode="json"),
             "files": files,
+            "own": files_of((*recipe.passes, *recipe.targets)),
             "model": model_fingerprint,
             "machine": machine,
+            "identity": identity(),
             "code": code_digest(),
         }
     )

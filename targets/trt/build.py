@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import platform
 import shlex
 import sys
 import tempfile
@@ -58,6 +59,11 @@ class Found:
         """What was found, by name."""
         named = {module: self.version, "polygraphy": self.polygraphy, "driver": self.driver, "gpu": self.gpu}
         return {name: value for name, value in named.items() if value}
+
+
+def host() -> str:
+    """Operating system and processor, between which TensorRT's engines are not portable."""
+    return f"{platform.system()} {platform.machine()}"
 
 
 def variable(module: str) -> str:

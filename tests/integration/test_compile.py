@@ -235,7 +235,7 @@ def test_bundle_of_a_module_is_measured_without_torch(enginesmith, tmp_path, mon
 
 
 def test_changed_code_builds_the_engine_again(enginesmith, bundle, model, arguments, monkeypatch):
-    monkeypatch.setattr("enginesmith.compiler.build.code_digest", lambda: "changed")
+    monkeypatch.setattr("enginesmith.compiler.reuse.code_digest", lambda: "changed")
     np.savez(model / "data.npz", x=np.zeros((4, 4), np.float32))
     manifest = json.loads(enginesmith(*arguments, "--json").out)
     assert [engine["cached"] for engine in manifest["engines"]] == [False]

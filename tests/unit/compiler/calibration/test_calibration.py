@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from enginesmith.compiler.calibration import Calibration, CalibrationSettings, Statistics
+from enginesmith.compiler.storage.cache import Cache
+from enginesmith.compiler.storage.entries import scan
 from enginesmith.errors import DataError, GraphError
 
 NET = """g (float[N,4] x) => (float[N,3] y) <float[4,3] w = {1,0,2, 1,0,2, 1,0,2, 1,0,2}> {
@@ -60,11 +62,12 @@ def test_another_pass_collects_what_is_missing_only(read, monkeypatch):
 
 def test_statistics_are_kept_on_disk(read, tmp_path):
     graph = read(NET)
-    first = Calibration(batches(ramp(4)), folder=tmp_path).statistics(graph)
-    assert len(list(tmp_path.iterdir())) == 1
-    again = Calibration(batches(ramp(4, 9.0)), folder=tmp_path).statistics(graph)  # known by its digest
+    cache = Cache(tmp_path)
+    first = Calibration(batches(ramp(4)), cache=cache).statistics(graph)
+    assert [entry.what for entry in scan(tmp_path, ["calibration"])] == [{"data": "made up"}]
+    again = Calibration(batches(ramp(4, 9.0)), cache=cache).statistics(graph)  # known by its digest
     assert again.digest == first.digest
-    other = Calibration(batches(ramp(4, 9.0)), CalibrationSettings(seed=1), tmp_path).statistics(graph)
+    other = Calibration(batches(ramp(4, 9.0)), CalibrationSettings(seed=1), cache).statistics(graph)
     assert other.digest != first.digest
 
 
@@ -80,13 +83,21 @@ def test_saving_and_loading_keeps_everything(read, tmp_path):
 
 
 def test_a_damaged_file_is_refused_and_collected_again(read, tmp_path):
-    graph = read(NET)
-    first = Calibration(batches(ramp(4)), folder=tmp_path).statistics(graph)
-    (file,) = tmp_path.iterdir()
+    graph, cache = read(NET), Cache(tmp_path)
+    first = Calibration(batches(ramp(4)), cache=cache).statistics(graph)
+    (file,) = tmp_path.glob("calibration/*/content/*")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match="holds no statistics of tensors"):
         Statistics.load(file)
-    assert Calibration(batches(ramp(4)), folder=tmp_path).statistics(graph).digest == first.digest
+    assert Calibration(batches(ramp(4)), cache=cache).statistics(graph).digest == first.digest
+
+
+def test_statistics_that_were_extended_take_the_place_of_the_first(read, tmp_path, monkeypatch):
+    graph, cache = read(NET), Cache(tmp_path)
+    Calibration(batches(ramp(4)), cache=cache).statistics(graph, ["h"])
+    Calibration(batches(ramp(4)), cache=cache).statistics(graph, ["y"])
+    monkeypatch.setattr(Samples, "__iter__", lambda self: pytest.fail("collected again"))
+    assert set(Calibration(batches(ramp(4)), cache=cache).statistics(graph, ["h", "y"])) == {"h", "y"}
 
 
 def test_made_up_data_is_refused_unless_allowed(read):

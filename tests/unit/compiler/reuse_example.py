@@ -1,0 +1,80 @@
+"""A job with one engine that is a text file: `python reuse_example.py CACHE WORK` builds it once a line comes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+
+from enginesmith.compiler.build import Job
+from enginesmith.compiler.progress import Progress, Stages
+from enginesmith.compiler.recipe import Recipe
+from enginesmith.compiler.reuse import build_or_reuse
+from enginesmith.compiler.signature import Signature, TensorSpec
+from enginesmith.compiler.storage.cache import Cache
+from enginesmith.errors import EngineError
+from enginesmith.targets.base import Availability, Capabilities, Target
+
+SIGNATURE = Signature((TensorSpec("x", "float32", (2,)),), (TensorSpec("y", "float32", (2,)),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Target):
+    facts: str | None = ""
+    works: bool = True
+
+    name: ClassVar[str] = "text"
+    summary: ClassVar[str] = "for tests"
+    capabilities: ClassVar[Capabilities] = Capabilities("module", ("fp32",), ("cpu",))
+
+    def availability(self):
+        return Availability(True, True)
+
+    def built_for(self):
+        return None if self.facts is None else {"facts": self.facts}
+
+    def build(self, request):
+        print("builds", flush=True)
+        if not sys.stdin.isatty() and __name__ == "__main__":
+            sys.stdin.readline()
+        (request.directory / "model").write_text("text")
+        return self.info(request, "model", {})
+
+    def describe(self, info, request):
+        return dataclasses.replace(info, details={"described": (request.directory / info.entry).read_text()})
+
+    def runner(self, directory, info):
+        def run(inputs):
+            if not self.works:
+                raise EngineError("illegal instruction")
+
+        return SimpleNamespace(run=run, close=lambda: None)
+
+
+class Printed(Progress):
+    def update(self, fraction, what):
+        print(what, flush=True)
+
+
+def build(cache: Path, work: Path, target: Target | None = None, machine: str = "a", graph=None, signature=SIGNATURE):
+    """The engine's description, whether it was cached, and the log."""
+    target = target or Text()
+    directory = work / "engine"
+    directory.mkdir(parents=True)
+    recipe = Recipe(model="/home/me/net.py:net", timeout_s=60)
+    machine_facts = {"cpu": machine}
+    job = Job(recipe, (target,), (), (), machine_facts, Cache(cache), work, work, Stages(Printed(), 1))
+    model = SimpleNamespace(fingerprint="f", signature=signature)
+    data = SimpleNamespace(first=lambda: {"x": np.float32([1, -1])})
+    log: list[str] = []
+    info, cached = build_or_reuse(job, target, "fp32", graph, model, data, directory, log, target.availability())
+    return info, cached, log
+
+
+if __name__ == "__main__":
+    _, reused, lines = build(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(reused, *lines, sep="; ", flush=True)
