@@ -122,7 +122,7 @@ class OpenVINO(Target):
         """Looks at the types in which this machine executes the file."""
         version = _require()
         with _translated(f"OpenVINO failed to run {info.entry} on the sample", BuildError):
-            compiled = self._compile(request.directory / info.entry, request.precision)
+            compiled = self.compiled(request.directory / info.entry, request.precision)
             names = {name for value in compiled.inputs for name in value.get_names()}
             compiled({name: array for name, array in request.sample.items() if name in names})
             details = _examine(compiled.get_runtime_model())
@@ -135,10 +135,11 @@ class OpenVINO(Target):
         if "bf16" in (info.precision, self.rest) and not has_bf16():
             raise EngineError(f"engine {info.name!r} computes in bfloat16: {NO_BF16}", hint="compile it for fp32")
         with _translated(f"OpenVINO refused {info.entry}", EngineError):
-            compiled = self._compile(directory / info.entry, info.precision)
+            compiled = self.compiled(directory / info.entry, info.precision)
         return OpenVINORunner(compiled, [spec.name for spec in info.signature.outputs])
 
-    def _compile(self, path: Path, precision: str) -> Any:
+    def compiled(self, path: Path, precision: str) -> Any:
+        """The model at `path`, .xml or .onnx, compiled for this machine."""
         import openvino
 
         computed = "bf16" if precision == "bf16" else "fp32" if precision == "fp32" else self.rest
