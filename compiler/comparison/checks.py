@@ -30,7 +30,7 @@ def _speed(sizes: Mapping[str, int], pair: Mapping[str, Timing], skipped: Mappin
     name = " ".join(f"{axis}={size}" for axis, size in sizes.items()) or "static"
     seconds = sum(timing["iterations"] * timing["mean_ms"] / 1000 for timing in pair.values())
     numbers: dict[str, float | None] = {
-        f"{label.lower()}_{key}": timing[key]  # type: ignore[literal-required]
+        f"{label.lower()}_{key}": timing[key]
         for label, timing in pair.items()
         for key in ("p50_ms", "p99_ms", "samples_per_s", "device_p50_ms")
     }
@@ -122,10 +122,7 @@ def result_checks(results: Results, rules: Rules) -> list[Check]:
     words = ("equal", "different") if kind == "results" else ("within bounds", "worse")
     checks = []
     for output in results["between"]:
-        numbers: dict[str, float | None] = {
-            key: output[key]  # type: ignore[literal-required]
-            for key in ("relative_l2", "max_abs", "cosine", "top1")
-        }
+        numbers: dict[str, float | None] = {key: output[key] for key in ("relative_l2", "max_abs", "cosine", "top1")}
         text = f"relative L2 {_number(output['relative_l2'])} from A's, {results['tolerance']['relative_l2']:g} allowed"
         text = text if output["passed"] else f"{text}; {'; '.join(output['failures'])}"
         name = output["output"] if kind == "results" else f"{output['output']} beside A's"

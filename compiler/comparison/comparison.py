@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import EngineError, UnknownNameError
-from ..benchmark import Candidate, Settings, benchmark
+from ...errors import UnknownNameError
 from ..manifest import Benchmark
 from ..progress import Progress, Stages
-from ..recipe import Recipe, make_recipe
+from ..recipe import make_recipe
 from .checks import accuracy_checks, growth_checks, result_checks, speed_checks, verdict
-from .inputs import Samples, check_alike, common_sizes, opened_like, samples, sized_inputs
-from .place import Place, find
+from .pair import pair
+from .place import Place
 from .records import Comparison, SideRecord
 from .results import look
 from .rules import Rules
+from .speed import timed
 
 FIELDS = (
     "benchmark", "data", "max_samples", "metric", "rounds", "seed", "slice_s", "tolerances", "with_transfers",
@@ -61,19 +60,16 @@ def compare(
     recipe = make_recipe(fields, "call")
     stages = Stages(progress or Progress(), 2 + recipe.benchmark)
     with stages("open engines"):
-        places = find(a), find(b)
-        check_alike(*(place.signature for place in places))
-        at = common_sizes(*(place.signature for place in places), sizes)
-        given = samples(*places, recipe.data, at, max_samples=recipe.max_samples, seed=recipe.seed)
+        both = pair(a, b, sizes, recipe)
     with stages("compare results"):
-        results, notes = look(*places, given, recipe, fields)
-    timed = None
+        results, notes = look(both, recipe, fields)
+    times = None
     if recipe.benchmark:
         with stages("measure speed"):
-            timed = _timed(*places, given, at, recipe, stages)
-    records = _side(str(a), places[0], timed, "A"), _side(str(b), places[1], timed, "B")
+            times = timed(both, recipe, stages.update)
+    records = _side(str(a), both.a, times, "A"), _side(str(b), both.b, times, "B")
     checks = [
-        *(speed_checks(timed, rules) if timed else []),
+        *(speed_checks(times, rules) if times else []),
         *accuracy_checks(results, rules),
         *result_checks(results, rules),
         *growth_checks(*records, rules),
@@ -83,7 +79,7 @@ def compare(
         notes.append("A and B were made from different models or weights: each was judged on its own reference")
     if results["a"] is not None and not results["a"]["passed"]:
         notes.append("A itself is not within its bounds")
-    if given.where.startswith("random"):
+    if both.samples.random:
         notes.append("inputs were random: give --data for a verdict on real ones")
     return Comparison(
         a=records[0],
@@ -93,33 +89,10 @@ def compare(
         verdict=verdict(checks),
         checks=checks,
         results=results,
-        benchmark=timed,
+        benchmark=times,
         notes=notes,
         seconds=time.perf_counter() - start,
     )
-
-
-def _timed(
-    a: Place, b: Place, given: Samples, sizes: Sequence[Mapping[str, int]], recipe: Recipe, stages: Stages
-) -> Benchmark:
-    """Times both, interleaved; B may fail, A may not."""
-    sample = given.first()
-    assert sample is not None
-    result = benchmark(
-        [
-            Candidate("A", a.open),
-            Candidate("B", functools.partial(opened_like, b, a.signature)),
-        ],
-        sized_inputs(a.signature, sample.inputs, sizes),
-        baseline="A",
-        protocol=Settings(
-            rounds=recipe.rounds, slice_s=recipe.slice_s, transfers=recipe.with_transfers, seed=recipe.seed
-        ),
-        on_progress=stages.update,
-    )
-    if not any(timing["candidate"] == "A" for timing in result["timings"]):
-        raise EngineError("A could not be timed", found="; ".join(f"{k}: {v}" for k, v in result["skipped"].items()))
-    return result
 
 
 def _side(text: str, place: Place, timed: Benchmark | None, label: str) -> SideRecord:

@@ -43,8 +43,8 @@ def check_alike(a: Signature, b: Signature) -> None:
                 f"{spec.dtype} {a.describe(spec)}",
                 f"{other.dtype} {b.describe(other)}",
             )
-        for ours, theirs in zip(spec.shape, other.shape, strict=True):
-            (low, high), (other_low, other_high) = _range(a, ours), _range(b, theirs)
+        for mine, yours in zip(spec.shape, other.shape, strict=True):
+            (low, high), (other_low, other_high) = _range(a, mine), _range(b, yours)
             if max(low, other_low) > min(high, other_high):
                 raise _unlike(f"take no size of input {spec.name!r} in common", a.describe(spec), b.describe(other))
 
@@ -102,10 +102,12 @@ class Samples:
 
     Attributes:
         where: what they are from, in words.
+        random: whether they were made up.
     """
 
     where: str
     read: Callable[[], Iterator[Given]]
+    random: bool = False
 
     def __iter__(self) -> Iterator[Given]:
         return self.read()
@@ -124,15 +126,15 @@ def samples(
         DataError: no sample fits both.
     """
 
-    def fitting(read: Callable[[], Iterable[Given]], where: str) -> Samples:
+    def fitting(read: Callable[[], Iterable[Given]], where: str, *, random: bool = False) -> Samples:
         both = (a.signature, b.signature)
-        return Samples(where, lambda: (one for one in read() if all(takes(s, one.inputs) for s in both)))
+        return Samples(where, lambda: (one for one in read() if all(takes(s, one.inputs) for s in both)), random)
 
     if data is not None:
         found = [fitting(*_from_data(a.signature, b.signature, data, max_samples, seed))]
     else:
         found = [fitting(*_from_record(place, max_samples)) for place in (b, a) if place.bundle]
-        found = found or [fitting(*_made_up(a.signature, sizes, seed))]
+        found = found or [fitting(*_made_up(a.signature, sizes, seed), random=True)]
     for candidate in found:
         if candidate.first() is not None:
             return candidate

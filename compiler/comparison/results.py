@@ -16,7 +16,8 @@ from ..trial import load_metric
 from ..validation.metrics import Judge, resolve_tolerance
 from ..validation.polygraphy_io import EngineRunner, host_dtype
 from ..validation.validator import MetricFunction, validate
-from .inputs import Given, Samples
+from .inputs import Given
+from .pair import Pair
 from .place import Place
 from .records import MetricChange, Results
 
@@ -24,7 +25,7 @@ Arrays = Mapping[str, np.ndarray]
 RESAMPLES = 2000
 
 
-def look(a: Place, b: Place, samples: Samples, recipe: Recipe, given: Mapping[str, Any]) -> tuple[Results, list[str]]:
+def look(both: Pair, recipe: Recipe, given: Mapping[str, Any]) -> tuple[Results, list[str]]:
     """Runs both on every sample, judges each on its record, and says what could not be judged.
 
     Args:
@@ -33,6 +34,7 @@ def look(a: Place, b: Place, samples: Samples, recipe: Recipe, given: Mapping[st
     Raises:
         EngineError: A fails to run, so that there is nothing to compare with.
     """
+    a, b = both.a, both.b
     notes: list[str] = []
     own = {label: _own(label, place, given, notes) for label, place in (("A", a), ("B", b))}
     for label, place, other in (("A", a, b), ("B", b, a)):
@@ -42,9 +44,9 @@ def look(a: Place, b: Place, samples: Samples, recipe: Recipe, given: Mapping[st
     bounds = looser(_bounds(a, own["A"], recipe), _bounds(b, own["B"], recipe))
     judge = Judge(bounds, {spec.name: host_dtype(spec) for spec in b.signature.outputs})
     scores = _Scores(_metric(a, b, recipe, given, notes), recipe.seed)
-    count = _run_both(a, b, samples, judge, scores)
+    count = _run_both(both, judge, scores)
     return Results(
-        inputs=samples.where,
+        inputs=both.samples.where,
         samples=count,
         between=judge.metrics(),
         tolerance=bounds,
@@ -65,13 +67,14 @@ def looser(one: Tolerance, other: Tolerance) -> Tolerance:
     )
 
 
-def _run_both(a: Place, b: Place, samples: Samples, judge: Judge, scores: _Scores) -> int:
+def _run_both(both: Pair, judge: Judge, scores: _Scores) -> int:
     """Runs A and then B on each sample, from their first state; returns the number of samples."""
+    a, b = both.a, both.b
     opened_a, opened_b = a.open(), b.open()
     count = 0
     try:
         with EngineRunner(opened_a, a.signature, "A") as run_a, EngineRunner(opened_b, b.signature, "B") as run_b:
-            for sample in samples:
+            for sample in both.samples:
                 try:
                     expected = run_a.infer(sample.inputs, check_inputs=False)
                 except EnginesmithError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -82,9 +82,13 @@ def show_comparison(comparison: Comparison) -> None:
         headers = ("sizes", ">A p50 ms", ">B p50 ms", ">A p99 ms", ">B p99 ms", ">B is times as fast (95 %)", "B is")
         _print_table(console, headers, [_speed_cells(check) for check in speed], drop=("A p99 ms", "B p99 ms"))
         console.print(view.RATIO, style="dim", soft_wrap=True)
-    headers = ("check", "of", "verdict")
     others = [check for check in comparison["checks"] if check["kind"] != "speed"]
-    _print_table(console, headers, [(check["kind"], escape(check["name"]), _word(check)) for check in others], drop=())
+    _print_table(
+        console,
+        ("check", "of", "verdict"),
+        [(check["kind"], escape(check["name"]), _word(check)) for check in others],
+        drop=(),
+    )
     for check in comparison["checks"]:
         if check["kind"] != "speed" or not check["numbers"].get("ratio"):
             console.print(
@@ -115,7 +119,7 @@ def _show_verdict(console: Console, comparison: Comparison) -> None:
     console.print(f"verdict: [{colour}]{word}[/]   {escape(verdict['text'])}", soft_wrap=True, highlight=False)
 
 
-def _speed_cells(check: Check) -> Iterable[str]:
+def _speed_cells(check: Check) -> tuple[str, ...]:
     numbers = check["numbers"]
     times = (_ms(numbers.get(key)) for key in ("a_p50_ms", "b_p50_ms", "a_p99_ms", "b_p99_ms"))
     ratio = "-"

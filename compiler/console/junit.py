@@ -144,8 +144,7 @@ def _validation_cases(command: str, validation: Validation) -> list[Case]:
 
 def _output_case(group: str, output: OutputMetrics, validation: Validation) -> Case:
     numbers: dict[str, float | int | str | None] = {
-        key: output[key]  # type: ignore[literal-required]
-        for key in ("relative_l2", "max_abs", "cosine", "snr_db", "nan", "inf", "top1", "top5")
+        key: output[key] for key in ("relative_l2", "max_abs", "cosine", "snr_db", "nan", "inf", "top1", "top5")
     }
     numbers |= {f"bound_{key}": value for key, value in validation["tolerance"].items() if isinstance(value, float)}
     numbers["samples"] = validation["samples"]
