@@ -181,7 +181,7 @@ def _table(engine: str, outputs: Mapping[str, Closeness], bounds: Tolerance, cou
 def _cells(name: str, output: Closeness) -> tuple[str, ...]:
     metrics = output.metrics
     place = "-"
-    if output.sample is not None:
+    if output.sample is not None and not output.passed:
         place = f"sample {output.sample}"
         if output.index is not None:
             place += f", {list(output.index)}: expected {output.expected:.6g}, found {output.found:.6g}"

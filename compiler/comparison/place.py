@@ -117,7 +117,6 @@ def _in_bundle(root: Path, engine: str | None) -> Place:
     """An engine of a bundle. It is loaded once: whether it runs here, and so which is the best, is known then only."""
     with load(root, engine) as loaded:
         info = loaded.info
-    release()
     return Place(root / "engines" / info.name, info, Bundle.open(root))
 
 
