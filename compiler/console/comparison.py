@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..comparison.records import Check, Comparison, SideRecord
 from ..comparison.rules import KINDS, Rules
 from ..report import view
-from .console import _console, _ms, _print_table
+from .console import _console, _ms, print_table
 
 COLOURS = {"passed": "green", "failed": "red", "information": "yellow", "skipped": "dim"}
 
@@ -80,10 +80,10 @@ def show_comparison(comparison: Comparison) -> None:
     speed = [check for check in comparison["checks"] if check["kind"] == "speed"]
     if speed:
         headers = ("sizes", ">A p50 ms", ">B p50 ms", ">A p99 ms", ">B p99 ms", ">B is times as fast (95 %)", "B is")
-        _print_table(console, headers, [_speed_cells(check) for check in speed], drop=("A p99 ms", "B p99 ms"))
+        print_table(console, headers, [_speed_cells(check) for check in speed], drop=("A p99 ms", "B p99 ms"))
         console.print(view.RATIO, style="dim", soft_wrap=True)
     others = [check for check in comparison["checks"] if check["kind"] != "speed"]
-    _print_table(
+    print_table(
         console,
         ("check", "of", "verdict"),
         [(check["kind"], escape(check["name"]), _word(check)) for check in others],
@@ -108,7 +108,7 @@ def _show_sides(console: Console, a: SideRecord, b: SideRecord) -> None:
          side["created"][:19], escape(side["path"]))
         for label, side in (("A", a), ("B", b))
     ]  # fmt: skip
-    _print_table(console, headers, rows, drop=("compiled", "target", "precision", "MB"))
+    print_table(console, headers, rows, drop=("compiled", "target", "precision", "MB"))
 
 
 def _show_verdict(console: Console, comparison: Comparison) -> None:

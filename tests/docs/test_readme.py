@@ -15,7 +15,8 @@ from enginesmith import errors
 from enginesmith.targets import TARGETS, parse_target
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("samples/*/README.md"))]
+DOCS = sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS, *sorted(ROOT.glob("samples/*/README.md"))]
 README = PAGES[0].read_text()
 
 
@@ -40,7 +41,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shortened(text: str) -> str:
     """The same commands with a short benchmark, and `make` told to print what it would do: it would run these tests."""
-    text = re.sub(r"^(enginesmith (?:compile|bench))\b", r"\1 --rounds 6 --slice-s 0.01", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^(enginesmith (?:compile|bench|compare))\b", r"\1 --rounds 6 --slice-s 0.01", text, flags=re.MULTILINE
+    )
     return re.sub(r"^make\b", f"make -n -C '{ROOT}'", text, flags=re.MULTILINE)
 
 
@@ -67,8 +70,8 @@ def test_shell_commands_run(text: str, clone: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_runs(text: str, clone: Path) -> None:
-    short = text.replace("targets=[", "rounds=6, slice_s=0.01, targets=[")
-    assert short != text
+    short = text.replace("targets=[", "rounds=6, slice_s=0.01, targets=[", 1)
+    assert short != text or "compile(" not in text
     assert "True" in run([sys.executable, "-c", short], clone)
 
 
