@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compiler.bundle import Bundle
+    from .compiler.comparison.comparison import compare
     from .compiler.engine import Engine, load
     from .compiler.pipeline import compile
     from .compiler.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Engine", "Recipe", "__version__", "compile", "load"]
+__all__ = ["Bundle", "Engine", "Recipe", "__version__", "compare", "compile", "load"]
 
 _HOMES = {
     "Bundle": ".compiler.bundle",
     "Engine": ".compiler.engine",
     "Recipe": ".compiler.recipe",
+    "compare": ".compiler.comparison.comparison",
     "compile": ".compiler.pipeline",
     "load": ".compiler.engine",
 }

@@ -24,6 +24,7 @@ COMMANDS = {
     "compile": "Compile a model to a bundle of validated, measured engines.",
     "validate": "Judge the engines of a bundle again, on this machine or on new data.",
     "bench": "Measure the engines of a bundle again, interleaved with a baseline.",
+    "compare": "Compare two bundles or engines, A and B; exit code 1 where B regressed.",
     "debug": "Find the node that makes the error of an engine.",
     "inspect": "Show inputs, sizes, operators and precisions of a model, bundle or engine.",
     "doctor": "Build and run a one-node model on every target, and say why one cannot.",
@@ -86,12 +87,14 @@ def cli() -> None:
 def _compile() -> click.Command:
     from .compiler.console.flags import overrides, recipe_options
 
-    def run(recipe: Path | None, output: Path, as_json: bool, quiet: bool, **values: Any) -> int:
+    def run(recipe: Path | None, output: Path, junit: Path | None, as_json: bool, quiet: bool, **values: Any) -> int:
         from .compiler.console.console import progress, show_bundle
+        from .compiler.console.junit import bundle_cases, junit_report
         from .compiler.pipeline import compile
 
-        with progress(quiet) as bars:
+        with progress(quiet) as bars, junit_report(junit, "compile") as report:
             bundle = compile(output=output, recipe=recipe, progress=bars, **overrides(values))
+            report(bundle_cases(bundle.manifest))
         _show(bundle.manifest, as_json, quiet, lambda: show_bundle(bundle))
         return 0 if bundle.passed else 1
 
@@ -109,10 +112,14 @@ def _compile() -> click.Command:
             show_default=True,
             help="Folder of the bundle.",
         ),
+        _JUNIT,
     ]
     return click.Command("compile", params=options, callback=run)
 
 
+_JUNIT = click.Option(
+    ["--junit"], type=click.Path(path_type=Path), metavar="FILE", help="Write the verdicts as JUnit XML too."
+)
 _BUNDLE = click.Argument(["bundle"], type=click.Path(path_type=Path))
 _ENGINES = click.Option(["--engine", "-e", "engines"], multiple=True, help="Engine to take; all by default.")
 
@@ -120,17 +127,21 @@ _ENGINES = click.Option(["--engine", "-e", "engines"], multiple=True, help="Engi
 def _validate() -> click.Command:
     from .compiler.console.flags import field_options, overrides
 
-    def run(bundle: Path, engines: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
+    def run(
+        bundle: Path, engines: tuple[str, ...], junit: Path | None, as_json: bool, quiet: bool, **values: Any
+    ) -> int:
         from .compiler.again import validate_bundle
         from .compiler.console.console import progress, show_validations
+        from .compiler.console.junit import junit_report, validation_cases
 
-        with progress(quiet) as bars:
+        with progress(quiet) as bars, junit_report(junit, "validate") as report:
             result = validate_bundle(bundle, engines, progress=bars, **overrides(values))
+            report(validation_cases(result))
         _show(result, as_json, quiet, lambda: show_validations(result))
         return 0 if all(validation["passed"] for validation in result) else 1
 
     options = field_options("data", "metric", "tolerances", "max_samples")
-    return click.Command("validate", params=[_BUNDLE, _ENGINES, *options], callback=run)
+    return click.Command("validate", params=[_BUNDLE, _ENGINES, *options, _JUNIT], callback=run)
 
 
 def _bench() -> click.Command:
@@ -165,6 +176,43 @@ def _search_batches(
         result = search_bundle(bundle, engines, progress=bars, **fields)
     _show(result, as_json, quiet, lambda: show_curves(result))
     return 1 if missed(result) else 0
+
+
+def _compare() -> click.Command:
+    from .compiler.console.comparison import rule_options, rules_of, show_comparison
+    from .compiler.console.flags import field_options, overrides
+
+    def run(
+        a: str, b: str, sizes: tuple[str, ...], junit: Path | None, as_json: bool, quiet: bool, **values: Any
+    ) -> int:
+        from .compiler.comparison.comparison import FIELDS, compare
+        from .compiler.comparison.inputs import parse_sizes
+        from .compiler.console.console import progress
+        from .compiler.console.junit import comparison_cases, junit_report
+
+        fields = overrides({name: value for name, value in values.items() if name in FIELDS})
+        with progress(quiet) as bars, junit_report(junit, "compare") as report:
+            at = [parse_sizes(text) for text in sizes]
+            result = compare(a, b, sizes=at, rules=rules_of(values), progress=bars, **fields)
+            report(comparison_cases(result))
+        _show(result, as_json, quiet, lambda: show_comparison(result))
+        return 0 if result["verdict"]["passed"] else 1
+
+    options: list[click.Parameter] = [
+        click.Argument(["a"]),
+        click.Argument(["b"]),
+        click.Option(
+            ["--sizes"],
+            multiple=True,
+            metavar="AXIS=SIZE[,AXIS=SIZE]",
+            help="Size to time at, for instance batch=8. Default: those of either that both take.",
+        ),
+        *rule_options(),
+        *field_options("data", "metric", "tolerances", "max_samples"),
+        *field_options("benchmark", "rounds", "slice_s", "with_transfers", "seed"),
+        _JUNIT,
+    ]
+    return click.Command("compare", params=options, callback=run)
 
 
 def _debug() -> click.Command:
@@ -268,6 +316,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "compile": _compile,
     "validate": _validate,
     "bench": _bench,
+    "compare": _compare,
     "debug": _debug,
     "inspect": _inspect,
     "doctor": _doctor,

@@ -223,6 +223,17 @@ def resized(signature: Signature, sample: Mapping[str, np.ndarray], sizes: Mappi
     return arrays
 
 
+def as_declared(inputs: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
+    """The inputs with floating-point arrays in the width that the signature declares; everything else as it is."""
+    declared = {spec.name: spec.dtype for spec in signature.inputs}
+    return {name: _of_width(array, declared.get(name, "")) for name, array in inputs.items()}
+
+
+def _of_width(array: Any, dtype: str) -> Any:
+    floats = ("float16", "float32", "float64")
+    return array.astype(dtype) if dtype in floats and str(array.dtype) in floats and array.dtype != dtype else array
+
+
 def other_sizes(signature: Signature) -> list[dict[str, int]]:
     """For each dynamic axis of more than one size, sizes that differ from the optimum in that axis alone."""
     found = []

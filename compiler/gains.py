@@ -21,6 +21,9 @@ FASTER = 1.02
 STEPS = {"pruned": "pruned", "sparse": "made sparse", "aligned": "aligned"}
 """Optional steps, as names of engines end, and what they do in a sentence."""
 
+LOSSY = "int8"
+"""The precision whose bounds hold for an engine with a lossy step: it approximates weights, as 8 bits do."""
+
 _LOSSY = ("-pruned", "-sparse")
 """Steps that change results, in the names of engines."""
 

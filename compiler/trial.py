@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 TORCH_BASELINES = ("torch", "torch.compile")
 
-LOSSY = "int8"
-"""The precision whose bounds hold for an engine with a lossy step: it approximates weights, as 8 bits do."""
-
 SPENT = {"relative_l2": 0.5, "max_abs": 1.0, "cosine": 0.85, "top1": 0.9}
 """Bounds in their place where the user says what such an engine may cost: far from zeros and from swapped outputs."""
 
@@ -104,7 +101,7 @@ def validate_engines(
                 engine["name"],
                 runner,
                 reference,
-                precision=LOSSY if lossy else engine["precision"],
+                precision=gains.LOSSY if lossy else engine["precision"],
                 signature=EngineInfo.read(directory).signature,
                 tolerance=_tolerance(recipe, engine["precision"], spent, lossy=lossy),
                 floor=floor,

@@ -19,6 +19,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import AccuracyResult, AccuracyResults, IterationResult, RunResults, compare
 from polygraphy.logger import G_LOGGER
 
+from ..data import as_declared
 from ..manifest import Tolerance
 from ..signature import Signature, TensorSpec
 from .metrics import Difference
@@ -70,7 +71,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
     def infer_impl(self, feed_dict: Arrays) -> OrderedDict[str, np.ndarray]:
         """Outputs of one sample."""
-        inputs = {spec.name: _cast(feed_dict[spec.name], spec) for spec in self._signature.inputs}
+        inputs = as_declared({spec.name: feed_dict[spec.name] for spec in self._signature.inputs}, self._signature)
         self._runner.reset()
         start = time.perf_counter()
         outputs = self._runner.run(inputs)
@@ -148,8 +149,3 @@ def _metadata(signature: Signature) -> TensorMetadata:
             spec.name, dtype=np.dtype(spec.dtype), shape=[d if isinstance(d, int) else None for d in spec.shape]
         )
     return metadata
-
-
-def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    wanted = spec.dtype if spec.dtype in ("float16", "float32", "float64") else str(array.dtype)
-    return array.astype(wanted) if array.dtype.kind == "f" and str(array.dtype) != wanted else array

@@ -45,7 +45,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shortened(text: str) -> str:
     """The same commands with a short benchmark, and `make` told to print what it would do: it would run these tests."""
-    text = re.sub(r"^(enginesmith (?:compile|bench))\b", r"\1 --rounds 6 --slice-s 0.01", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^(enginesmith (?:compile|bench|compare))\b", r"\1 --rounds 6 --slice-s 0.01", text, flags=re.MULTILINE
+    )
     return re.sub(r"^make\b", f"make -n -C '{ROOT}'", text, flags=re.MULTILINE)
 
 
