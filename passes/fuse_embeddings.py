@@ -3,8 +3,8 @@
     Concat(Gather(T1, i1), Gather(T2, i2), ..)  ->  Gather([T1; T2; ..], [i1, i2, ..] + offsets)
 
 One Gather from 26 tables takes less than 26 from one each, most where several threads share the work. The joined table
-takes the place of the others, so that the weights grow by nothing but the offsets. Refused, with the reason: tables that
-something else reads too, and more rows than the indices can count.
+takes the place of the others, so that the weights grow by nothing but the offsets. Refused, with the reason: tables
+that something else reads too, and more rows than the indices can count.
 """
 
 from __future__ import annotations

@@ -82,6 +82,10 @@ class OpenVINO(Target):
             found["bf16"] = NO_BF16
         return found
 
+    def rewrites(self, precision: str) -> tuple[str, ...]:
+        """Embedding tables; attention and what is around it OpenVINO finds itself."""
+        return ("fuse-embeddings",)
+
     def tunings(self, precision: str) -> tuple[Tuning, ...]:
         """bfloat16 around 8 bits, and threads."""
         rest = Tuning("type of what is not quantized", ({"rest": "bf16"},), "quick")

@@ -81,6 +81,18 @@ def test_flags_are_those_of_the_first_processor(monkeypatch, tmp_path):
     assert environment()["cpu"]["isa"] == ["avx2", "avx512_vnni"]
 
 
+def test_flags_of_vector_instructions_are_told_from_others(monkeypatch):
+    monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(("sse4_2", "fpu", "avx2", "amx_tile", "vme")))
+    assert module.simd_flags() == ("amx_tile", "avx2", "sse4_2")
+
+
+def test_processors_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(module, "_allowed", lambda: 3)
+    assert module.processors() == 3
+    monkeypatch.setattr(module, "_allowed", lambda: None)
+    assert module.processors() == 1
+
+
 def test_cores_are_physical_ones_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: None if logical else 8)
     monkeypatch.setattr(module, "_allowed", lambda: 16)
