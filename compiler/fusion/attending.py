@@ -110,6 +110,8 @@ class Attending:
 
     def _operands(self, patch: Patch, found: Attention) -> list[ir.Value]:
         query, key, value = found.query, found.key, found.value
+        if key.crossed is not None and key.source is key.crossed:
+            key = key._replace(split=self._uncrossed(patch, key.crossed))
         rest = [operand.split for operand in (key, value)]
         if all(operand.source is operand.split for operand in (key, value)):
             return [self._joined(patch, query, found), *(split for split in rest if split is not None)]
@@ -128,6 +130,12 @@ class Attending:
         (value,) = patch.add("Transpose", [operand.split], [turned], {"perm": (0, 2, 1, 3)})
         output = (f"{patch.title}/joined", dtype, ir.Shape([None, None, wide]))
         return patch.add("Reshape", [value, self._constant("joined", [0, 0, -1])], [output])[0]
+
+    def _uncrossed(self, patch: Patch, value: ir.Value) -> ir.Value:
+        """Keys (batch, heads, sequence, width) of transposed ones."""
+        shape = list(value.shape or (None, None, None, None))
+        output = (f"{patch.title}/keys", value.dtype or ir.DataType.FLOAT, ir.Shape([shape[i] for i in (0, 1, 3, 2)]))
+        return patch.add("Transpose", [value], [output], {"perm": (0, 1, 3, 2)})[0]
 
     def _swapped(self, patch: Patch, value: ir.Value) -> ir.Value:
         """Batch and sequence in the other order."""

@@ -15,20 +15,22 @@ class Operand(NamedTuple):
     Attributes:
         joined: the tensor (batch, sequence, heads * width).
         turned: the tensor (sequence, batch, heads * width).
-        split: the tensor (batch, heads, sequence, width); None for keys that are transposed at once.
+        split: the tensor (batch, heads, sequence, width).
+        crossed: the tensor (batch, heads, width, sequence), of keys.
         heads, width: None where that varies or is not known.
     """
 
     joined: ir.Value | None = None
     turned: ir.Value | None = None
     split: ir.Value | None = None
+    crossed: ir.Value | None = None
     heads: int | None = None
     width: int | None = None
 
     @property
     def source(self) -> ir.Value | None:
         """The form that takes least to be joined."""
-        return self.joined or self.turned or self.split
+        return self.joined or self.turned or self.split or self.crossed
 
 
 def permuted(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:
@@ -63,7 +65,7 @@ def transposed(value: ir.Value | None) -> Operand:
         return split(before)
     if (before := _flat(value)) is not None:
         return split(before)
-    return Operand(heads=size(value, 1), width=size(value, 2))
+    return Operand(crossed=value, heads=size(value, 1), width=size(value, 2))
 
 
 def _flat(value: ir.Value | None) -> ir.Value | None:
@@ -84,7 +86,7 @@ def _joined(value: ir.Value | None, made: ir.Value | None) -> Operand:
     if whole and heads:
         width = width or whole // heads
     fits = whole is not None and heads is not None and whole == heads * (width or 0)
-    return Operand(source if fits else None, None, made, heads, width)
+    return Operand(source if fits else None, None, made, None, heads, width)
 
 
 def _turned(value: ir.Value | None, made: ir.Value | None) -> Operand:
@@ -94,4 +96,4 @@ def _turned(value: ir.Value | None, made: ir.Value | None) -> Operand:
     whole, width = size(source, -1), size(value, -1)
     if not whole or not width or whole % width:
         return Operand(split=made, heads=size(made, 1), width=size(made, 3))
-    return Operand(None, source, made, whole // width, width)
+    return Operand(None, source, made, None, whole // width, width)

@@ -81,6 +81,28 @@ def test_attention_whose_keys_and_values_are_split_already(fused):
     assert [value.name for value in node.inputs[1:]] == ["n", "e"]
 
 
+def test_attention_whose_keys_are_computed_with_when_transposed(fused):
+    graph, result = fused(CPU, attention(scores="n = Neg(k)  s = MatMul(q, n)"))
+    assert result.changes == {"attention fused": 1}
+    assert "Softmax" not in graph.operators()
+
+
+def test_attention_whose_operands_are_split_together(fused):
+    graph, result = fused(
+        CPU,
+        """<ir_version: 8, opset_import: ["": 17]>
+        g (float[B,S,8] x) => (float[B,S,8] y) <float[8,24] w, float[24] b, int64[5] five = {0, 0, 3, 2, 4},
+            int64[3] join = {0, 0, 8}, int64 n0 = {0}, int64 n1 = {1}, int64 n2 = {2}> {
+            c = MatMul(x, w)  d = Add(c, b)  e = Reshape(d, five)  f = Transpose <perm = [2, 0, 3, 1, 4]> (e)
+            q = Gather(f, n0)  h = Gather(f, n1)  v = Gather(f, n2)  k = Transpose <perm = [0, 1, 3, 2]> (h)
+            s = MatMul(q, k)  p = Softmax <axis = -1> (s)  o = MatMul(p, v)
+            t = Transpose <perm = [0, 2, 1, 3]> (o)  y = Reshape(t, join) }""",
+    )
+    assert result.changes == {"attention fused": 1}
+    node = node_of(graph, "MultiHeadAttention")
+    assert [value.name for value in node.inputs[1:]] == ["h", "v"]
+
+
 @pytest.mark.parametrize("choice", ["Where(allowed, zero, infinite)", "Where(allowed, infinite, zero)"])
 def test_rows_that_are_masked_whole_stay_zero(fused, made, choice):
     scores = f"m = MatMul(q, k)  w = {choice}  s = Add(m, w)"
