@@ -29,7 +29,7 @@ def fastest(candidates: Candidates, *, own: bool, budget: float) -> str | None:
 
 
 def duellists(candidates: Candidates, row: str) -> dict[str, str]:
-    """Who is to be measured again, side by side: the best peer, our pick, our pick in INT8 where there is such a goal."""
+    """Who is to be measured again, side by side: the best peer, our pick, and the one in INT8 where that has a goal."""
     found = {
         "peer": fastest(candidates, own=False, budget=FP16_BUDGET),
         "pick": fastest(candidates, own=True, budget=FP16_BUDGET),
