@@ -101,6 +101,7 @@ class Timing(TypedDict):
     requests_per_s: float
     device_mean_ms: float | None
     device_p50_ms: float | None
+    device_p99_ms: float | None
     speed_up: SpeedUp | None
     against_sibling: SpeedUp | None
     gpu_utilization_percent: float | None

@@ -120,7 +120,7 @@ class TorchCompile(TorchEager):
     """Runs the torch module through torch.compile, specialized to each size as engines are.
 
     On the CPU with Inductor's freezing: without it weights are not packed and ResNet-50 is slower than eager. On CUDA
-    with mode "reduce-overhead", that is CUDA graphs: at small batches launches take most of the time (ResNet-50, b1:
+    with `mode` "reduce-overhead", that is CUDA graphs: at small batches launches take most of the time (ResNet-50, b1:
     six times faster), which "max-autotune-no-cudagraphs" leaves in, while its search takes minutes a size.
 
     Raises:
@@ -129,6 +129,7 @@ class TorchCompile(TorchEager):
     """
 
     name = "torch.compile"
+    mode = "reduce-overhead"
 
     def __init__(self, model: Model, device: str = "cpu", precision: Precision = "fp32") -> None:
         import torch
@@ -136,7 +137,7 @@ class TorchCompile(TorchEager):
         if isinstance(model.module, torch.jit.ScriptModule):
             raise TargetUnavailableError("torch.compile does not take TorchScript", hint="use the baseline 'torch'")
         super().__init__(model, device, precision)
-        how: dict[str, Any] = {"options": {"freezing": True}} if device == "cpu" else {"mode": "reduce-overhead"}
+        how: dict[str, Any] = {"options": {"freezing": True}} if device == "cpu" else {"mode": self.mode}
         self._module = torch.compile(self._module, dynamic=False, fullgraph=False, **how)
         self._seen: set[tuple[torch.Size, ...]] = set()
 

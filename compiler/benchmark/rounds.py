@@ -250,6 +250,7 @@ class _Run:
             requests_per_s=requests_per_s,
             device_mean_ms=float(device.mean()) if len(device) else None,
             device_p50_ms=float(np.median(device)) if len(device) else None,
+            device_p99_ms=float(np.percentile(device, 99)) if len(device) else None,
             speed_up=self._ratio(name, self._baseline, active),
             against_sibling=self._ratio(name, self._siblings.get(name), active),
             gpu_utilization_percent=use.utilization_percent,

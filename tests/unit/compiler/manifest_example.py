@@ -347,6 +347,7 @@ def _timing(candidate: str, batch: int, p50_ms: float, ratio: float | None) -> T
         "requests_per_s": 1000 / p50_ms,
         "device_mean_ms": None,
         "device_p50_ms": None,
+        "device_p99_ms": None,
         "speed_up": speed_up,
         "against_sibling": None,
         "gpu_utilization_percent": None,

@@ -200,7 +200,7 @@ def test_gpu_candidates_have_device_times_memory_use_and_clock(monkeypatch):
     monkeypatch.setattr(module.GpuMonitor, "memory_bytes", lambda self: next(readings))
     monkeypatch.setattr(module.Slices, "gpu_use", lambda self, gpu: GpuUse(85.0, 1980.0))
     timing = run({"torch": FakeRunner(device=0.5)})["timings"][0]
-    assert (timing["device_mean_ms"], timing["device_p50_ms"]) == (0.5, 0.5)
+    assert (timing["device_mean_ms"], timing["device_p50_ms"], timing["device_p99_ms"]) == (0.5, 0.5, 0.5)
     assert (timing["gpu_utilization_percent"], timing["sm_clock_mhz"]) == (85.0, 1980.0)
     assert timing["gpu_memory_bytes"] == 2 * 10**6
 

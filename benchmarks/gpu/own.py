@@ -1,0 +1,121 @@
+"""enginesmith's engines of a row, built through the public API by one target each.
+
+fp16      that precision with the target's defaults
+int8      8 bits where the target has them, within LOSSY_BUDGET
+auto      what the ladder picks within the budget of fp16
+auto-int8 what it picks within LOSSY_BUDGET
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import enginesmith
+from enginesmith.compiler.trial import open_runner
+from enginesmith.targets import parse_target
+from enginesmith.targets.base import Target
+from gpu.peers import Openers, Step
+from gpu.row import FP16_BUDGET, Row
+
+LOSSY_BUDGET = 0.06
+"""Relative L2 that INT8 and mixed precision may cost, where they are asked for."""
+
+ROWS_IN_INT8 = ("resnet50 b32", "bert_base b32")
+"""The rows that are to be 1.3 times as fast as the best peer within LOSSY_BUDGET."""
+
+TARGETS = {
+    "cuda": ("onnxruntime-cuda", "tensorrt", "torch-inductor:device=cuda,max_autotune=true"),
+    "cpu": ("onnxruntime-cpu", "torchscript"),
+}
+AGREEMENT = {"fp16": {"top1": 0.9}, "int8": {"top1": 0.8}, "mixed": {"top1": 0.8}}
+"""The best of 1,000 classes is nearly a toss-up where weights are random: the relative L2 decides."""
+
+VALIDATED = 4
+"""Batches that engines are validated on: those of 32 take torch on the CPU seconds each."""
+
+
+def steps(row: Row, targets: tuple[str, ...], *, ladder: bool, effort: str, time_limit_s: float) -> dict[str, Step]:
+    """A step for each target, and one more where it has INT8 and the row asks for it."""
+    found = {}
+    for text in targets:
+        target = parse_target(text)
+        kinds = ["auto" if ladder else "fp16"]
+        if row.name in ROWS_IN_INT8 and "int8" in target.capabilities.precisions and row.device == "cuda":
+            kinds.append("auto-int8" if ladder else "int8")
+        for kind in kinds:
+            prepare = functools.partial(compile, target=text, kind=kind, effort=effort, time_limit_s=time_limit_s)
+            opener = functools.partial(engines, target=target, kind=kind)
+            found[f"{target.name} {kind}"] = Step(prepare, opener, needs_gpu=target.capabilities.gpu_to_build)
+    return found
+
+
+def compile(row: Row, *, target: str, kind: str, effort: str, time_limit_s: float) -> dict[str, Any]:
+    """Builds a bundle in the row's folder, and tells what the ladder found."""
+    fields: dict[str, Any] = {
+        "inputs": row.inputs,
+        "data": str(row.data),
+        "targets": [target],
+        "precisions": [row.half],
+        "max_samples": max(VALIDATED, 32 // row.batch),
+        "tolerances": AGREEMENT,
+        "baselines": [],
+        "benchmark": False,
+    }
+    if kind == "int8":
+        fields |= {"precisions": ["int8"], "budget": f"relative_l2={LOSSY_BUDGET}"}
+    if kind.startswith("auto"):
+        budget = LOSSY_BUDGET if kind == "auto-int8" else FP16_BUDGET
+        fields |= {"precisions": ["auto"], "benchmark": True, "rounds": 6, "effort": effort}
+        fields |= {"time_limit_s": time_limit_s, "budget": f"relative_l2={budget}"}
+    bundle = enginesmith.compile(row.measured.source, _bundle(row, parse_target(target), kind), **fields)
+    ladder = bundle.manifest.get("ladder")
+    shown = ("step", "what", "status", "reason", "ratio", "relative_l2")
+    return {
+        "asked": {key: value for key, value in fields.items() if key not in ("data", "inputs")},
+        "engines": {engine["name"]: _facts(bundle.path, engine) for engine in bundle.manifest["engines"]},
+        "ladder": ladder
+        and {
+            "seconds": round(ladder["seconds"], 1),
+            "complete": ladder["complete"],
+            "steps": [{key: step[key] for key in shown} for step in ladder["steps"]],
+        },
+    }
+
+
+def engines(row: Row, *, target: Target, kind: str) -> Openers:
+    """What opens the engines of a bundle that are right: the ladder's pick, or all that were asked for."""
+    path = _bundle(row, target, kind)
+    manifest = json.loads((path / "manifest.json").read_text())
+    ladder = manifest.get("ladder")
+    chosen = set(ladder["picks"].values()) if ladder else {engine["name"] for engine in manifest["engines"]}
+    right = [
+        engine
+        for engine in manifest["engines"]
+        if engine["name"] in chosen and engine["status"] == "ready" and engine["validation"]["passed"]
+    ]
+    if not right:
+        reasons = "; ".join(engine["reason"] or "failed its validation" for engine in manifest["engines"])
+        raise RuntimeError(f"no engine is right: {reasons}")
+    return {f"enginesmith {_named(engine['name'], kind)}": _opener(path, engine) for engine in right}
+
+
+def _opener(path: Path, engine: Any) -> Callable[[], Any]:
+    return functools.partial(open_runner, path, engine)
+
+
+def _named(engine: str, kind: str) -> str:
+    return f"{engine} ({kind})" if kind.startswith("auto") else engine
+
+
+def _bundle(row: Row, target: Target, kind: str) -> Path:
+    return row.folder / f"{target.name}-{kind}"
+
+
+def _facts(path: Path, engine: Any) -> dict[str, Any]:
+    facts = {key: engine[key] for key in ("status", "reason", "build_s", "size_bytes", "cached")}
+    file = path / "engines" / engine["name"] / "engine.json"
+    return {**facts, "options": json.loads(file.read_text())["options"] if file.exists() else None}
