@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ MODELS_MEASURED = ("resnet50", "vit_b16", "bert_base", "dlrm", "lstm_tagger")
 MEASURE, PREPARE = "measure", "prepare"
 ESTIMATES_S = {
     PREPARE: 25, "torch": 20, "torch.compile": 50, "max-autotune": 180, "onnxruntime": 35, "optimizer": 45,
-    "tensorrt": 90, "fp16": 100, "int8": 150, MEASURE: 90,
+    "tensorrt": 90, "fp16": 100, "fused": 100, "int8": 150, MEASURE: 90,
 }  # fmt: skip
 """Seconds that a step takes about, by its name or its last word; a ladder takes its own time limit."""
 
@@ -52,7 +53,12 @@ def main() -> int:
         return run_task(next(row for row in rows if row.name == options.task[0]), options.task[1], options)
     for row in rows:
         row.folder.mkdir(parents=True, exist_ok=True)
-    tasks = [(row, name) for row in rows for name in (PREPARE, *steps(row, options)) if wanted(row, name, options)]
+    tasks = [
+        (row, name)
+        for row in rows
+        for name in (PREPARE, *steps(row, options, options.kinds))
+        if wanted(row, name, options)
+    ]
     total_s = sum(estimate_s(name, options) for _, name in tasks) + ESTIMATES_S[MEASURE] * len(rows)
     print(f"{len(tasks)} steps and {len(rows)} rows, about {total_s / 60:.0f} min one after the other", flush=True)
     start = time.monotonic()
@@ -85,9 +91,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu shows that all works, in fp32")
     parser.add_argument("--steps", type=several, help="only these, by name or first word, as torch or enginesmith")
     parser.add_argument("--targets", nargs="+", help="of enginesmith, with options")
-    parser.add_argument(
-        "--ladder", action="store_true", help="let the ladder pick; fp16 and int8 as they are otherwise"
-    )
+    parser.add_argument("--kinds", type=several, default=["fp16", "fused", "int8"], help=f"of {', '.join(own.KINDS)}")
     parser.add_argument("--effort", default="quick", help="of the ladder")
     parser.add_argument("--ladder-limit", type=float, default=300, metavar="SECONDS", help="of one target on one row")
     parser.add_argument("--jobs", type=int, default=1, help="steps at once")
@@ -103,12 +107,10 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def steps(row: Row, options: argparse.Namespace) -> dict[str, Step]:
-    """All steps of a row that can run on the device, by name; ours begin with "enginesmith"."""
-    ours = own.steps(
-        row, options.targets, ladder=options.ladder, effort=options.effort, time_limit_s=options.ladder_limit
-    )
-    found = {**peers.steps(row), **{f"enginesmith {name}": step for name, step in ours.items()}}
+def steps(row: Row, options: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Step]:
+    """The steps of a row that can run on the device, by name; ours begin with "enginesmith"."""
+    ours = own.steps(row, options.targets, kinds, effort=options.effort, time_limit_s=options.ladder_limit)
+    found = {**peers.steps(row), **ours}
     return {name: step for name, step in found.items() if options.device == "cuda" or not step.needs_gpu}
 
 
@@ -126,7 +128,7 @@ def record(row: Row, name: str) -> dict[str, Any] | None:
 
 
 def record_file(row: Row, name: str) -> Path:
-    return row.folder / f"{name.replace(' ', '-')}.json"
+    return row.folder / (re.sub(r"[^\w.-]+", "-", name) + ".json")
 
 
 def estimate_s(name: str, options: argparse.Namespace) -> float:
@@ -194,10 +196,10 @@ def run_task(row: Row, name: str, options: argparse.Namespace) -> int:
         if name == PREPARE:
             row.prepare()
         elif name == MEASURE:
-            known = {step: record(row, step) or {} for step in steps(row, options)}
-            done["facts"] = measure.measure(row, steps(row, options), known, rounds=options.rounds)
+            known = {step: found for step in steps(row, options, own.KINDS) if (found := record(row, step))}
+            done["facts"] = measure.measure(row, steps(row, options, own.KINDS), known, rounds=options.rounds)
         else:
-            step = steps(row, options)[name]
+            step = steps(row, options, own.KINDS)[name]
             done["facts"] = step.prepare(row)
             done["candidates"] = {key: tried(row, opener) for key, opener in step.candidates(row).items()}
     except Exception as error:  # noqa: BLE001, a step boundary: whatever a peer raises is its result

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpu.own import LOSSY_BUDGET, ROWS_IN_INT8
+from gpu.own import LOSSY_BUDGET, OWN, ROWS_IN_INT8
 from gpu.row import FP16_BUDGET
 
-OWN = "enginesmith "
 EAGER = "torch fp32"
 LOSSY_GAIN = 1.3
 EAGER_GAIN = 5.0

@@ -25,20 +25,19 @@ def measure(row: Row, steps: Mapping[str, Step], known: Mapping[str, Any], *, ro
     """The result of a row.
 
     Args:
-        known: what each step left when it was done: the errors of its candidates, and why some do not run.
+        known: what each step left that was run: the errors of its candidates, and why some do not run.
     """
     problems, facts, errors = dict[str, str](), dict[str, Any](), dict[str, float]()
     sized = [SizedInputs({}, row.batch, row.sample)]
     settings = Settings(rounds=rounds, slice_s=SLICE_S, warmup_s=WARMUP_S)
     with contextlib.ExitStack() as stack:
         runners: dict[str, Runner] = {}
-        for name, step in steps.items():
-            done = known[name]
-            if not done or done["problem"]:
-                problems[name] = done["problem"] if done else "not prepared"
+        for name, done in known.items():
+            if done["problem"]:
+                problems[name] = done["problem"]
                 continue
             facts[name] = {"seconds": done.get("seconds"), **done["facts"]}
-            for key, opener in step.candidates(row).items():
+            for key, opener in steps[name].candidates(row).items():
                 tried = done["candidates"][key]
                 if tried["problem"]:
                     problems[key] = tried["problem"]

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import enginesmith
 from enginesmith.compiler.trial import open_runner
 from enginesmith.targets import parse_target
-from enginesmith.targets.base import Target
 from gpu.peers import Openers, Step
 from gpu.row import FP16_BUDGET, Row
 
+OWN = "enginesmith "
+"""What the names of our steps and candidates begin with."""
+
+KINDS = ("fp16", "fused", "int8", "auto", "auto-int8")
 LOSSY_BUDGET = 0.06
 """Relative L2 that INT8 and mixed precision may cost, where they are asked for."""
 
@@ -38,18 +42,21 @@ VALIDATED = 4
 """Batches that engines are validated on: those of 32 take torch on the CPU seconds each."""
 
 
-def steps(row: Row, targets: tuple[str, ...], *, ladder: bool, effort: str, time_limit_s: float) -> dict[str, Step]:
-    """A step for each target, and one more where it has INT8 and the row asks for it."""
+def steps(
+    row: Row, targets: Sequence[str], kinds: Sequence[str], *, effort: str = "quick", time_limit_s: float = 300
+) -> dict[str, Step]:
+    """A step for each target and kind that it has; those in INT8 on rows that have a goal for it."""
     found = {}
     for text in targets:
         target = parse_target(text)
-        kinds = ["auto" if ladder else "fp16"]
-        if row.name in ROWS_IN_INT8 and "int8" in target.capabilities.precisions and row.device == "cuda":
-            kinds.append("auto-int8" if ladder else "int8")
+        int8 = row.name in ROWS_IN_INT8 and "int8" in target.capabilities.precisions and row.device == "cuda"
+        has = {"fused": bool(target.rewrites("fp16")), "int8": int8, "auto-int8": int8}
         for kind in kinds:
+            if not has.get(kind, True):
+                continue
             prepare = functools.partial(compile, target=text, kind=kind, effort=effort, time_limit_s=time_limit_s)
-            opener = functools.partial(engines, target=target, kind=kind)
-            found[f"{target.name} {kind}"] = Step(prepare, opener, needs_gpu=target.capabilities.gpu_to_build)
+            opener = functools.partial(engine, target=text, kind=kind)
+            found[f"{OWN}{text} {kind}"] = Step(prepare, opener, needs_gpu=target.capabilities.gpu_to_build)
     return found
 
 
@@ -65,13 +72,15 @@ def compile(row: Row, *, target: str, kind: str, effort: str, time_limit_s: floa
         "baselines": [],
         "benchmark": False,
     }
+    if kind == "fused":
+        fields["passes"] = ["simplify", "dedupe", *parse_target(target).rewrites("fp16")]
     if kind == "int8":
         fields |= {"precisions": ["int8"], "budget": f"relative_l2={LOSSY_BUDGET}"}
     if kind.startswith("auto"):
         budget = LOSSY_BUDGET if kind == "auto-int8" else FP16_BUDGET
         fields |= {"precisions": ["auto"], "benchmark": True, "rounds": 6, "effort": effort}
         fields |= {"time_limit_s": time_limit_s, "budget": f"relative_l2={budget}"}
-    bundle = enginesmith.compile(row.measured.source, _bundle(row, parse_target(target), kind), **fields)
+    bundle = enginesmith.compile(row.measured.source, bundle_folder(row, target, kind), **fields)
     ladder = bundle.manifest.get("ladder")
     shown = ("step", "what", "status", "reason", "ratio", "relative_l2")
     return {
@@ -86,33 +95,28 @@ def compile(row: Row, *, target: str, kind: str, effort: str, time_limit_s: floa
     }
 
 
-def engines(row: Row, *, target: Target, kind: str) -> Openers:
-    """What opens the engines of a bundle that are right: the ladder's pick, or all that were asked for."""
-    path = _bundle(row, target, kind)
+def engine(row: Row, *, target: str, kind: str) -> Openers:
+    """What opens the engine of a bundle: the ladder's pick, or the one that was asked for; it has to be right.
+
+    Raises:
+        RuntimeError: it is not, or was not built.
+    """
+    path = bundle_folder(row, target, kind)
     manifest = json.loads((path / "manifest.json").read_text())
     ladder = manifest.get("ladder")
-    chosen = set(ladder["picks"].values()) if ladder else {engine["name"] for engine in manifest["engines"]}
-    right = [
-        engine
-        for engine in manifest["engines"]
-        if engine["name"] in chosen and engine["status"] == "ready" and engine["validation"]["passed"]
+    picked = set(ladder["picks"].values()) if ladder else {found["name"] for found in manifest["engines"]}
+    engines = [found for found in manifest["engines"] if found["name"] in picked]
+    for found in engines:
+        if found["status"] == "ready" and found["validation"]["passed"]:
+            return {f"{OWN}{target} {kind}": functools.partial(open_runner, path, found)}
+    failures = [
+        output["failures"] for found in engines if found["validation"] for output in found["validation"]["outputs"]
     ]
-    if not right:
-        reasons = "; ".join(engine["reason"] or "failed its validation" for engine in manifest["engines"])
-        raise RuntimeError(f"no engine is right: {reasons}")
-    return {f"enginesmith {_named(engine['name'], kind)}": _opener(path, engine) for engine in right}
+    raise RuntimeError(f"no engine is right: {[found['reason'] for found in engines]}, {failures}")
 
 
-def _opener(path: Path, engine: Any) -> Callable[[], Any]:
-    return functools.partial(open_runner, path, engine)
-
-
-def _named(engine: str, kind: str) -> str:
-    return f"{engine} ({kind})" if kind.startswith("auto") else engine
-
-
-def _bundle(row: Row, target: Target, kind: str) -> Path:
-    return row.folder / f"{target.name}-{kind}"
+def bundle_folder(row: Row, target: str, kind: str) -> Path:
+    return row.folder / re.sub(r"[^\w.-]+", "-", f"{target}-{kind}")
 
 
 def _facts(path: Path, engine: Any) -> dict[str, Any]:
