@@ -18,7 +18,6 @@ from ..engine import Engine, load
 from ..machine.requirements import check_machine
 from ..manifest import EngineRecord, Tolerance
 from ..signature import Signature
-from ..storage.memory import release
 from ..validation.metrics import coarser, resolve_tolerance
 from ..validation.reference import ReferenceOutputs
 
@@ -73,9 +72,7 @@ class Place:
 
     def open(self) -> Runner:
         """Loads the engine."""
-        runner = get_target(self.info.target, self.info.options).runner(self.folder, self.info)
-        release()  # runtimes load a model by way of copies
-        return runner
+        return get_target(self.info.target, self.info.options).runner(self.folder, self.info)
 
     def engine(self) -> Engine:
         """Loads the engine, to be called with inputs by name."""
