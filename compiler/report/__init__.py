@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..manifest import Manifest
-from . import facts, figures, numbers, plots, view, waterfall
+from . import choices, facts, figures, numbers, search, view
 
 _HERE = Path(__file__).parent
 
@@ -44,8 +44,8 @@ def render(manifest: Manifest) -> str:
         view=view,
         facts=facts.facts,
         figures=figures,
-        plots=plots,
-        waterfall=waterfall,
+        search=search,
+        choices=choices.choices(manifest),
         css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         headline=view.headline(manifest),
         signature=view.read_signature(manifest),
