@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..batch import choice
 from ..manifest import Manifest
 from . import choices, facts, figures, numbers, search, view
 
@@ -44,6 +45,8 @@ def render(manifest: Manifest) -> str:
         view=view,
         facts=facts.facts,
         figures=figures,
+        CALLS=choice.CALLS,
+        unmet=choice.unmet,
         search=search,
         choices=choices.choices(manifest),
         css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),

@@ -108,7 +108,9 @@ def _engines(manifest: Manifest, times: Mapping[str, float]) -> Iterator[Choice]
 def _trial(climb: Climb, step: LadderStep) -> Choice | None:
     if step["relative_l2"] is None:
         return None
-    name = " ".join(filter(None, (f"{climb.target}, {step['step']}", "" if step["status"] == "start" else what_of(step))))
+    name = " ".join(
+        filter(None, (f"{climb.target}, {step['step']}", "" if step["status"] == "start" else what_of(step)))
+    )
     # What is not close enough is not raced.
     wrong = step["status"] == "reverted" and step["ratio"] is None
     return Choice(name, _time(step["p50_ms"]), step["relative_l2"], "not close enough" if wrong else "beaten")
@@ -126,7 +128,7 @@ def _worst(validation: Validation) -> float:
 
 
 def _ranked(timed: Sequence[Choice]) -> tuple[Choice, ...]:
-    """Numbers them, the fastest first, and tells the front: each that is close enough and closer than all faster ones."""
+    """Numbers them, and tells the front: each that is close enough, and closer than all faster ones that are."""
     ranked, least = [], math.inf
     for number, choice in enumerate(timed, start=1):
         front = choice.state != "not close enough" and choice.error < least

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..gains import FASTER
-from ..manifest import Ladder, LadderStep
+from ..manifest import Ladder, LadderStep, SpeedUp
 from .numbers import TIMES, ratio
 
 TRIED = ("kept", "reverted", "failed", "not measured")
@@ -23,11 +23,13 @@ TOTALS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """One step. `before` is the gain of the engine that it was raced against over the first one; `after`, `low` and
-    `high` are its own with the 95 % interval, None where it was not raced. `verdict` is what became of it, in a few words.
+    """One step. `gain` is over the engine that it was raced against, None where it was not, and `before` is the gain of
+    that engine over the first one; `after`, `low` and `high` are its own over the first one, with the 95 % interval.
+    `verdict` is what became of it, in a few words.
     """
 
     step: LadderStep
+    gain: SpeedUp | None
     before: float
     after: float | None
     low: float | None
@@ -59,8 +61,7 @@ def climbs(ladder: Ladder) -> tuple[Climb, ...]:
 
 def explained(tried: Tried) -> str:
     """The reason of a step where its numbers do not tell it already."""
-    gain = tried.step["ratio"]
-    plain = tried.step["status"] == "kept" and gain is not None and gain["low"] > FASTER
+    plain = tried.step["status"] == "kept" and tried.gain is not None and tried.gain["low"] > FASTER
     return "" if plain else tried.step["reason"]
 
 
@@ -84,7 +85,7 @@ def _climb(steps: Sequence[LadderStep], ladder: Ladder, kind: str) -> Climb:
     target = _name(steps, ladder["picks"])
     pick = ladder["picks"].get(target)
     tried = tuple(_followed(steps, kind))
-    gains = [one.step["ratio"]["ratio"] for one in tried if one.stays and one.step["ratio"] and one.after is not None]
+    gains = [one.gain["ratio"] for one in tried if one.stays and one.gain]
     total = math.prod(gains) if gains else None
     return Climb(target, pick, tried, total, f"{target}: {_sentence(tried, pick, total, kind)}")
 
@@ -96,19 +97,20 @@ def _name(steps: Sequence[LadderStep], picks: Mapping[str, str]) -> str:
 
 
 def _followed(steps: Sequence[LadderStep], kind: str) -> list[Tried]:
-    """The steps with their levels; of the candidates of a rung the one that stays comes last, as the rest lost to it."""
+    """The steps with their levels; of the candidates of a rung the one that stays comes last."""
     found: list[Tried] = []
     level, levels = 1.0, {steps[0]["candidate"]: 1.0}
     for _, group in itertools.groupby(steps, key=lambda step: step["step"]):
         rung = sorted(group, key=lambda step: step["status"] in ("kept", "not measured"))
         winner = next((step for step in rung if step["status"] == "kept"), None)
         for step in rung:
-            gain = step["ratio"]
-            before = levels.get(gain["against"], level) if gain else level
-            own = [gain["ratio"], gain["low"], gain["high"]] if gain else [math.nan]
-            raced = step["status"] != "start" and all(math.isfinite(value) and value > 0 for value in own)
-            after, low, high = (before * value for value in own) if raced else (None, None, None)
-            found.append(Tried(step, before, after, low, high, _verdict(step, winner, kind)))
+            gain, verdict = _gain(step), _verdict(step, winner, kind)
+            if gain is None:
+                found.append(Tried(step, None, level, None, None, None, verdict))
+                continue
+            before = levels.get(gain["against"], level)
+            after, low, high = (before * value for value in (gain["ratio"], gain["low"], gain["high"]))
+            found.append(Tried(step, gain, before, after, low, high, verdict))
         last = found[-1]
         if last.stays:
             level = last.after or level
@@ -116,22 +118,30 @@ def _followed(steps: Sequence[LadderStep], kind: str) -> list[Tried]:
     return found
 
 
+def _gain(step: LadderStep) -> SpeedUp | None:
+    """What a step gained, where it was raced and all numbers of the race exist."""
+    gain = step["ratio"]
+    numbers = (gain["ratio"], gain["low"], gain["high"]) if gain else ()
+    finite = all(value is not None and math.isfinite(value) and value > 0 for value in numbers)
+    return gain if finite and step["status"] != "start" else None
+
+
 def _verdict(step: LadderStep, winner: LadderStep | None, kind: str) -> str:
-    status, gain = step["status"], step["ratio"]
+    status, gain = step["status"], _gain(step)
     if status == "kept":
         return "kept" if gain is None or kind == "size" or gain["low"] > FASTER else "kept: later steps need it"
     if status == "reverted":
-        return f"reverted: {_shortcoming(gain['ratio'], gain['low'], gain['high'], winner, kind) if gain else 'not close enough'}"
+        best = _gain(winner) if winner else None
+        return f"reverted: {_shortcoming(gain, best, kind) if gain else 'not close enough'}"
     return {"start": "start", "failed": "failed", "skipped": "not tried", "not measured": "kept, not measured"}[status]
 
 
-def _shortcoming(value: float, low: float, high: float, winner: LadderStep | None, kind: str) -> str:
-    best = winner["ratio"] if winner else None
-    if best and low > FASTER and best["ratio"] >= value:
+def _shortcoming(gain: SpeedUp, best: SpeedUp | None, kind: str) -> str:
+    if best and gain["low"] > FASTER and best["ratio"] >= gain["ratio"]:
         return "another was smaller" if kind == "size" else "another was faster"
     if kind == "size":
-        return "larger" if value < 1 else "not smaller by enough"
-    return "slower" if high < 1 else "no clear gain"
+        return "larger" if gain["ratio"] < 1 else "not smaller by enough"
+    return "slower" if gain["high"] < 1 else "no clear gain"
 
 
 def _sentence(tried: Sequence[Tried], pick: str | None, total: float | None, kind: str) -> str:
@@ -153,7 +163,7 @@ def _sentence(tried: Sequence[Tried], pick: str | None, total: float | None, kin
 
 def _largest(kept: Sequence[Tried]) -> str:
     """The step that gained most, with the budget that it kept."""
-    raced = [(one.step["ratio"]["ratio"], one.step) for one in kept if one.step["ratio"] and one.after is not None]
+    raced = [(one.gain["ratio"], one.step) for one in kept if one.gain]
     gain, step = max(raced, key=lambda pair: pair[0], default=(0.0, None))
     if step is None or gain <= FASTER or len(raced) < 2:
         return ""

@@ -12,7 +12,7 @@ MOST = 6
 """How many ticks an axis may have, so that their labels have room on a phone."""
 
 POWERS = 9
-"""The same where they are powers of two, which are short."""
+"""The same where they are powers of ten or of two, which are short."""
 
 MARGIN = 0.06
 """Share of the axis that is left free at each end, so that marks are not cut off."""
@@ -107,7 +107,7 @@ def _round_magnitudes(axis: Axis) -> Sequence[float]:
         inside = [value for value in values if axis.low <= value <= axis.high]
         if len(inside) <= MOST:
             break
-    return _thinned(inside, MOST) if len(inside) > 1 else _round_values(axis.low, axis.high)
+    return _thinned(inside, POWERS) if len(inside) > 1 else _round_values(axis.low, axis.high)
 
 
 def _round_values(low: float, high: float) -> Sequence[float]:

@@ -35,9 +35,7 @@ def batch_plots(curve: BatchCurve) -> tuple[Plot, ...]:
     return _throughput(curve, points, timed, x, rates), _tail(curve, timed, x, tails, limit)
 
 
-def _throughput(
-    curve: BatchCurve, points: Sequence[BatchPoint], timed: Sequence[BatchPoint], x: Axis, y: Axis
-) -> Plot:
+def _throughput(curve: BatchCurve, points: Sequence[BatchPoint], timed: Sequence[BatchPoint], x: Axis, y: Axis) -> Plot:
     marks = [_mark(curve, p, x.place(p["batch"]), y.place(p["samples_per_s"] or 0.0)) for p in timed]
     lines, notes = _guides(curve, timed, x)
     limit = positive(curve["p99_limit_ms"])
@@ -51,7 +49,9 @@ def _throughput(
     if misfits := [point for point in points if not point["fits"]]:
         legend.append(Entry("does not run", "wrong", "cross"))
     crosses = [
-        Mark(x.place(p["batch"]), HEIGHT - 8.0, "cross", "wrong", f"batch {p['batch']} does not run: {p['reason']}", 4.0)
+        Mark(
+            x.place(p["batch"]), HEIGHT - 8.0, "cross", "wrong", f"batch {p['batch']} does not run: {p['reason']}", 4.0
+        )
         for p in misfits
     ]
     return Plot(

@@ -36,8 +36,8 @@ class Label:
 class Mark:
     """A point. `kind` is how it is coloured, `size` half of its extent in pixels, `title` what it says in words.
 
-    `number` is its row in the table beside, and `toward` the direction in which it should stand, clockwise from the right
-    in radians; `label` is where it stands, None where there is no room.
+    `number` is its row in the table beside, and `toward` the direction in which it should stand, in radians clockwise
+    from the right; `label` is where it stands, None where there is no room.
     """
 
     x: float

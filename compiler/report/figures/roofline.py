@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ...manifest import Bound, Roofline, RooflineNode
 from ..numbers import number, share
@@ -47,7 +47,7 @@ def roofline_plot(roofline: Roofline) -> Plot | None:
     intensities = [node["flops"] / node["bytes"] for _, node in nodes]
     rates = [node["flops"] / node["ms"] / 1e6 for _, node in nodes]
     x = logarithmic([min(ridge / 4, *intensities), max(ridge * 4, *intensities)], 0.0, 100.0, short)
-    y = logarithmic([min(rates + [peak / 4]), max(*rates, peak)], BOTTOM, TOP, short)
+    y = logarithmic([min([*rates, peak / 4]), max(*rates, peak)], BOTTOM, TOP, short)
     marks = [
         _mark(rank, node, x.place(intensity), y.place(rate))
         for (rank, node), intensity, rate in zip(nodes, intensities, rates, strict=True)
@@ -82,7 +82,9 @@ def _mark(rank: int, node: RooflineNode, x: float, y: float) -> Mark:
     part = min(1.0, positive(node["share"]) or 0.0)
     title = f"{rank}: {node['operator']} {node['name']}, {share(node['share'])} of the time, {node['bound']}"
     number_ = str(rank) if rank <= NUMBERED else ""
-    return Mark(x, y, SHAPES.get(node["bound"], "cross"), node["bound"], title, round(3 + 17 * math.sqrt(part), 1), number_)
+    return Mark(
+        x, y, SHAPES.get(node["bound"], "cross"), node["bound"], title, round(3 + 17 * math.sqrt(part), 1), number_
+    )
 
 
 def _ceilings(x: Axis, y: Axis, peak: float, bandwidth: float) -> tuple[Line, ...]:

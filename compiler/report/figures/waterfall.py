@@ -66,9 +66,11 @@ def waterfall(climb: Climb, objective: str) -> Waterfall | None:
     rows = [_start(first, axis), *_rows(shown, axis)]
     if climb.total is not None:
         rows.append(_total(climb, climb.total, axis))
-    what = {"size": "How many times smaller", "throughput": "Gain in throughput"}.get(objective, "Gain in speed")
+    what = {"size": "How many times smaller than", "throughput": "Gain in throughput over"}.get(
+        objective, "Gain in speed over"
+    )
     return Waterfall(
-        f"{what} over the captured graph, step by step",
+        f"{what} the captured graph, step by step",
         axis.ticks,
         axis.place(1.0),
         tuple(rows),
@@ -91,7 +93,7 @@ def _rows(shown: list[Tried], axis: Axis) -> Iterator[Row]:
         yield Row(
             label=tried.step["step"],
             what=what_of(tried.step),
-            value=ratio(tried.step["ratio"]["ratio"]) if tried.step["ratio"] and after is not None else "",
+            value=ratio(tried.gain["ratio"]) if tried.gain else "",
             note=_note(tried),
             reason=tried.step["reason"],
             kind=_kind(tried),
@@ -114,7 +116,7 @@ def _kind(tried: Tried) -> Kind:
 
 
 def _note(tried: Tried) -> str:
-    gain = tried.step["ratio"] if tried.after is not None else None
+    gain = tried.gain
     interval = f"{ratio(gain['low'])} to {ratio(gain['high'])}" if gain and gain["low"] != gain["high"] else ""
     return " · ".join(filter(None, (interval, tried.verdict)))
 
