@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..manifest import EngineRecord, LadderStep, Manifest, Validation
 from ..signature import Signature
+from .numbers import positive
 from .search import Climb, climbs, what_of
 
 State = Literal["picked", "on the front", "beaten", "not close enough"]
@@ -117,7 +118,7 @@ def _trial(climb: Climb, step: LadderStep) -> Choice | None:
 
 
 def _time(p50_ms: float | None) -> float:
-    return p50_ms if p50_ms is not None and math.isfinite(p50_ms) and p50_ms > 0 else math.inf
+    return positive(p50_ms) or math.inf
 
 
 def _worst(validation: Validation) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from ..gains import FASTER
 from ..manifest import Ladder, LadderStep, SpeedUp
-from .numbers import TIMES, ratio
+from .numbers import TIMES, positive, ratio
 
 TRIED = ("kept", "reverted", "failed", "not measured")
 """States of steps that were built, or were to be."""
@@ -122,8 +122,8 @@ def _gain(step: LadderStep) -> SpeedUp | None:
     """What a step gained, where it was raced and all numbers of the race exist."""
     gain = step["ratio"]
     numbers = (gain["ratio"], gain["low"], gain["high"]) if gain else ()
-    finite = all(value is not None and math.isfinite(value) and value > 0 for value in numbers)
-    return gain if finite and step["status"] != "start" else None
+    known = all(positive(value) for value in numbers)
+    return gain if known and step["status"] != "start" else None
 
 
 def _verdict(step: LadderStep, winner: LadderStep | None, kind: str) -> str:

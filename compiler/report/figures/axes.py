@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from ..numbers import TIMES
+from ..numbers import TIMES, positive
 
 MOST = 6
 """How many ticks an axis may have, so that their labels have room on a phone."""
@@ -65,13 +65,8 @@ def logarithmic(
 
 def linear(values: Iterable[float], start: float, end: float, show: Callable[[float], str]) -> Axis:
     """An axis from zero to above the values, which are not negative."""
-    axis = Axis(0.0, (max(values, default=0.0) or 1.0) * (1 + MARGIN), start, end, logarithmic=False)
+    axis = Axis(0.0, (positive(max(values, default=0.0)) or 1.0) * (1 + MARGIN), start, end, logarithmic=False)
     return _ticked(axis, _round_values(axis.low, axis.high), show)
-
-
-def positive(value: float | None) -> float | None:
-    """The value where it exists and can stand on a logarithmic axis."""
-    return value if value is not None and math.isfinite(value) and value > 0 else None
 
 
 def short(value: float) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ...manifest import BatchCurve, BatchPoint
-from ..numbers import number
-from .axes import Axis, linear, logarithmic, positive, short
+from ..numbers import number, positive
+from .axes import Axis, linear, logarithmic, short
 from .plot import Entry, Line, Mark, Note, Plot, Shape
 
 HEIGHT = 250

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from ...manifest import Bound, Roofline, RooflineNode
-from ..numbers import number, share
-from .axes import Axis, logarithmic, positive, short
+from ..numbers import number, positive, share
+from .axes import Axis, logarithmic, short
 from .plot import Entry, Line, Mark, Note, Plot, Shape, labelled
 
 HEIGHT, TOP, BOTTOM = 380, 20.0, 370.0

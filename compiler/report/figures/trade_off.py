@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 
 from ..choices import Choice, Choices
-from ..numbers import error, number
-from .axes import logarithmic, positive, short
+from ..numbers import error, number, positive
+from .axes import logarithmic, short
 from .plot import Entry, Line, Mark, Note, Plot, Shape, labelled
 
 HEIGHT, TOP, BOTTOM = 340, 22.0, 330.0
