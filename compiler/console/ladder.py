@@ -18,7 +18,7 @@ LONGEST = 44
 
 
 def show_ladder(console: Console, ladder: Ladder) -> None:
-    """The steps that were built, what came of each, and what was not tried."""
+    """The steps that were built, what came of each, and why the others were left out."""
     found = climbs(ladder)
     rows = [_cells(climb, tried, many=len(found) > 1) for climb in found for tried in _built(climb)]
     headers = ("step", "changes", "outcome", ">gain", ">95 % interval", ">p50 ms", ">rel. L2")
@@ -33,7 +33,7 @@ def show_ladder(console: Console, ladder: Ladder) -> None:
 
 
 def _built(climb: Climb) -> Sequence[Tried]:
-    """All but the first engine and what was not tried."""
+    """All but the first engine and what was left out."""
     return [tried for tried in climb.tried if tried.step["status"] not in ("start", "skipped")]
 
 
@@ -53,7 +53,7 @@ def _cells(climb: Climb, tried: Tried, *, many: bool) -> tuple[str, ...]:
 
 
 def _left_out(climb: Climb) -> dict[str, list[str]]:
-    """Steps that failed or were not tried, by the first line of the reason."""
+    """Steps that failed or were left out, by the first line of the reason."""
     reasons: dict[str, list[str]] = {}
     for tried in climb.tried:
         if tried.step["status"] in ("failed", "skipped") and tried.step is not climb.tried[0].step:

@@ -133,7 +133,7 @@ def _verdict(step: LadderStep, winner: LadderStep | None, kind: str) -> str:
     if status == "reverted":
         best = _gain(winner) if winner else None
         return f"reverted: {_shortcoming(gain, best, kind) if gain else 'not close enough'}"
-    return {"start": "start", "failed": "failed", "skipped": "not tried", "not measured": "kept, not measured"}[status]
+    return {"start": "start", "failed": "failed", "skipped": "left out", "not measured": "kept, not measured"}[status]
 
 
 def _shortcoming(gain: SpeedUp, best: SpeedUp | None, kind: str) -> str:

@@ -69,12 +69,12 @@ def test_verdicts() -> None:
         "int8-dynamic": "reverted: slower",
         "int8 quantize-static": "kept",
         "prune:macs=0.75": "reverted: not close enough",
-        "2:4": "not tried",
+        "2:4": "left out",
         "threads=2": "reverted: no clear gain",
         "threads=1": "kept",
         "execution=parallel": "kept",
         "tensorrt-rtx": "start",
-        "fp16, bf16": "not tried",
+        "fp16, bf16": "left out",
         "align:multiple=8": "kept, not measured",
     }
 

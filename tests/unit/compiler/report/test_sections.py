@@ -50,7 +50,7 @@ def test_the_search_in_words_and_numbers() -> None:
     text = text_of(searched(example()))
     assert "The objective is latency, the effort default; the search took 3 min 2 s of 20 min 0 s." in text
     assert f"{CPU}: 4 of 8 steps kept" in text
-    assert "1 step was not tried; the table says why" in text
+    assert "1 step was left out; the table says why" in text
     assert "quantization int8-dynamic 0.80× 0.78× to 0.82× · reverted: slower" in text  # noqa: RUF001
     assert "threads kept, known from before 1.30×" in text  # noqa: RUF001
     assert "prune:macs=0.75 top1=0.99, measured 0.910. not close enough: the budget top1=0.99 is exceeded" in text
