@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..batch import choice
 from ..manifest import Manifest
-from . import facts, figures, numbers, plots, view, waterfall
+from . import choices, facts, figures, numbers, search, view
 
 _HERE = Path(__file__).parent
 
@@ -44,8 +45,10 @@ def render(manifest: Manifest) -> str:
         view=view,
         facts=facts.facts,
         figures=figures,
-        plots=plots,
-        waterfall=waterfall,
+        CALLS=choice.CALLS,
+        unmet=choice.unmet,
+        search=search,
+        choices=choices.choices(manifest),
         css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         headline=view.headline(manifest),
         signature=view.read_signature(manifest),

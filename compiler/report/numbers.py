@@ -10,6 +10,11 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
 
 
+def positive(value: float | None) -> float | None:
+    """The value where it is one that a measurement may have, and that can stand on a logarithmic axis."""
+    return value if value is not None and 1e-30 < value < 1e30 else None
+
+
 def number(value: float | int | None, digits: int = 3) -> str:
     """So many significant digits, thousands separated: 0.842, 12.3, 1,234."""
     if value is None:

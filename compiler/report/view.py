@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..manifest import Benchmark, EngineRecord, Manifest, OutputMetrics, PassRecord, SpeedUp, Timing, Validation
 from ..signature import Signature
-from . import plots
+from .choices import choices
 from .numbers import ABSENT, TIMES, error, number, ratio
 
 
@@ -131,13 +131,19 @@ def sections(manifest: Manifest) -> tuple[str, ...]:
     """The page's sections, for its navigation."""
     precision = ("precision",) if manifest["calibration"] or lowerings(manifest) else ()
     pruning = ("pruning",) if prunings(manifest) else ()
-    search = ("search",) if manifest.get("ladder") else ()
-    trade_off = ("trade-off",) if len(plots.trade_off(manifest)) > 1 else ()
-    batches = ("batch-size",) if manifest.get("batches") else ()
-    roofline = ("roofline",) if manifest.get("roofline") else ()
-    found = (*search, *trade_off, *batches, *roofline)
+    found = tuple(name for name, shown in searched(manifest).items() if shown)
     last = ("stages", "passes", "capture", "engines", "environment", "use")
     return ("model", "speed", "accuracy", *found, *pruning, *precision, *last)
+
+
+def searched(manifest: Manifest) -> dict[str, bool]:
+    """Which sections there are of what a compile found out, where it was asked to."""
+    return {
+        "search": bool((ladder := manifest.get("ladder")) and ladder["steps"]),
+        "trade-off": len(choices(manifest).timed) > 1,
+        "batch-size": bool(manifest.get("batches")),
+        "roofline": bool(manifest.get("roofline")),
+    }
 
 
 def lowerings(manifest: Manifest) -> list[PassRecord]:

@@ -524,7 +524,7 @@ def test_code_to_load_the_bundle_is_python(names: tuple[str, ...]) -> None:
 
 
 def test_colours_reach_the_contrast_of_wcag_aa_in_both_themes() -> None:
-    css = (Path(figures.__file__).parent / "report.css").read_text()
+    css = (Path(view.__file__).parent / "report.css").read_text()
     themes = [
         dict(re.findall(r"--(\w[\w-]*): (#\w{6});", part)) for part in css.split("@media (prefers-color-scheme")[:2]
     ]
