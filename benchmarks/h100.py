@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +53,19 @@ def main() -> int:
         return run_task(next(row for row in rows if row.name == options.task[0]), options.task[1], options)
     for row in rows:
         row.folder.mkdir(parents=True, exist_ok=True)
-    tasks = [
-        (row, name)
-        for row in rows
-        for name in (PREPARE, *steps(row, options, options.kinds))
-        if wanted(row, name, options)
-    ]
-    total_s = sum(estimate_s(name, options) for _, name in tasks) + ESTIMATES_S[MEASURE] * len(rows)
-    print(f"{len(tasks)} steps and {len(rows)} rows, about {total_s / 60:.0f} min one after the other", flush=True)
-    start = time.monotonic()
-    run_all([task for task in tasks if task[1] == PREPARE], options, 1)
-    run_all([task for task in tasks if task[1] != PREPARE], options, options.jobs)
-    if not options.prepare_only:
+    ahead = {model: wanted([row for row in rows if row.model == model], options) for model in options.models}
+    tell_estimate(ahead, rows, options)
+    for model, tasks in ahead.items():
+        run_all([task for task in tasks if task[1] == PREPARE], options, 1)
+        run_all([task for task in tasks if task[1] != PREPARE], options, options.jobs)
         for row in rows:
-            if time.monotonic() - start > options.time_limit:
-                print(f"{row.name}: not measured, the time limit has passed", flush=True)
-                continue
-            run_all([(row, MEASURE)], options, 1)
-            keep(row, options.out)
+            if row.model == model and not options.prepare_only:
+                run_all([(row, MEASURE)], options, 1)
+                keep(row, options.out)
+    if options.prepare_only:
+        return 0
     found = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
-    reached = [measure.show(found[row.name]) for row in rows if row.name in found]
+    reached = [row.name in found and measure.show(found[row.name]) for row in rows]
     return 0 if all(reached) else 1
 
 
@@ -89,7 +82,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--models", type=several, default=list(MODELS_MEASURED))
     parser.add_argument("--batches", type=numbers, help="default: those of each model")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu shows that all works, in fp32")
-    parser.add_argument("--steps", type=several, help="only these, by name or first word, as torch or enginesmith")
+    parser.add_argument("--steps", type=several, help="only these, by name or its first words, as torch or enginesmith")
     parser.add_argument("--targets", nargs="+", help="of enginesmith, with options")
     parser.add_argument("--kinds", type=several, default=["fp16", "fused", "int8"], help=f"of {', '.join(own.KINDS)}")
     parser.add_argument("--effort", default="quick", help="of the ladder")
@@ -114,11 +107,21 @@ def steps(row: Row, options: argparse.Namespace, kinds: Sequence[str]) -> dict[s
     return {name: step for name, step in found.items() if options.device == "cuda" or not step.needs_gpu}
 
 
-def wanted(row: Row, name: str, options: argparse.Namespace) -> bool:
-    """Whether a step is asked for, and has not been done before."""
-    named = options.steps is None or name == PREPARE or {name, name.split()[0]} & set(options.steps)
-    done = record(row, name)
-    return bool(named) and (done is None or (options.retry and bool(done["problem"])))
+def is_named(name: str, step: str) -> bool:
+    """Whether a step has this name, or one that goes on after these words or options."""
+    return name == step or name.startswith((f"{step} ", f"{step},"))
+
+
+def wanted(rows: Sequence[Row], options: argparse.Namespace) -> list[tuple[Row, str]]:
+    """The steps that are asked for and were not done before."""
+
+    def is_wanted(row: Row, name: str) -> bool:
+        named = options.steps is None or name == PREPARE or any(is_named(name, step) for step in options.steps)
+        done = record(row, name)
+        return named and (done is None or (options.retry and bool(done["problem"])))
+
+    every = [(row, name) for row in rows for name in (PREPARE, *steps(row, options, options.kinds))]
+    return [(row, name) for row, name in every if is_wanted(row, name)]
 
 
 def record(row: Row, name: str) -> dict[str, Any] | None:
@@ -131,8 +134,15 @@ def record_file(row: Row, name: str) -> Path:
     return row.folder / (re.sub(r"[^\w.-]+", "-", name) + ".json")
 
 
-def estimate_s(name: str, options: argparse.Namespace) -> float:
-    return ESTIMATES_S.get(name) or ESTIMATES_S.get(name.split()[-1]) or float(options.ladder_limit) + 60
+def tell_estimate(ahead: Mapping[str, Sequence[Any]], rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """How long all will take, as far as the table of estimates knows; steps side by side slow each other down."""
+    names = [name for tasks in ahead.values() for _, name in tasks]
+    ladder_s = options.ladder_limit + 60
+    steps_s = sum(ESTIMATES_S.get(name) or ESTIMATES_S.get(name.split()[-1], ladder_s) for name in names)
+    rows_s = 0 if options.prepare_only else ESTIMATES_S[MEASURE] * len(rows)
+    alone, shared = (f"{seconds / 60:.0f}" for seconds in (steps_s + rows_s, steps_s / options.jobs + rows_s))
+    least = f", {shared} with {options.jobs} at once at the least" if options.jobs > 1 else ""
+    print(f"{len(names)} steps and {len(rows)} rows, about {alone} min one after the other{least}", flush=True)
 
 
 def run_all(tasks: Sequence[tuple[Row, str]], options: argparse.Namespace, jobs: int) -> None:
@@ -141,10 +151,10 @@ def run_all(tasks: Sequence[tuple[Row, str]], options: argparse.Namespace, jobs:
     while ahead or running:
         while ahead and len(running) < jobs:
             row, name = ahead.pop(0)
-            if time.monotonic() > options.deadline and name != MEASURE:
+            if time.monotonic() > options.deadline:
                 print(f"{row.name}: {name}: left out, the time limit has passed", flush=True)
                 continue
-            running.append((row, name, launch(row, name), time.monotonic()))
+            running.append((row, name, launch(row, name, jobs), time.monotonic()))
         time.sleep(0.2)
         for task in list(running):
             row, name, process, began = task
@@ -155,13 +165,16 @@ def run_all(tasks: Sequence[tuple[Row, str]], options: argparse.Namespace, jobs:
             finish(row, name, process, seconds)
 
 
-def launch(row: Row, name: str) -> subprocess.Popen[bytes]:
+def launch(row: Row, name: str, jobs: int) -> subprocess.Popen[bytes]:
+    """Starts a task; those that run side by side share the processors."""
     words = [word for word in sys.argv[1:] if word != "--retry"]
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(row.work / "inductor")),
         "ENGINESMITH_CACHE": os.environ.get("ENGINESMITH_CACHE", str(row.work / "cache")),
     }
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // (2 * jobs)))
     record_file(row, name).unlink(missing_ok=True)
     with record_file(row, name).with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
@@ -226,6 +239,7 @@ def keep(row: Row, out: Path) -> None:
     """Adds a row to the results; another run may do so at the same time."""
     done = record(row, MEASURE)
     if done is None or done["problem"]:
+        print(f"{row.name}: not measured: {done['problem'] if done else 'the time limit has passed'}", flush=True)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".lock").open("w") as lock:

@@ -16,7 +16,7 @@ from enginesmith.compiler.sources import Model, load_model
 from enginesmith.compiler.validation.metrics import TOLERANCES
 from enginesmith.targets.base import Runner
 
-SAMPLES = {1: 64, 32: 128, 256: 1024, 2048: 8192}
+SAMPLES = {1: 32, 32: 64, 256: 1024, 2048: 4096}
 """Samples to calibrate and to validate with, by batch."""
 
 FP16_BUDGET = TOLERANCES["fp16"]["relative_l2"]
