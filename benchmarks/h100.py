@@ -4,7 +4,7 @@ A row is a model at a batch size. Its steps run in processes of their own, so th
 told with its reason and no more: the peers are exported, converted and built, enginesmith's engines too, and all are
 tried once; then one process opens all of them and times them. What a step leaves in --work is taken again by the next
 run; a row that was measured is in the results at once. torch.compile and TensorRT search for kernels by timing them, so
-that --jobs above 1 makes that less exact. Two runs with different --models, one on each GPU of a machine, may add to the
+that --jobs above 1 makes it less exact. Two runs with different --models, one on each GPU of a machine, may add to the
 same file.
 
 Exits with 1 where a row misses a goal.
