@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": "Measure the engines of a bundle again, interleaved with a baseline.",
     "compare": "Compare two bundles or engines, A and B; exit code 1 where B regressed.",
     "debug": "Find the node that makes the error of an engine.",
+    "diagnose": "Show where the time of a model or bundle goes, what limits it, and what would help.",
     "inspect": "Show inputs, sizes, operators and precisions of a model, bundle or engine.",
     "doctor": "Build and run a one-node model on every target, and say why one cannot.",
     "cache": "Look into the cache, keep it small, check it, carry it to another machine.",
@@ -253,6 +254,37 @@ def _debug() -> click.Command:
     return click.Command("debug", params=[_BUNDLE, *options], callback=run)
 
 
+def _diagnose() -> click.Command:
+    from .compiler.console.flags import field_options, overrides
+
+    def run(source: str, engines: tuple[str, ...], top: int, as_json: bool, quiet: bool, **values: Any) -> int:
+        from .compiler.console.console import progress
+        from .compiler.console.diagnosis import show_diagnosed
+        from .compiler.diagnosis.diagnose import diagnose
+
+        with progress(quiet) as bars:
+            result = diagnose(source, engines, progress=bars, **overrides(values))
+        _show(result.to_json(), as_json, quiet, lambda: show_diagnosed(result, top))
+        return 0
+
+    options: list[click.Parameter] = [
+        click.Argument(["source"], metavar="MODEL|BUNDLE"),
+        click.Option(
+            ["--engine", "-e", "engines"],
+            multiple=True,
+            help="Engine of a bundle. Default: the best, and the one that the ladder began with.",
+        ),
+        click.Option(
+            ["--top"], type=click.IntRange(1), default=15, show_default=True, help="Rows of each table; JSON has all."
+        ),
+        *field_options(
+            "weights", "arguments", "inputs", "dynamic", "data", "exporter", "opset", "passes", "targets",
+            "reference_device", "seed",
+        ),
+    ]  # fmt: skip
+    return click.Command("diagnose", params=options, callback=run)
+
+
 def _inspect() -> click.Command:
     from .compiler.console.flags import field_options, overrides
 
@@ -318,6 +350,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "bench": _bench,
     "compare": _compare,
     "debug": _debug,
+    "diagnose": _diagnose,
     "inspect": _inspect,
     "doctor": _doctor,
     "cache": _cache,

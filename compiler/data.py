@@ -79,6 +79,10 @@ class Data:
         if not count:
             raise DataError(f"{self.description} holds no samples", expected="at least one", found="none")
 
+    def unchecked(self) -> Iterator[Batch]:
+        """Yields what the source gives, at the pace at which it does."""
+        return self._read()
+
     def first(self) -> Batch:
         """The first batch, inputs only."""
         return next(iter(self))

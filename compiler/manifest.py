@@ -279,36 +279,70 @@ class BatchCurve(TypedDict):
     protocol: str
 
 
-Bound = Literal["compute", "bandwidth", "launch", "cpu-placed", "transfer"]
+Bound = Literal["compute", "bandwidth", "launch", "cpu-placed", "transfer", "unknown"]
 
 
 class RooflineNode(TypedDict):
-    """One node or fused layer of an engine: what it computes and moves, and what limits it. `share` is of the time."""
+    """One node or fused layer of an engine: what it computes and moves, and what limits it. `share` is of the time.
+
+    `covers` are the nodes of the graph in it, none where its name leads nowhere: then `flops` and `bytes` are what the
+    runtime tells, or 0. `limit_ms` is the least that it could take under the ceilings, None where that is not known.
+    """
 
     name: str
     operator: str
+    covers: list[str]
+    precision: str
     flops: float
     bytes: float
     ms: float
     share: float
+    limit_ms: float | None
     bound: Bound
+
+
+class Action(TypedDict):
+    """Something that would help, in the words of the command line, with the time that it would save a call.
+
+    `node` is where most of it is saved, `nodes` are all that it touches. `found` says what the ladder measured of it,
+    and is empty where it did not try; `found_ms` is what it saved then, negative where it was slower.
+    """
+
+    action: str
+    node: str
+    nodes: list[str]
+    saves_ms: float
+    why: str
+    found: str
+    found_ms: float | None
 
 
 class Roofline(TypedDict):
     """Where the time of an engine goes, under the ceilings that were measured on this machine.
 
-    `actions` are {"action", "node", "saves_ms", "why", "found"}: `found` is what the ladder measured of it, or empty.
+    `peaks` are the ceilings of all precisions in GFLOP/s, `peak_gflops` that of the one in which most is computed.
+    `bounds` are the milliseconds by what limits them; `outside_ms` is the part of `total_ms` that is in no layer, and
+    `unmapped_ms` that in layers which no node of the graph was found for. `estimates` says how good the estimates were
+    that the ladder checked; empty where it checked none.
     """
 
     engine: str
     device: str
     precision: str
+    sizes: dict[str, int]
     peak_gflops: float
+    peaks: dict[str, float]
     bandwidth_gb_s: float
     launch_us: float
     total_ms: float
+    outside_ms: float
+    unmapped_ms: float
+    bounds: dict[str, float]
     nodes: list[RooflineNode]
-    actions: list[dict[str, Any]]
+    actions: list[Action]
+    estimates: str
+    how: str
+    notes: list[str]
 
 
 class Stage(TypedDict):

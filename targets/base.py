@@ -18,6 +18,7 @@ import numpy as np
 from ..compiler.options import render
 from ..compiler.signature import Signature
 from ..errors import RecipeError
+from .profile import Profile
 
 if TYPE_CHECKING:
     from ..compiler.graph import Graph
@@ -251,6 +252,14 @@ class Target(abc.ABC):
             TargetUnavailableError: the runtime or device is missing.
             EngineMismatchError: the engine was built for another machine or version.
         """
+
+    def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
+        """What each layer of the engine in `directory` takes, or why its runtime cannot tell. Runs the engine.
+
+        Raises:
+            EngineError: as `runner`, or the engine fails on the inputs.
+        """
+        return f"{self.name} does not tell what its layers take"
 
     def opset_range(self) -> tuple[int, int] | None:
         """Lowest and highest opset that the version found here parses; None where the target takes no graph."""

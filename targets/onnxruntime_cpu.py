@@ -11,7 +11,8 @@ from typing import ClassVar
 from ..compiler.difference import relative_l2
 from ..errors import BuildError, RecipeError, TargetUnavailableError
 from ._onnxruntime import MINIMUM, OPSET, HostRunner, Optimization, Session, examine, require_onnxruntime
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .profile import Profile
 
 _SAME = 1e-6
 """Relative L2 that is allowed between the graph and what ONNX Runtime saves of it: sums in another order."""
@@ -137,6 +138,13 @@ class OnnxRuntimeCpu(Target):
         check_machine(info, self)
         session = self._session(optimized=self.optimized_model).open(directory / info.entry)
         return HostRunner(session, [spec.name for spec in info.signature.outputs])
+
+    def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
+        """By ONNX Runtime's profiler."""
+        from ._onnxruntime_profile import profile
+
+        require_onnxruntime("cpu")
+        return profile(directory / info.entry, self._session(optimized=self.optimized_model), inputs)
 
     def _optimized(self, entry: Path, request: BuildRequest) -> Path:
         """Puts the graph as ONNX Runtime optimizes it in the place of the one in `entry`, where it gives the same."""

@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Literal
 from ..errors import BuildError, EngineError, TargetUnavailableError
 from ._onnxruntime import MINIMUM, OPSET, Optimization, Session, examine, require_onnxruntime
 from ._tunings import tf32
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .cuda import driver
 from .cuda.onnxruntime import DeviceRunner
 from .cuda.stream import Stream
+from .profile import Profile
 
 CUDA = "CUDAExecutionProvider"
 _ARENA = {"power-of-two": "kNextPowerOfTwo", "requested": "kSameAsRequested"}
@@ -148,6 +149,18 @@ class OnnxRuntimeCuda(Target):
         """Opens the session, with a CUDA graph where the build could capture one."""
         self._require()
         return self._open(directory, info, graph=info.details["cuda_graph"]["used"])
+
+    def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
+        """By ONNX Runtime's profiler, in a process whose launches block."""
+        from .cuda.profiler import profile
+
+        self._require()
+        return profile(directory, info, inputs)
+
+    def session(self, precision: str) -> Session:
+        """The session without a CUDA graph, with CUDA's libraries loaded."""
+        self._require()
+        return self._session(precision)
 
     def _open(self, directory: Path, info: EngineInfo, *, graph: bool) -> DeviceRunner:
         stream = Stream(self.device_id)

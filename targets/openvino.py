@@ -18,6 +18,7 @@ from ..compiler.machine.environment import cores, processors
 from ..errors import BuildError, EngineError, EnginesmithError, TargetUnavailableError
 from ._onnxruntime import to_numpy
 from .base import Arrays, Availability, Bound, BuildRequest, Capabilities, EngineInfo, HostBound, Runner, Target, Tuning
+from .profile import Profile
 
 MINIMUM = "2025.0"
 INSTALL = "pip install 'enginesmith[openvino]'"
@@ -142,7 +143,15 @@ class OpenVINO(Target):
             compiled = self.compiled(directory / info.entry, info.precision)
         return OpenVINORunner(compiled, [spec.name for spec in info.signature.outputs])
 
-    def compiled(self, path: Path, precision: str) -> Any:
+    def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
+        """By OpenVINO's own counters."""
+        from ._openvino_profile import profile
+
+        _require()
+        with _translated(f"OpenVINO failed to profile {info.entry}", EngineError):
+            return profile(self.compiled(directory / info.entry, info.precision, counting=True), inputs)
+
+    def compiled(self, path: Path, precision: str, *, counting: bool = False) -> Any:
         """The model at `path`, .xml or .onnx, compiled for this machine."""
         import openvino
 
@@ -151,6 +160,8 @@ class OpenVINO(Target):
             "PERFORMANCE_HINT": self.hint.upper(),
             "INFERENCE_PRECISION_HINT": _HINTS[computed],
         }
+        if counting:
+            options["PERF_COUNT"] = True
         if self.threads is not None:
             options["INFERENCE_NUM_THREADS"] = self.threads
             options["ENABLE_HYPER_THREADING"] = True  # or it takes one thread a physical core at most

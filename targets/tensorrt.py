@@ -6,13 +6,17 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import RecipeError, TargetUnavailableError
 from ._tunings import tf32
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .profile import Profile
 from .trt import build as trt
 from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, STRONGLY_TYPED, WEAK_LOWERINGS, refusals
+
+if TYPE_CHECKING:
+    from .trt.runner import SessionRunner, WorkerRunner
 
 MODULE = "tensorrt"
 REWRITES = ("fuse-transformer:scheme=onnx", "fuse-embeddings")
@@ -131,6 +135,15 @@ class TensorRT(Target):
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the engine in this process where it has TensorRT, else in a worker process."""
+        return self._open(directory, info)
+
+    def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
+        """By TensorRT's profiler."""
+        from .trt.profile import profile
+
+        return profile(self._open(directory, info), inputs)
+
+    def _open(self, directory: Path, info: EngineInfo) -> SessionRunner | WorkerRunner:
         from ..compiler.machine.requirements import check_machine
         from .trt.runner import open_engine
 

@@ -6,14 +6,18 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import RecipeError, TargetUnavailableError
 from ._tunings import tf32
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .profile import Profile
 from .tensorrt import REWRITES, check_options
 from .trt import build as trt
 from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, refusals
+
+if TYPE_CHECKING:
+    from .trt.runner import SessionRunner, WorkerRunner
 
 MODULE = "tensorrt_rtx"
 COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -117,6 +121,15 @@ class TensorRTRTX(Target):
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Opens the engine in this process where it has TensorRT-RTX, else in a worker process."""
+        return self._open(directory, info)
+
+    def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
+        """By TensorRT's profiler."""
+        from .trt.profile import profile
+
+        return profile(self._open(directory, info), inputs)
+
+    def _open(self, directory: Path, info: EngineInfo) -> SessionRunner | WorkerRunner:
         from ..compiler.machine.requirements import check_machine
         from .trt.runner import open_engine
 

@@ -25,6 +25,7 @@ from ._torch import MINIMUM_TEXT, TorchRunner, check, prepare, require, tensors_
 from ._worker import Worker
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .inductor.worker import command, load_arrays, save_arrays
+from .profile import Profile
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +123,12 @@ class TorchInductor(Target):
         """Loads the package; its calls are checked, for compiled code reads beyond inputs that are too small."""
         require(self.availability())
         return _CheckedRunner(lambda: self._load(directory / info.entry), info, self.device)
+
+    def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
+        """By torch's profiler, which sees the operators that compiled code calls, and not the loops between."""
+        from ._torch_profile import profile_runner
+
+        return profile_runner(self.runner(directory, info), inputs, self.device, info.precision)
 
     def _load(self, path: Path) -> Any:
         import torch

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import BuildError, RecipeError
 from ._torch import MINIMUM_TEXT, TorchRunner, check, last_line, prepare, require, tensors_of, torch_availability
-from .base import Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
+from .profile import Profile
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,12 @@ class TorchScript(Target):
         """Loads the archive."""
         require(self.availability())
         return TorchRunner(lambda: self._load(directory / info.entry), info, self.device)
+
+    def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
+        """By torch's profiler."""
+        from ._torch_profile import profile_runner
+
+        return profile_runner(self.runner(directory, info), inputs, self.device, info.precision)
 
     def _load(self, path: Path) -> torch.jit.ScriptModule:
         import torch

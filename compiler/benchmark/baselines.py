@@ -76,6 +76,12 @@ class TorchEager:
         if self._half or any(tensor.device.type != device for tensor in tensors):
             self._module = copy.deepcopy(model.module).to(device, torch.float16 if self._half else None)
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """What is called: the model's own module, or a copy on the device."""
+        module: torch.nn.Module = self._module
+        return module
+
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs by name, as NumPy arrays."""
         return self._fetch(self._call(self._place(inputs)))

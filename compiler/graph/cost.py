@@ -8,6 +8,8 @@ LSTM, GRU, RNN      steps x rows x (elements of W + elements of R)
 Attention           elements of the scores x (head size of Q + head size of V)
 Einsum              product of all its dimensions
 other               0
+
+Quantized and fused operators, those of ONNX Runtime too, count as the ones that they stand for.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import onnx_ir as ir
 
 from ...errors import GraphError
 from .graph import Graph
+from .schemas import MICROSOFT
 from .selection import label
 
 _COUNTING = frozenset((ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.STRING))
@@ -43,7 +46,7 @@ def costs(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Cost]:
     found: dict[str, Cost] = {}
     for node in sized.nodes():
         before = found.get(label(node), Cost())
-        found[label(node)] = Cost(before.macs + _macs(node), before.weight_bytes + _weight_bytes(node))
+        found[label(node)] = Cost(before.macs + multiply_adds(node), before.weight_bytes + _weight_bytes(node))
     return found
 
 
@@ -86,9 +89,10 @@ def _weight_bytes(node: ir.Node) -> int:
     return sum(value.const_value.nbytes for value in weights if value.const_value is not None)
 
 
-def _macs(node: ir.Node) -> int:
-    counter = _COUNTERS.get(node.op_type)
-    if counter is None or node.domain:
+def multiply_adds(node: ir.Node) -> int:
+    """Of one node, by the shapes that it has; 0 where one is not known."""
+    counter = (_COUNTERS if not node.domain else _CONTRIBUTED if node.domain == MICROSOFT else {}).get(node.op_type)
+    if counter is None:
         return 0
     try:
         return counter(node)
@@ -117,6 +121,25 @@ def _gemm(node: ir.Node) -> int:
 
 def _conv(node: ir.Node) -> int:
     return math.prod(_shape(node.outputs[0])) * math.prod(_shape(node.inputs[1])[1:])
+
+
+def _quantized_conv(node: ir.Node) -> int:
+    return math.prod(_shape(node.outputs[0])) * math.prod(_shape(node.inputs[3])[1:])
+
+
+def _fused_matmul(node: ir.Node) -> int:
+    transposed = node.attributes.get_int("transA", 0)
+    return math.prod(_shape(node.outputs[0])) * _shape(node.inputs[0])[-2 if transposed else -1]
+
+
+def _blockwise_matmul(node: ir.Node) -> int:
+    return math.prod(_shape(node.inputs[0])) * node.attributes.get_int("N", 0)
+
+
+def _projected_attention(node: ir.Node) -> int:
+    rows, length, width = _shape(node.inputs[0])
+    outputs = _shape(node.inputs[1])[1]
+    return rows * length * (width * outputs + 2 * length * (outputs // 3))
 
 
 def _conv_transpose(node: ir.Node) -> int:
@@ -151,11 +174,29 @@ def _einsum(node: ir.Node) -> int:
 _COUNTERS = {
     "Attention": _attention,
     "Conv": _conv,
+    "ConvInteger": _conv,
     "ConvTranspose": _conv_transpose,
     "Einsum": _einsum,
     "GRU": _recurrent,
     "Gemm": _gemm,
     "LSTM": _recurrent,
     "MatMul": _matmul,
+    "MatMulInteger": _matmul,
+    "QLinearConv": _quantized_conv,
+    "QLinearMatMul": _matmul,
     "RNN": _recurrent,
 }
+
+_CONTRIBUTED = {
+    "Attention": _projected_attention,
+    "DynamicQuantizeLSTM": _recurrent,
+    "DynamicQuantizeMatMul": _matmul,
+    "FusedConv": _conv,
+    "FusedGemm": _gemm,
+    "FusedMatMul": _fused_matmul,
+    "MatMulIntegerToFloat": _matmul,
+    "MatMulNBits": _blockwise_matmul,
+    "MultiHeadAttention": _attention,
+    "QAttention": _projected_attention,
+}
+"""Of ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""What TensorRT calls back: a logger, memory for outputs, and the progress of a build.
+"""What TensorRT calls back: a logger, a profiler, memory for outputs, and the progress of a build.
 
 Needs the standard library only,. The classes are made in functions since their
 bases belong to ``tensorrt`` or ``tensorrt_rtx``.
@@ -30,6 +30,20 @@ def make_logger(trt: Any) -> Any:
                 print(f"[TensorRT {severity.name}] {message}", file=sys.stderr)
 
     return Log()
+
+
+def make_profiler(trt: Any) -> Any:
+    """A profiler that adds up the milliseconds of each layer in `times`."""
+
+    class LayerTimes(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times[layer_name] = self.times.get(layer_name, 0.0) + ms
+
+    return LayerTimes()
 
 
 class Told(NamedTuple):

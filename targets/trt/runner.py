@@ -18,12 +18,13 @@ from ...compiler.signature import Signature
 from ...errors import EngineError, EnginesmithError
 from .._onnxruntime import to_numpy
 from .._worker import KINDS, Worker
-from ..base import Arrays, Bound, Runner
+from ..base import Arrays, Bound
 from ..cuda.dlpack import borrow, cuda_device, require_device
 from ..cuda.stream import Stream
 from . import build
 from .binding import Binding
 from .driver import Failure
+from .layers import engine_layers
 from .session import Session
 from .worker import load_arrays, save_arrays
 
@@ -33,7 +34,7 @@ _RUNNING_S = 600.0
 
 def open_engine(
     module: str, plan: Path, signature: Signature, *, cuda_graph: bool, runtime_cache: Path | None = None
-) -> Runner:
+) -> SessionRunner | WorkerRunner:
     """Opens a plan.
 
     Raises:
@@ -90,6 +91,13 @@ class SessionRunner:
         bound = _SessionBound(self, binding)
         weakref.finalize(bound, self._unused.append, id(binding))
         return bound
+
+    def profile(self, inputs: Arrays, iterations: int) -> tuple[list[dict[str, float]], list[Any]]:
+        """Milliseconds of each layer in each run, and what TensorRT tells of the layers."""
+        session = self._session
+        with self._active(), contextlib.closing(Binding(session, inputs)) as binding:
+            binding.put(inputs)
+            return binding.profile(iterations), engine_layers(session.trt, session.engine)
 
     def reset(self) -> None:
         """Engines of TensorRT have no state."""
@@ -205,6 +213,15 @@ class WorkerRunner:
         bound = _WorkerBound(self, number)
         weakref.finalize(bound, self._unused.append, number)
         return bound
+
+    def profile(self, inputs: Arrays, iterations: int) -> tuple[list[dict[str, float]], list[Any]]:
+        """Milliseconds of each layer in each run, and what TensorRT tells of the layers."""
+        with self._lock:
+            files = save_arrays(self._scratch.name, "input", inputs)
+            number = self._call("bind", files=files, release=[])["binding"]
+            found = self._call("profile", binding=number, iterations=iterations)
+            self._unused.append(number)
+        return found["runs"], found["layers"]
 
     def reset(self) -> None:
         """Engines of TensorRT have no state."""

@@ -21,6 +21,16 @@ from enginesmith.compiler.graph.cost import Cost, costs, share
         ('<ir_version: 10, opset_import: ["": 23]> g (float[N,3,8] q, float[N,7,4] k, float[N,7,4] v) '
          "=> (float[N,3,8] y) { y = Attention<q_num_heads = 2, kv_num_heads = 1>(q, k, v) }", 2 * 3 * 7 * 16),
         ("g (float[N] x) => (float[N] y) { y = Neg(x) }", 0),
+        ("g (uint8[N,3,4] x, int8[4,5] w) => (int32[N,3,5] y) { y = MatMulInteger(x, w) }", 2 * 3 * 5 * 4),
+        ("g (uint8[N,4,8,8] x, int8[6,4,3,3] w) => (int32[N,6,6,6] y) { y = ConvInteger(x, w) }", 2 * 6 * 36 * 36),
+        ("g (uint8[N,4,8,8] x, float s, uint8 z, int8[6,4,3,3] w, float t, int8 v, float u, uint8 o) "
+         "=> (uint8[N,6,6,6] y) { y = QLinearConv(x, s, z, w, t, v, u, o) }", 2 * 6 * 36 * 36),
+        ("g (float[N,3,4] x, float[4,5] w) => (float[N,3,5] y) { y = com.microsoft.FusedMatMul(x, w) }", 2 * 3 * 5 * 4),
+        ("g (float[N,3,64] x, uint8[5,2,16] w, float[10] s) => (float[N,3,5] y) "
+         "{ y = com.microsoft.MatMulNBits<K = 64, N = 5, bits = 4, block_size = 32>(x, w, s) }", 2 * 3 * 5 * 64),
+        ("g (float[N,7,8] x, float[8,24] w, float[24] b) => (float[N,7,8] y) "
+         "{ y = com.microsoft.Attention<num_heads = 2>(x, w, b) }", 2 * 7 * (8 * 24 + 2 * 7 * 8)),
+        ("g (float[N] x) => (float[N] y) { y = local.MatMul(x) }", 0),
     ],
 )  # fmt: skip
 def test_multiply_adds(read, text, macs):

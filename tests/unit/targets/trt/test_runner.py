@@ -49,6 +49,8 @@ for line in sys.stdin:
     elif command == "timed":
         n = request["iterations"]
         answer(result={"host": [2.0] * n, "device": [1.0] * n, "graph_refusal": "switched off"})
+    elif command == "profile":
+        answer(result={"runs": [{"double": 0.5}] * request["iterations"], "layers": [{"Name": "double"}]})
     elif command in ("run", "fetch"):
         x = x if command == "run" else bound[request["binding"]]
         file = os.path.join(scratch, "out.npy")
@@ -139,4 +141,13 @@ def test_tensors_of_torch_are_taken(open_plan):
     runner = open_plan()
     outputs = runner.run({"x": torch.arange(4)})
     np.testing.assert_array_equal(outputs["y"], 2 * np.arange(4))
+    runner.close()
+
+
+def test_a_profile_travels_back_from_the_worker(open_plan):
+    runner = open_plan()
+    runs, layers = runner.profile({"x": np.arange(4)}, 3)
+    assert runs == [{"double": 0.5}] * 3
+    assert layers == [{"Name": "double"}]
+    assert runner._unused == [1], "the next bind releases what it bound"
     runner.close()

@@ -94,8 +94,13 @@ class Context:
     def set_output_allocator(self, name, allocator):
         self.allocator = allocator
 
+    profiler = None
+
     def execute_async_v3(self, _stream):
         self.runs += 1
+        if self.profiler is not None:
+            for name in ("double", "copy", "double"):
+                self.profiler.report_layer_time(name, 0.25 * self.runs)
         shape = self.shapes["x"]
         count = int(np.prod(shape))
         y = self.addresses.get("y")
@@ -149,6 +154,11 @@ class Engine:
     def create_runtime_config(self):
         return RuntimeConfig()
 
+    num_layers = 1
+
+    def create_engine_inspector(self):
+        return types.SimpleNamespace(get_layer_information=lambda index, form: '{"Name": "double"}')
+
     def create_execution_context(self, config=None):
         assert config is None or config.cache.content is not None
         self.contexts.append(Context(self))
@@ -174,6 +184,7 @@ def open_session(tmp_path, monkeypatch):
 
         trt = types.SimpleNamespace(
             __name__="tensorrt", __version__="8.6.0", ILogger=logger, Runtime=Runtime, IOutputAllocator=object,
+            IProfiler=object, LayerInformationFormat=types.SimpleNamespace(JSON="json"),
             TensorIOMode=types.SimpleNamespace(INPUT="in"), TensorLocation=types.SimpleNamespace(HOST="host"),
         )  # fmt: skip
         monkeypatch.setattr(session_module, "Driver", HostDriver)
@@ -409,3 +420,13 @@ def test_convert_keeps_values_and_makes_them_contiguous(value, dtype):
 def test_integers_that_do_not_fit():
     with pytest.raises(Failure, match="input 'x' holds integers that do not fit int32, the engine's type"):
         convert("x", np.array([1 << 31]), np.dtype("int32"))
+
+
+def test_a_profile_has_the_times_of_each_layer_in_each_run(open_session):
+    engine = Engine()
+    runner = SessionRunner(open_session(engine), SIGNATURE)
+    runs, layers = runner.profile({"x": array(3)}, 2)
+    assert runs == [{"double": 1.0, "copy": 0.5}, {"double": 1.5, "copy": 0.75}]
+    assert layers == [{"Name": "double"}]
+    assert runner._session.driver.memory == {}, "its buffers are freed"
+    assert runner._session.driver.calls.count("cuGraphLaunch") == 0
