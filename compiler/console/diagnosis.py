@@ -10,7 +10,7 @@ from rich.markup import escape
 from ..diagnosis.diagnosed import Diagnosed
 from ..diagnosis.eager import Eager, Row
 from ..manifest import Action, Roofline, RooflineNode
-from .console import _console, _print_table
+from .console import _console, print_table
 
 COLOURS = {
     "compute": "green", "bandwidth": "cyan", "launch": "yellow", "cpu-placed": "red", "transfer": "red",
@@ -47,7 +47,7 @@ def _show_eager(console: Console, eager: Eager, top: int) -> None:
     for title, rows in (("operator", eager.operators), ("module", eager.modules)):
         total = sum(row.ms for row in rows) or 1.0
         headers = (title, ">calls", ">ms", ">share", ">GFLOP/s")
-        _print_table(console, headers, [_eager_cells(row, total) for row in rows[:top]], drop=("GFLOP/s",))
+        print_table(console, headers, [_eager_cells(row, total) for row in rows[:top]], drop=("GFLOP/s",))
         _show_rest(console, [row.ms for row in rows], top)
 
 
@@ -73,7 +73,7 @@ def _show_roofline(console: Console, roofline: Roofline, top: int) -> None:
     )
     headers = ("layer", "operator", "nodes", ">ms", ">share", ">GFLOP/s", ">GB/s", ">of ceiling", "bound by")
     rows = [_cells(node) for node in roofline["nodes"][:top]]
-    _print_table(console, headers, rows, drop=("nodes", "GB/s", "operator"))
+    print_table(console, headers, rows, drop=("nodes", "GB/s", "operator"))
     _show_rest(console, [node["ms"] for node in roofline["nodes"]], top)
     total = roofline["total_ms"] or 1.0
     shares = [f"[{COLOURS[name]}]{name} {ms / total:.0%}[/]" for name, ms in roofline["bounds"].items() if ms > 0]
@@ -139,7 +139,7 @@ def _show_actions(console: Console, roofline: Roofline, top: int) -> None:
         )
         for a in actions[:top]
     ]
-    _print_table(console, headers, rows, drop=("of call", "the ladder found"))
+    print_table(console, headers, rows, drop=("of call", "the ladder found"))
     for action in actions[:top]:
         _print(console, f"  {escape(action['action'])}: {escape(action['why'])}", style="dim")
     for action in actions[:top]:

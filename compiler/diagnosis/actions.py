@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from ..machine.environment import cores
 from ..manifest import Action
 from .bounds import Measured
+from .fusing import fusing
 from .rewrites import alignment, precisions, pruning, sparsity
 from .situation import Situation, action
 
@@ -105,5 +106,5 @@ def preparation(situation: Situation) -> Iterator[Action | None]:
 
 
 RULES: tuple[Callable[[Situation], Iterator[Action | None]], ...] = (
-    placement, precisions, alignment, pruning, sparsity, batching, cuda_graph, threads, preparation,
+    placement, fusing, precisions, alignment, pruning, sparsity, batching, cuda_graph, threads, preparation,
 )  # fmt: skip

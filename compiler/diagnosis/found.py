@@ -41,6 +41,9 @@ def step_of(text: str, ladder: Ladder, target: str) -> LadderStep | None:
         steps = [s for s in steps if s["step"] in LOWERING and s["what"].split()[:1] == [found.group(1)]]
     elif rung := next((rung for option, rung in RUNGS.items() if text.startswith(option)), None):
         steps = [step for step in steps if step["step"] == rung]
+    elif found := re.search(r"--pass ([\w-]+)", text):
+        name = found.group(1)
+        steps = [s for s in steps if any(word.partition(":")[0] == name for word in s["what"].split())]
     elif named and named.group(2):
         option = f"{named.group(2)}={named.group(3)}".lower()
         steps = [step for step in steps if option in step["what"].lower().split()]

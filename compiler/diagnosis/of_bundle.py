@@ -13,6 +13,7 @@ import numpy as np
 from ...errors import DataError, EngineError, EnginesmithError, RecipeError, UnknownNameError
 from ...targets import get_target
 from ...targets.base import EngineInfo
+from ..again import find_own
 from ..bundle import Bundle
 from ..data import Data, open_data
 from ..engine import check_files
@@ -44,6 +45,7 @@ def of_bundle(path: Path, names: Sequence[str], fields: Mapping[str, Any], progr
         )
     bundle = Bundle.open(path)
     recipe = make_recipe({**read_recipe(path / "recipe.yaml").model_dump(), **fields}, "call")
+    find_own(recipe.targets)
     signature = Signature.from_json(bundle.manifest["signature"])
     records = _chosen(bundle, names)
     progress.stage("read data", 1, len(records) + 1)

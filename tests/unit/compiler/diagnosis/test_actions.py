@@ -9,6 +9,7 @@ import pytest
 from enginesmith.compiler.diagnosis import actions as module
 from enginesmith.compiler.diagnosis.actions import batching, cuda_graph, placement, preparation, rank, threads
 from enginesmith.compiler.diagnosis.bounds import Measured, Roof
+from enginesmith.compiler.diagnosis.fusing import fusing
 from enginesmith.compiler.diagnosis.mapping import nodes_of
 from enginesmith.compiler.diagnosis.reading import Reading
 from enginesmith.compiler.diagnosis.rewrites import alignment, precisions, pruning, sparsity
@@ -196,6 +197,35 @@ def test_data_that_come_slower_than_the_engine_runs(fill, cpu):
     overlapping = dataclasses.replace(given, reading=Reading("data", 3, 0.5, 0.5))
     assert made(preparation, overlapping)["read the next batch while this one runs"]["saves_ms"] == 0.5
     assert made(preparation, dataclasses.replace(given, reading=None)) == {}
+
+
+ATTENTION = """g (float[N,4,64,16] q, float[N,4,16,64] k, float[N,4,64,16] v) => (float[N,4,64,16] y)
+<float s = {0.25}> {
+    [scores] a = MatMul(q, k)  [scale] b = Mul(a, s)  [softmax] c = Softmax(b)  [values] d = MatMul(c, v)
+    [after] y = Relu(d) }"""
+
+
+def test_attention_in_one_kernel_moves_no_scores(fill, cpu):
+    slow = dataclasses.replace(cpu, bandwidths=((1e3, 1.0), (1e9, 1.0)))
+    given = situation(fill, slow, ATTENTION)
+    (found,) = made(fusing, given).values()
+    assert found["action"] == "--pass fuse-transformer:scheme=onnxruntime-cpu"
+    assert set(found["nodes"]) == {"scores", "scale", "softmax", "values"}
+    scores, inside = 4 * 64 * 4 * 64 * 64, 4 * 64 * 4 * 64 * 16
+    apart = (2 * inside + scores) + 2 * scores + 2 * scores + (scores + 2 * inside)
+    fused = 4 * inside
+    assert found["saves_ms"] == pytest.approx(2 * (apart - fused) / 1e6, rel=0.02)
+    assert made(fusing, situation(fill, cpu)) == {}, "there is no attention"
+
+
+def test_tables_that_are_read_side_by_side(fill, cpu):
+    text = """g (int64[N] i, int64[N] j) => (float[N,8] y, float[N,8] z) <float[100,8] t, float[200,8] u> {
+        [first] y = Gather(t, i)  [second] z = Gather(u, j) }"""
+    (found,) = made(fusing, situation(fill, cpu, text)).values()
+    assert found["action"] == "--pass fuse-embeddings"
+    assert set(found["nodes"]) == {"first", "second"}
+    one = """g (int64[N] i) => (float[N,8] y) <float[100,8] t> { [only] y = Gather(t, i) }"""
+    assert made(fusing, situation(fill, cpu, one)) == {}
 
 
 def test_the_best_comes_first_and_what_saves_little_is_left_out(fill, cpu):

@@ -32,6 +32,7 @@ STEPS = ladder(
         "alignment", "align:multiple=16", status="skipped", reason="it changes nothing: every dimension is a multiple"
     ),
     step("pruning", "prune:macs=0.75", status="reverted", reason="not close enough: top1"),
+    step("fuse-embeddings", "fuse-embeddings", 1.3),
     step("threads within an operator", "threads=2", 1.1, against="onnxruntime-cpu-int8"),
 )
 
@@ -47,6 +48,8 @@ STEPS = ladder(
         ("--target onnxruntime-cpu:threads=2", "threads=2"),
         ("--precision bf16", None),
         ("--sparsify 2:4", None),
+        ("--pass fuse-embeddings", "fuse-embeddings"),
+        ("--pass fuse-transformer:scheme=onnxruntime-cpu", None),
         ("larger batches: batch=64", None),
         ("keep inputs and outputs on the GPU (DLPack tensors)", None),
     ],
