@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-CALLS = 12
+CALLS = 40
 """Calls that a profile is taken over, where no call is slow."""
 
 BUDGET_S = 1.0

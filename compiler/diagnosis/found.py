@@ -45,11 +45,17 @@ def step_of(text: str, ladder: Ladder, target: str) -> LadderStep | None:
         name = found.group(1)
         steps = [s for s in steps if any(word.partition(":")[0] == name for word in s["what"].split())]
     elif named and named.group(2):
-        option = f"{named.group(2)}={named.group(3)}".lower()
-        steps = [step for step in steps if option in step["what"].lower().split()]
+        steps = _of_option(steps, named.group(2), f"{named.group(2)}={named.group(3)}".lower())
     else:
         return None
     return max(steps, key=lambda step: step["ratio"] is not None, default=None)
+
+
+def _of_option(steps: Sequence[LadderStep], name: str, wanted: str) -> list[LadderStep]:
+    """The steps that tried an option's value; else those that found another value of it to be better."""
+    exact = [step for step in steps if wanted in step["what"].lower().split()]
+    others = [s for s in steps if s["status"] == "kept" and any(w.startswith(f"{name}=") for w in s["what"].split())]
+    return exact or others
 
 
 def _saved_ms(step: LadderStep) -> float | None:
@@ -63,9 +69,10 @@ def _in_words(step: LadderStep, saved_ms: float | None) -> str:
     ratio = step["ratio"]
     if ratio is None or saved_ms is None:
         return f"{step['status']}: {step['reason']}" if step["reason"] else step["status"]
+    what = f"{step['what']} " if "=" in step["what"].partition(":")[0] else ""
     verb = "saved" if saved_ms >= 0 else "cost"
     interval = f"{ratio['ratio']:.2f} times as fast as {ratio['against']}, {ratio['low']:.2f} to {ratio['high']:.2f}"
-    return f"{step['status']}: {verb} {abs(saved_ms):.3g} ms ({interval})"
+    return f"{what}{step['status']}: {verb} {abs(saved_ms):.3g} ms ({interval})"
 
 
 def _summary(pairs: Sequence[tuple[float, float]]) -> str:

@@ -2,7 +2,7 @@
 
                     operations   weights           other tensors      rate
 fp16, bf16          same         half              half               of that precision
-int8, fp8           same         a quarter         a quarter (Conv)   of 8 bits; products with constant weights alone
+int8, fp8           same         a quarter         a quarter (Conv)   of 8 bits; Conv, MatMul and Gemm with weights
 int8-dynamic        same         a quarter         5/4                of 8 bits; MatMul, Gemm and LSTM
 int8-, int4-weights same         1/4, 1/8, scales  same               same
 alignment           grown        grown             same               of aligned products, in place of unaligned ones
@@ -43,6 +43,7 @@ WEIGHTS = {"int8-weights": 8, "int4-weights": 4}
 WASTE = 0.1
 """Of the pass `align`: the largest share of multiply-adds that it adds."""
 
+STATIC = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 DYNAMIC = frozenset(("Gemm", "LSTM", "MatMul"))
 _BUDGET = "what it costs in accuracy a --budget bounds"
 
@@ -102,6 +103,8 @@ def _in_precision(layer: Measured, work: Work, precision: str) -> Work | None:
     if before <= 8 or not any(map(is_weighted, layer.nodes)):
         return None
     if precision in NARROW:
+        if not operators(layer) & STATIC:
+            return None
         part = 8 / before
         moved = part if "Conv" in operators(layer) else 1.0
         return work.scaled(weights=part, moved=moved, precision=precision)

@@ -38,6 +38,9 @@ LASTING_MS = 0.02
 LEAST_SHARE = 0.1
 """Of a call that has to be in layers."""
 
+UNSTEADY = 0.5
+"""Where times shrink to less than this to fit in a call, the profile was disturbed."""
+
 HALVED = {"fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16", "mixed": "fp16", "mixed-fp16": "fp16"}
 """What TensorRT computes in where the graph says fp32, by the engine's precision: before 10 its builder decides."""
 
@@ -157,9 +160,10 @@ def _measured(
     if each_ms > 0.0005:
         notes.append(f"the profiler adds about {1000 * each_ms:.2g} us to each layer, which are taken off")
     if scale < 0.98:
-        notes.append(f"under the profiler layers took {1 / scale:.2f} times as long; their times are scaled to a call")
+        worth = "; that is far off, run it again on a quiet machine" if scale < UNSTEADY else ""
+        notes.append(f"under the profiler layers took {1 / scale:.2f} times as long, and are scaled to a call{worth}")
     times = [(layer.ms - each_ms) * scale for layer in layers]
-    raised = found.raised(_reached(times, works))
+    raised = found.raised(_reached(times, works)) if scale > 0.9 else found
     for precision, rate in raised.gflops.items():
         if rate > 1.05 * found.gflops[precision]:
             notes.append(

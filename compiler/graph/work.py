@@ -46,6 +46,12 @@ _OPERATIONS = {
 }  # fmt: skip
 """Passes over an element: LayerNormalization sums, subtracts, squares, sums, divides, scales and shifts."""
 
+_INTEGER = frozenset((
+    "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat",
+    "QAttention", "QLinearConv", "QLinearMatMul",
+))  # fmt: skip
+"""Operators that multiply 8-bit numbers, whatever they read and give."""
+
 _POOLS = frozenset(("AveragePool", "LpPool", "MaxPool"))
 _NARROW = {"INT8": "int8", "UINT8": "int8", "FLOAT8E4M3FN": "fp8", "FLOAT8E5M2": "fp8"}
 _NAMES = {"FLOAT": "fp32", "DOUBLE": "fp64", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
@@ -134,6 +140,8 @@ class Workload:
 
 def precision(node: ir.Node) -> str:
     """What a node computes in: 8 bits where both factors of a product come out of DequantizeLinear."""
+    if node.op_type in _INTEGER:
+        return "int8"
     factors = [value for value in node.inputs[:2] if value is not None]
     if multiply_adds(node) and factors:
         found = {_quantized(value) for value in factors}

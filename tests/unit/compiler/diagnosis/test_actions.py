@@ -101,6 +101,15 @@ def test_weights_alone_help_where_bandwidth_bounds_the_product(fill, cpu):
     assert 0.6 * total < eight < four < 0.9 * total
 
 
+def test_a_recurrent_layer_is_quantized_dynamically_alone(fill, cpu):
+    text = """g (float[64,N,64] x) => (float[64,1,N,64] y) <float[1,256,64] w, float[1,256,64] r> {
+        [lstm] y = LSTM<hidden_size = 64>(x, w, r) }"""
+    found = made(precisions, situation(fill, cpu, text))
+    assert found["--precision int8-dynamic"]["node"] == "lstm"
+    assert "--precision int8" not in found
+    assert "--precision int8-weights" not in found
+
+
 def test_alignment_saves_the_rate_that_unaligned_products_lack(fill, gpu):
     ceilings = gpu(gflops={"fp32": 50.0, "fp16": 700.0}, unaligned_gflops={"fp16": 140.0})
     text = """g (float16[N,64] x) => (float16[N,16] y) <float16[64,1001] w = {W}, float16[1001,16] v = {V}> {

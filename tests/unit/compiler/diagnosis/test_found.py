@@ -46,6 +46,8 @@ STEPS = ladder(
         ("--align 16", "align:multiple=16"),
         ("--prune macs=0.75", "prune:macs=0.75"),
         ("--target onnxruntime-cpu:threads=2", "threads=2"),
+        ("--target onnxruntime-cpu:threads=4", "threads=2"),
+        ("--target onnxruntime-cpu:arena=false", None),
         ("--precision bf16", None),
         ("--sparsify 2:4", None),
         ("--pass fuse-embeddings", "fuse-embeddings"),

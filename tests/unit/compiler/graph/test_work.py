@@ -84,6 +84,14 @@ def test_precisions_and_weights(read, fill):
     half = read("g (float16[N,4] x) => (float16[N,4] y) { y = Relu(x) }")
     (node,) = half.nodes()
     assert precision(node) == "fp16"
+    lstm = """g (float[7,N,3] x) => (float[7,1,N,5] y)
+        <int8[1,3,20] w = {W}, int8[1,5,20] r = {R}, float[1,20] s, float[1,20] t,
+         int8[1,20] z = {Z}, int8[1,20] o = {Z}> {
+        y = com.microsoft.DynamicQuantizeLSTM<hidden_size = 5>(x, w, r, "", "", "", "", "", s, z, t, o) }"""
+    for name, count in (("W", 60), ("R", 100), ("Z", 20)):
+        lstm = lstm.replace(f"{{{name}}}", "{" + ",".join(["1"] * count) + "}")
+    (dynamic,) = Workload(fill(lstm), {"N": 2}).nodes()
+    assert precision(dynamic) == "int8"
     product = read("g (float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }")
     assert not any(map(is_weighted, Workload(product, {"N": 1}).nodes()))
     weighted = Workload(fill(CHAIN), {"N": 1})
