@@ -33,8 +33,8 @@ from enginesmith.compiler.sources import load_model
 from enginesmith.compiler.trial import open_runner
 from enginesmith.errors import EnginesmithError
 from enginesmith.targets._onnxruntime import HostRunner
+from enginesmith.targets._openvino import OpenVINORunner
 from enginesmith.targets.base import Arrays, Runner
-from enginesmith.targets.openvino import OpenVINORunner
 
 BATCHES = {
     "digits": (1, 64),

@@ -44,8 +44,9 @@ from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context
 from enginesmith.passes.quantize_static import QuantizeStatic
 from enginesmith.targets._onnxruntime import HostRunner, Session, examine, failures
+from enginesmith.targets._openvino import OpenVINORunner
 from enginesmith.targets.base import Runner
-from enginesmith.targets.openvino import OpenVINO, OpenVINORunner
+from enginesmith.targets.openvino import OpenVINO
 
 OURS = "enginesmith static"
 IN_OPENVINO = ", in OpenVINO"

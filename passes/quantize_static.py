@@ -2,8 +2,8 @@
 
     x -> Conv(W, b) -> y     ->     x -> Q -> DQ -> Conv(DQ(W8), DQ(b32)) -> Q -> DQ -> y
 
-Where Q/DQ goes is the target's, as its engine fuses them into integer kernels: `compiler.quantization.onnxruntime` and
-`compiler.quantization.tensorrt`. A graph that is quantized already is kept as it is.
+Where Q/DQ goes is the target's, as its engine fuses them into integer kernels: `onnxruntime`, `openvino` and `tensorrt`
+in `compiler.quantization`. A graph that is quantized already is kept as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..compiler.calibration import Calibration, Statistics
 from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened
 from ..compiler.graph.selection import label, select
-from ..compiler.quantization import onnxruntime, tensorrt
+from ..compiler.quantization import onnxruntime, openvino, tensorrt
 from ..compiler.quantization.attention import attentions, drop_guards
 from ..compiler.quantization.bias import correct
 from ..compiler.quantization.equalize import equalize
@@ -60,6 +60,7 @@ THIRD_DB = -10 * math.log10(1 - 1 / 3)
 BATCHES = 4
 """How many batches the errors of trials are measured on."""
 
+_CPUS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _DTYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
@@ -78,7 +79,7 @@ class QuantizeStatic(Pass):
         rounding: "gptq" rounds weights so that layers change least on the data.
         equalize: even out the ranges of channels between two layers first.
         smooth: SmoothQuant's alpha for MatMul and Gemm; 0 leaves it out. None: 0.8 for INT8 where products outnumber
-            convolutions, with nodes put in for it for scheme=onnxruntime alone.
+            convolutions, with nodes put in for it on CPUs alone.
         bias_correction: take back the shift that rounding causes in the means of channels. None: as for `method`.
         reduce_range: 7 bits for weights. None: where this processor has no VNNI and its sums would saturate.
         attention: quantize the two products around each softmax as well; for scheme=tensorrt, whose fused kernel of
@@ -90,7 +91,7 @@ class QuantizeStatic(Pass):
     """
 
     name: ClassVar[str] = "quantize-static"
-    scheme: Literal["onnxruntime", "tensorrt", "tensorrt-8"] = "onnxruntime"
+    scheme: Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-8"] = "onnxruntime"
     dtype: Literal["int8", "fp8"] = "int8"
     method: Choice | None = None
     per_channel: bool = True
@@ -105,10 +106,12 @@ class QuantizeStatic(Pass):
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.attention and self.scheme == "onnxruntime":
-            raise ValueError("attention=true needs scheme=tensorrt; ONNX Runtime takes products with a constant alone")
-        if self.dtype == "fp8" and self.scheme == "onnxruntime":
-            raise ValueError("ONNX Runtime has no FP8 kernels: dtype=fp8 needs scheme=tensorrt")
+        if self.attention and self.scheme in _CPUS:
+            raise ValueError(
+                "attention=true needs scheme=tensorrt; on CPUs, products with a constant alone are quantized"
+            )
+        if self.dtype == "fp8" and self.scheme in _CPUS:
+            raise ValueError(f"{_CPUS[self.scheme]} has no FP8 kernels: dtype=fp8 needs scheme=tensorrt")
         check_alpha(self.smooth)
 
     @property
@@ -248,7 +251,7 @@ class _Run:
             return
         if self.options.scheme == "tensorrt-8" and any(attentions(self.graph.model.graph)):
             return  # what it would smooth stays float
-        insert = asked is not None or self.options.scheme == "onnxruntime"
+        insert = asked is not None or self.options.scheme in _CPUS
         statistics = self._calibration.statistics(self.graph, inputs(self.graph))
         changes, refusals = smooth(self.graph, statistics, ALPHA if asked is None else asked, insert=insert)
         self._note(changes, refusals if asked else [])
@@ -256,8 +259,9 @@ class _Run:
     def _plan(self) -> Plan:
         keep = {**self._keep, **broken_weights(self.graph)}
         options = self.options
-        if options.scheme == "onnxruntime":
-            return onnxruntime.plan(self.graph, per_channel=options.per_channel, keep=keep)
+        if options.scheme in _CPUS:
+            make = onnxruntime.plan if options.scheme == "onnxruntime" else openvino.plan
+            return make(self.graph, per_channel=options.per_channel, keep=keep)
         dtype, attention = _DTYPES[options.dtype], options.attention
         return tensorrt.plan(
             self.graph,
@@ -284,7 +288,7 @@ class _Run:
 
     def _reduced(self) -> bool:
         asked = self.options.reduce_range
-        return self.options.scheme == "onnxruntime" and saturates() if asked is None else asked
+        return self.options.scheme in _CPUS and saturates() if asked is None else asked
 
 
 def folded(graph: Graph) -> Graph:

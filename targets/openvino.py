@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
-import queue
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
 from ..compiler.machine.environment import cores, processors
-from ..errors import BuildError, EngineError, EnginesmithError, TargetUnavailableError
-from ._onnxruntime import to_numpy
-from .base import Arrays, Availability, Bound, BuildRequest, Capabilities, EngineInfo, HostBound, Runner, Target, Tuning
+from ..errors import BuildError, EngineError, TargetUnavailableError
+from ._openvino import OpenVINORunner, translated
+from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .profile import Profile
 
 MINIMUM = "2025.0"
@@ -31,7 +27,7 @@ class OpenVINO(Target):
     """OpenVINO on the CPU, from its own file format, which any machine with OpenVINO loads.
 
     By itself OpenVINO computes in bfloat16 where the processor can; here fp32 means fp32, and bf16 is a precision of
-    its own. 8 bits come from the same Q/DQ graph as ONNX Runtime's.
+    its own. Where weights alone are stored in 8 or 4 bits, OpenVINO quantizes activations as it runs, in groups of 32.
 
     Attributes:
         threads: threads that share an operator; None for OpenVINO's choice.
@@ -49,17 +45,19 @@ class OpenVINO(Target):
     summary: ClassVar[str] = "OpenVINO on the CPU"
     capabilities: ClassVar[Capabilities] = Capabilities(
         consumes="graph",
-        precisions=("fp32", "bf16", "int8", "mixed"),
+        precisions=("fp32", "bf16", "int8", "int8-weights", "int4-weights", "mixed"),
         devices=("cpu",),
-        opset=(7, 20),
+        opset=(7, 21),
         channels=16,
         minimum={"openvino": MINIMUM},
     )
     lowerings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "fp32": (),
         "bf16": (),  # OpenVINO lowers at loading, and fuses more than it would around casts of ours
-        "int8": ("quantize-static:scheme=onnxruntime",),
-        "mixed": ("precision:to=int8,scheme=onnxruntime",),
+        "int8": ("quantize-static:scheme=openvino",),
+        "int8-weights": ("quantize-weights:bits=8,scheme=tensorrt",),
+        "int4-weights": ("opset:least=21", "quantize-weights:bits=4,scheme=tensorrt"),
+        "mixed": ("precision:to=int8,scheme=openvino",),
     }
 
     def __post_init__(self) -> None:
@@ -77,7 +75,7 @@ class OpenVINO(Target):
         """bfloat16 where the processor would emulate it, and types that OpenVINO has no kernels for on a CPU."""
         found = {
             "fp16": "OpenVINO computes fp16 graphs in fp32 on a CPU; bf16 is its half precision there",
-            "int8-dynamic": "OpenVINO takes no dynamically quantized ONNX graphs; int8 has static ranges",
+            "int8-dynamic": "OpenVINO computes dynamically quantized ONNX graphs in fp32; int8 has static ranges",
         }
         if self.availability().run and not has_bf16():
             found["bf16"] = NO_BF16
@@ -111,7 +109,7 @@ class OpenVINO(Target):
         request.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=request.cache, prefix="openvino-") as folder:
             request.graph.save(Path(folder) / "model.onnx")
-            with _translated(f"OpenVINO refused {request.directory.name}", BuildError):
+            with translated(f"OpenVINO refused {request.directory.name}", BuildError):
                 model = openvino.Core().read_model(Path(folder) / "model.onnx")
                 for index, spec in enumerate(request.signature.outputs):
                     model.outputs[index].get_tensor().add_names({spec.name})
@@ -126,7 +124,7 @@ class OpenVINO(Target):
     def describe(self, info: EngineInfo, request: BuildRequest) -> EngineInfo:
         """Looks at the types in which this machine executes the file."""
         version = _require()
-        with _translated(f"OpenVINO failed to run {info.entry} on the sample", BuildError):
+        with translated(f"OpenVINO failed to run {info.entry} on the sample", BuildError):
             compiled = self.compiled(request.directory / info.entry, request.precision)
             names = {name for value in compiled.inputs for name in value.get_names()}
             compiled({name: array for name, array in request.sample.items() if name in names})
@@ -139,7 +137,7 @@ class OpenVINO(Target):
         _require()
         if "bf16" in (info.precision, self.rest) and not has_bf16():
             raise EngineError(f"engine {info.name!r} computes in bfloat16: {NO_BF16}", hint="compile it for fp32")
-        with _translated(f"OpenVINO refused {info.entry}", EngineError):
+        with translated(f"OpenVINO refused {info.entry}", EngineError):
             compiled = self.compiled(directory / info.entry, info.precision)
         return OpenVINORunner(compiled, [spec.name for spec in info.signature.outputs])
 
@@ -148,7 +146,7 @@ class OpenVINO(Target):
         from ._openvino_profile import profile
 
         _require()
-        with _translated(f"OpenVINO failed to profile {info.entry}", EngineError):
+        with translated(f"OpenVINO failed to profile {info.entry}", EngineError):
             return profile(self.compiled(directory / info.entry, info.precision, counting=True), inputs)
 
     def compiled(self, path: Path, precision: str, *, counting: bool = False) -> Any:
@@ -169,74 +167,6 @@ class OpenVINO(Target):
             options["ENABLE_CPU_PINNING"] = self.pinning
         core = openvino.Core()
         return core.compile_model(core.read_model(path), "CPU", options)
-
-
-class OpenVINORunner:
-    """A compiled model: arrays in, arrays out. Each call in flight has a request of its own."""
-
-    def __init__(self, compiled: Any, outputs: Sequence[str]) -> None:
-        self._compiled = compiled
-        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._inputs = [value.get_any_name() for value in compiled.inputs]
-        self._outputs = list(outputs)
-
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Outputs by name, as arrays of their own; DLPack tensors of the CPU are read in place."""
-        feed = {name: to_numpy(name, inputs[name]) for name in self._inputs}
-        with self._request() as request, _translated("OpenVINO failed to run the engine", EngineError):
-            request.infer(feed, share_inputs=True)
-            return self._taken(request)
-
-    def bind(self, inputs: Arrays) -> Bound:
-        """A request of its own that holds the inputs."""
-        import openvino
-
-        request = self._compiled.create_infer_request()
-        for name in self._inputs:
-            request.set_tensor(name, openvino.Tensor(np.array(inputs[name], order="C"), shared_memory=False))
-        return _Bound(request, self._taken)
-
-    def reset(self) -> None:
-        """A compiled model keeps no state."""
-
-    def close(self) -> None:
-        """Lets go of the model and its requests."""
-        self._compiled = None
-        self._idle = queue.SimpleQueue()
-
-    @contextlib.contextmanager
-    def _request(self) -> Iterator[Any]:
-        try:
-            request = self._idle.get_nowait()
-        except queue.Empty:
-            request = self._compiled.create_infer_request()
-        try:
-            yield request
-        finally:
-            self._idle.put(request)
-
-    def _taken(self, request: Any) -> dict[str, np.ndarray]:
-        values = request.results
-        return {name: np.array(value) for name, value in zip(self._outputs, values.values(), strict=True)}
-
-
-class _Bound(HostBound):
-    """Runs one request; its outputs are copied when somebody asks."""
-
-    def __init__(self, request: Any, taken: Any) -> None:
-        super().__init__(dict)
-        self._request = request
-        self._taken = taken
-
-    def run(self) -> None:
-        """Runs once."""
-        with _translated("OpenVINO failed to run the engine", EngineError):
-            self._request.infer()
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """The outputs of the last run."""
-        found: dict[str, np.ndarray] = self._taken(self._request)
-        return found
 
 
 @functools.cache
@@ -266,15 +196,6 @@ def _require() -> str:
     if "CPU" not in openvino.Core().available_devices:
         raise TargetUnavailableError("openvino has no plugin for this processor", hint=INSTALL)
     return version
-
-
-@contextlib.contextmanager
-def _translated(what: str, error: type[EnginesmithError]) -> Iterator[None]:
-    """OpenVINO raises RuntimeError, and ValueError or TypeError for inputs that do not fit."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError) as problem:
-        raise error(f"{what}: {str(problem).strip()}") from problem
 
 
 def _examine(model: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from ..graph.verifier import subgraphs
 from .attention import Attention, attentions
 from .plan import Plan, Use, Weight, merge_groups
 from .regions import REASON, around_attention
-from .tensorrt_limits import NO_KERNEL, PRODUCTS, channel_axis, why_not
+from .tensorrt_limits import PRODUCTS, Limits, channel_axis, limits
 
 LONGEST_INT8_ATTENTION = 512
 """Keys that the fused int8 kernel of attention takes."""
@@ -68,19 +68,19 @@ def plan(
     """
     if not regions:
         keep = dict.fromkeys(around_attention(list(graph.model.graph)), REASON) | dict(keep)
-    planner = _Planner(graph, dtype, keep, attention=attention)
-    planner.products()
-    planner.residuals()
-    planner.averages()
-    planner.concats()
-    return planner.plan(per_channel=per_channel)
+    return Planner(graph, dtype, keep, limits(dtype), attention=attention).plan(per_channel=per_channel)
 
 
-class _Planner:
-    def __init__(self, graph: Graph, dtype: ir.DataType, keep: Mapping[ir.Node, str], *, attention: bool) -> None:
+class Planner:
+    """Decides for one graph, once."""
+
+    def __init__(
+        self, graph: Graph, dtype: ir.DataType, keep: Mapping[ir.Node, str], limits: Limits, *, attention: bool
+    ) -> None:
         self._nodes = list(graph.model.graph)
         self._dtype = dtype
         self._keep = keep
+        self._limits = limits
         self._attention = attention
         self._uses: dict[ir.Value, set[Use]] = collections.defaultdict(set)
         self._weighted: list[ir.Node] = []
@@ -90,6 +90,11 @@ class _Planner:
         self._groups: list[frozenset[str]] = []
 
     def plan(self, *, per_channel: bool) -> Plan:
+        """What becomes 8-bit, with symmetric activations."""
+        self._products()
+        self._residuals()
+        self._averages()
+        self._concats()
         weights = [Weight(Use(n, 1), channel_axis(n) if per_channel else None, self._dtype) for n in self._weighted]
         return Plan(
             activations={_name(value): frozenset(uses) for value, uses in self._uses.items()},
@@ -101,14 +106,14 @@ class _Planner:
             refusals=tuple(self._refusals),
         )
 
-    def products(self) -> None:
+    def _products(self) -> None:
         found = list(attentions(self._nodes))
         parts = {node for attention in found for node in (attention.scores, attention.mixed)}
         for node in self._nodes:
             if any(True for _ in subgraphs(node)):
                 self._refuse(node, f"the bodies of {node.op_type} stay float")
-            elif node.op_type in NO_KERNEL and not node.domain:
-                self._refuse(node, NO_KERNEL[node.op_type])
+            elif node.op_type in self._limits.no_kernel and not node.domain:
+                self._refuse(node, self._limits.no_kernel[node.op_type])
             elif node.op_type in PRODUCTS and not node.domain and node not in parts:
                 self._product(node)
         for attention in found:
@@ -119,7 +124,7 @@ class _Planner:
                 elif node not in self._chosen:
                     self._choose(node, 0, 1)
 
-    def residuals(self) -> None:
+    def _residuals(self) -> None:
         """Quantizes what is added to a convolution's result."""
         depths = self._depths()
         for node in self._nodes:
@@ -133,14 +138,14 @@ class _Planner:
             self._read(node, 1 - main)
             self._summed.add(node)
 
-    def averages(self) -> None:
+    def _averages(self) -> None:
         for node in self._nodes:
             if node.op_type in _AVERAGING and not node.domain and node not in self._keep:
                 source = node.inputs[0]
                 if source in self._narrow() and (source in self._uses or self._is_read(node.outputs[0])):
                     self._choose(node, 0)
 
-    def concats(self) -> None:
+    def _concats(self) -> None:
         narrow = self._narrow()
         for node in reversed(self._nodes):  # so that what reads a nested one is known
             if node.op_type != "Concat" or node.domain or node in self._keep or node not in _producers(narrow):
@@ -157,7 +162,7 @@ class _Planner:
             self._refuse(node, self._keep[node])
         elif not is_constant(node.inputs[1]):
             self._refuse(node, "both operands are activations")
-        elif reason := why_not(node, self._dtype):
+        elif reason := self._limits.why_not(node):
             self._refuse(node, reason)
         else:
             self._choose(node, 0)
@@ -168,7 +173,7 @@ class _Planner:
             if node in self._keep:
                 return self._keep[node]
         if not self._attention:
-            return "attention stays in fp16, one kernel with its softmax"
+            return self._limits.attention
         if attention.guarded:
             return "its softmax is guarded against rows without any key, and would not be one 8-bit kernel"
         longest = LONGEST_INT8_ATTENTION if self._dtype == ir.DataType.INT8 else attention.keys

@@ -5,7 +5,9 @@ The sizes are those of the node classifier in Model-Optimizer's ONNX quantizer.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -31,6 +33,20 @@ class Product(NamedTuple):
     axis: int
 
 
+class Limits(NamedTuple):
+    """What a runtime has 8-bit kernels for.
+
+    Attributes:
+        why_not: why a product by a constant stays float; empty where it need not.
+        no_kernel: operators with weights that stay float, and why.
+        attention: why the products around Softmax stay float.
+    """
+
+    why_not: Callable[[ir.Node], str]
+    no_kernel: Mapping[str, str]
+    attention: str
+
+
 PRODUCTS = {
     "Conv": Product((3, 4, 5), axis=0),
     "Gemm": Product((2,), axis=1),
@@ -44,7 +60,12 @@ NO_KERNEL = {
     "LSTM": "TensorRT has no 8-bit kernel for LSTM",
     "RNN": "TensorRT has no 8-bit kernel for RNN",
 }
-"""Operators with weights that stay float, and why."""
+
+
+def limits(dtype: ir.DataType) -> Limits:
+    """TensorRT's, for INT8 or FLOAT8E4M3FN."""
+    attention = "attention stays in fp16, one kernel with its softmax"
+    return Limits(functools.partial(why_not, dtype=dtype), NO_KERNEL, attention)
 
 
 def channel_axis(node: ir.Node) -> int:
@@ -55,20 +76,33 @@ def channel_axis(node: ir.Node) -> int:
 
 def why_not(node: ir.Node, dtype: ir.DataType) -> str:
     """Why a product by a constant cannot be 8-bit, or would be slower than in fp16; empty where neither is so."""
+    if reason := no_product(node):
+        return reason
     source, weight = node.inputs[0], node.inputs[1]
-    if source is None or weight is None or weight.const_value is None or source.dtype != ir.DataType.FLOAT:
-        return "its operands are not float32"
-    if is_constant(source):
-        return "both operands are constants"
+    assert source is not None
+    assert weight is not None
+    assert weight.const_value is not None
     shape = [int(size) for size in weight.const_value.shape.numpy()]
-    ranks = PRODUCTS[node.op_type].ranks
-    if len(shape) not in ranks:
-        return f"its weight has {len(shape)} axes; there are 8-bit kernels for {' or '.join(map(str, ranks))}"
     if node.op_type in ("Gemm", "MatMul"):
         return _why_not_matrix(source, shape)
     if dtype == ir.DataType.INT8:
         return _why_not_int8_filter(node, *shape)
     return _why_not_fp8_filter(*shape)
+
+
+def no_product(node: ir.Node) -> str:
+    """Why this is no product of an activation in float32 by a constant that there are 8-bit kernels for."""
+    source, weight = node.inputs[0], node.inputs[1]
+    if source is None or weight is None or weight.const_value is None or source.dtype != ir.DataType.FLOAT:
+        return "its operands are not float32"
+    if is_constant(source):
+        return "both operands are constants"
+    axes, ranks = len(weight.const_value.shape), PRODUCTS[node.op_type].ranks
+    return (
+        ""
+        if axes in ranks
+        else f"its weight has {axes} axes; there are 8-bit kernels for {' or '.join(map(str, ranks))}"
+    )
 
 
 def _why_not_matrix(source: ir.Value, shape: list[int]) -> str:

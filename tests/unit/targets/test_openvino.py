@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("openvino")
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
-from enginesmith.errors import BuildError, EngineError, RecipeError, TargetUnavailableError
+from enginesmith.errors import BuildError, DataError, EngineError, RecipeError, TargetUnavailableError
 from enginesmith.targets import openvino as module
 from enginesmith.targets import parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
@@ -170,6 +170,22 @@ def test_inputs_that_do_not_fit_are_an_engine_error(built):
     target, directory, info = built()
     with pytest.raises(EngineError, match="OpenVINO failed to run the engine"):
         target.runner(directory, info).run({**SAMPLE, "x": np.zeros((2, 3), np.float32)})
+
+
+def test_bound_inputs_that_do_not_fit_are_an_engine_error(built):
+    target, directory, info = built()
+    with pytest.raises(EngineError, match="OpenVINO refused the inputs"):
+        target.runner(directory, info).bind({**SAMPLE, "x": np.zeros((2, 2))})
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1])
+def test_integers_that_openvino_would_cut_off_are_refused(built, value):
+    target, directory, info = built()
+    runner = target.runner(directory, info)
+    for call in (runner.run, runner.bind):
+        with pytest.raises(DataError, match="input 'unused' holds integers that OpenVINO cuts off"):
+            call({**SAMPLE, "unused": np.array(value)})
+    runner.run({**SAMPLE, "unused": np.array(2**31 - 1)})
 
 
 def test_a_missing_package_is_named(monkeypatch):
