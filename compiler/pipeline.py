@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from .gains import drop
 from .ladder.climb import climb
 from .ladder.trials import Evidence
 from .machine.environment import environment
-from .manifest import FORMAT, BatchCurve, Benchmark, EngineRecord, Manifest, OutputMetrics
+from .manifest import FORMAT, BatchCurve, Benchmark, EngineRecord, Ladder, Manifest, OutputMetrics, Roofline
 from .progress import Progress, Stages
 from .pruning.module import check_module, check_pruned_weights
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from .capture import Captured
+    from .graph import Graph
     from .sources import Model
 
 STAGES = 9
@@ -108,7 +109,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     passes = tuple(parse_pass(text) for text in recipe.passes if text != "none")
     load_metric(recipe)  # a metric that is not there fails before any work
     load_budget(recipe)
-    stages = Stages(progress, STAGES + recipe.climbs + recipe.searches_batches)
+    stages = Stages(progress, STAGES + recipe.climbs + recipe.searches_batches + recipe.explains)
     with appearing_folder(output) as folder, tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
         job = Job(recipe, targets, passes, variants, machine, cache, folder, Path(scratch), stages)
         with stages("load model") as stage:
@@ -155,7 +156,8 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         if climber:
             with stages("climb ladder") as stage:
                 evidence = Evidence(captured.record, reference, floor)
-                ladder, own = climb(climber, (as_captured, captured.graph), evidence, engines)
+                ladder, own, lowered = climb(climber, (as_captured, captured.graph), evidence, engines)
+                graphs |= lowered
                 pass_records, climber = [*pass_records, *own], None
                 stays = sum(step["status"] == "kept" for step in ladder["steps"])
                 stage["detail"] = f"{stays} of {len(ladder['steps'])} steps kept"
@@ -175,6 +177,10 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 sample = data.first()
                 batches = search_batches(folder, chosen, sample, model.signature, recipe, stages.update)
                 stage["detail"] = ", ".join(engine["name"] for engine in chosen) or "no engine runs here"
+        roofline = None
+        if recipe.explains:
+            with stages("roofline") as stage:
+                roofline, stage["detail"] = _roofline(job, model, data, engines, benchmark, graphs, ladder)
         with stages("write bundle"):
             dense = [variant for variant in job.variants if variant.sibling is None]
             notes = [*not_lowered(dense, pass_records), *without_effect(job.variants, pass_records)]
@@ -196,6 +202,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 benchmark=benchmark,
                 ladder=ladder,
                 batches=batches,
+                roofline=roofline,
                 environment=dict(job.machine),
                 files={},
             )
@@ -212,7 +219,8 @@ def _resolve(recipe: Recipe) -> Recipe:
     targets = recipe.targets
     if not targets:
         on_gpu = [name for name in ("onnxruntime-cuda", "tensorrt") if parse_target(name).availability().run]
-        targets = tuple(on_gpu) or ("onnxruntime-cpu",)
+        on_cpu = ("openvino",) if recipe.climbs and parse_target("openvino").availability().run else ()
+        targets = tuple(on_gpu) or ("onnxruntime-cpu", *on_cpu)
     paths = {
         name: str(Path(value).resolve())
         for name in PATHS
@@ -311,6 +319,30 @@ def _benchmark(job: Job, model: Model, data: Data, engines: list[EngineRecord]) 
         return None
     sample = data.first()
     return benchmark_engines(job.folder, engines, sample, model.signature, job.recipe, model, job.stages.update)
+
+
+def _roofline(
+    job: Job,
+    model: Model,
+    data: Data,
+    engines: list[EngineRecord],
+    benchmark: Benchmark | None,
+    graphs: Mapping[str, Graph | str],
+    ladder: Ladder | None,
+) -> tuple[Roofline | None, str]:
+    """Where the time of the best engine goes; None, with the reason, where that cannot be told."""
+    from .diagnosis.roofline import roofline_of
+
+    best = verdict(engines, benchmark, model.signature)["best"]
+    record = next((engine for engine in engines if engine["name"] == best and engine["status"] == "ready"), None)
+    if record is None:
+        return None, "no engine runs here"
+    graph, reasons = graphs.get(record["name"]), list[str]()
+    known = None if isinstance(graph, str) else graph
+    found = roofline_of(
+        job.folder, record, model.signature, data.first(), job.cache, graph=known, ladder=ladder, log=reasons.append
+    )
+    return found, record["name"] if found else reasons[0]
 
 
 def _made(folder: Path) -> Path:

@@ -247,6 +247,11 @@ class Recipe(BaseModel):
         """Whether any field asks for the batch search."""
         return self.batch_search or self.p99 is not None or self.max_batch is not None
 
+    @property
+    def explains(self) -> bool:
+        """Whether to find out where the time of the best engine goes."""
+        return self.climbs and self.effort != "quick"
+
     def dump(self) -> str:
         """YAML text of the fields that differ from their defaults."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=120)

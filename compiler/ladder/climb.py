@@ -36,7 +36,7 @@ SLOW_SHARE = 0.1
 
 def climb(
     shop: Workshop, graphs: tuple[Graph | None, Graph | None], evidence: Evidence, engines: list[EngineRecord]
-) -> tuple[Ladder, list[PassRecord]]:
+) -> tuple[Ladder, list[PassRecord], dict[str, Graph]]:
     """Finds the best engine of each target that was built in fp32, and adds it to `engines`.
 
     Args:
@@ -44,7 +44,7 @@ def climb(
         engines: that were built; their folders lie in the bundle's.
 
     Returns:
-        The record, and those of the passes of the engines that were added.
+        The record, those of the passes of the engines that were added, and their graphs, as far as they are at hand.
     """
     recipe = shop.job.recipe
     clock = Clock(recipe.time_limit_s or LIMITS_S[recipe.effort], shop.job.stages.update)
@@ -60,6 +60,7 @@ def climb(
     steps: list[LadderStep] = []
     passes: list[PassRecord] = []
     picks: dict[str, str] = {}
+    graphs_left: dict[str, Graph] = {}
     for number, start in enumerate(starts):
         clock.allot(len(starts) - number)
         own = _begun(trials, start, captured)
@@ -69,6 +70,8 @@ def climb(
             pick = _settled(trials, pick, start, records)
             engines.append(pick.record)
             passes += pick.passes
+            if graph := trials.kept_graph(pick.variant):
+                graphs_left[pick.record["name"]] = graph
         if pick.record["status"] in ("ready", "built"):
             picks[start.variant.name.replace("-fp32", "")] = pick.record["name"]
     found = Ladder(
@@ -80,7 +83,7 @@ def climb(
         picks=picks,
         steps=steps,
     )
-    return found, passes
+    return found, passes, graphs_left
 
 
 def _begun(trials: Trials, start: Contender, captured: Graph | None) -> list[LadderStep]:

@@ -61,6 +61,11 @@ class Trials:
         """Names of all engines that are there."""
         return [folder.name for folder in (self.shop.job.folder / "engines").iterdir()]
 
+    def kept_graph(self, variant: Variant) -> Graph | None:
+        """The lowered graph of a variant, where it is at hand still."""
+        graph, _ = self._lowered.get(variant.passes, (None, []))
+        return None if isinstance(graph, str) else graph
+
     def build(self, variant: Variant, graph: Graph | str | None) -> Contender:
         """Builds an engine of a graph that is lowered already."""
         job, evidence = self.shop.job, self._evidence

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from enginesmith.compiler.ladder import trials
+from enginesmith.compiler.recipe import Recipe
 from enginesmith.targets import onnxruntime_cpu
 from enginesmith.targets.base import Tuning
 
@@ -56,6 +57,7 @@ def speeds(monkeypatch):
         return timings, {}
 
     monkeypatch.setattr(trials, "race", race)
+    monkeypatch.setattr(Recipe, "explains", False)
     given["sizes"] = asked
     return given
 
