@@ -44,10 +44,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shortened(text: str) -> str:
-    """The same commands with a short benchmark, and `make` told to print what it would do: it would run these tests."""
-    text = re.sub(
-        r"^(enginesmith (?:compile|bench|compare))\b", r"\1 --rounds 6 --slice-s 0.01", text, flags=re.MULTILINE
-    )
+    """The same commands, shortened, and `make` told to print what it would do: it would run these tests."""
+    short = "--rounds 6 --slice-s 0.01"
+    text = re.sub(r"^(enginesmith (?:bench|compare))\b", rf"\1 {short}", text, flags=re.MULTILINE)
+    text = re.sub(r"^(enginesmith compile)\b", rf"\1 {short} --time-limit 1", text, flags=re.MULTILINE)
     return re.sub(r"^make\b", f"make -n -C '{ROOT}'", text, flags=re.MULTILINE)
 
 
@@ -74,7 +74,11 @@ def test_shell_commands_run(text: str, clone: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_runs(text: str, clone: Path) -> None:
-    short = text.replace("targets=[", "rounds=6, slice_s=0.01, targets=[", 1) if "compile(" in text else text
+    short = (
+        text.replace("targets=[", "rounds=6, slice_s=0.01, time_limit_s=1, targets=[", 1)
+        if "compile(" in text
+        else text
+    )
     assert short != text or "compile(" not in text
     assert "True" in run([sys.executable, "-c", short], clone)
 

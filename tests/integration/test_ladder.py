@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
 from enginesmith.compiler.ladder import trials
@@ -10,8 +13,26 @@ from enginesmith.compiler.recipe import Recipe
 from enginesmith.targets import onnxruntime_cpu
 from enginesmith.targets.base import Tuning
 
-WIDE = ["--argument", "width=1000"]
 FP32 = "onnxruntime-cpu-fp32"
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """A compile of a network of two layers, as an ONNX file, which takes no export."""
+    random = np.random.default_rng(0)
+    width = 1001  # so that there is something to align
+    shapes = {"w": (4, width), "b": (width,), "v": (width, 3), "c": (3,)}
+    arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    graph = onnx.parser.parse_graph(
+        "net (float[N, 4] x) => (float[N, 3] y) { h = Gemm(x, w, b) r = Relu(h) y = Gemm(r, v, c) }"
+    )
+    graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "net.onnx")
+    np.savez(tmp_path / "data.npz", x=random.standard_normal((16, 4)).astype(np.float32))
+    return [
+        "compile", str(tmp_path / "net.onnx"), "--dynamic", "x:0=1..4..8", "--data", str(tmp_path / "data.npz"),
+        "--target", "onnxruntime-cpu", "-o", str(tmp_path / "out"),
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -70,7 +91,7 @@ def status(ladder):
 
 def test_the_fastest_that_is_right_is_kept_and_all_others_are_removed(compile, speeds, arguments):
     speeds.update({"-int8": 2.0, "-fp16": 0.5})
-    ladder, manifest = compile(*WIDE)
+    ladder, manifest = compile()
     assert status(ladder) == {
         ("captured graph", "-captured"): "start",
         ("simplify", "-fp32"): "kept",
@@ -104,7 +125,7 @@ def test_a_precision_that_is_not_close_enough_is_reverted_and_mixed_is_tried(com
 
 def test_the_size_counts_where_it_is_the_objective(compile, speeds):
     speeds.update({"": 1.0, "-int8": 0.1})
-    ladder, manifest = compile(*WIDE, "--objective", "size=0.3", "--effort", "quick")
+    ladder, manifest = compile("--objective", "size=0.3", "--effort", "quick")
     pick = ladder["picks"]["onnxruntime-cpu"]
     size = {engine["name"]: engine["size_bytes"] for engine in manifest["engines"]}
     assert pick != FP32
@@ -146,7 +167,7 @@ def test_without_time_steps_are_left_out_and_counted(compile, speeds):
 
 def test_an_interrupted_search_goes_on_where_it_ended(enginesmith, arguments, speeds, monkeypatch):
     speeds.update({"-int8": 2.0})
-    more = ["--benchmark", "--baseline", "none", "--rounds", "6", "--slice-s", "0.01", *WIDE]
+    more = ["--benchmark", "--baseline", "none", "--rounds", "6", "--slice-s", "0.01"]
     whole, calls = trials.race, []
 
     def interrupted(*args):
@@ -181,8 +202,6 @@ def test_an_interrupted_search_goes_on_where_it_ended(enginesmith, arguments, sp
 def test_what_cannot_be_timed_is_kept_only_where_it_is_asked_for(compile):
     pytest.importorskip("tensorrt_rtx")
     ladder, _ = compile(
-        "--argument",
-        "width=1001",
         "--target",
         "tensorrt-rtx:compute_capabilities=8.9",
         "--align",
@@ -198,7 +217,7 @@ def test_what_cannot_be_timed_is_kept_only_where_it_is_asked_for(compile):
 
 
 def test_a_real_stopwatch_finds_an_engine_at_least_as_good_as_the_plain_one(compile):
-    ladder, manifest = compile(*WIDE, "--effort", "quick")
+    ladder, manifest = compile("--effort", "quick")
     assert manifest["verdict"]["passed"]
     assert {step["status"] for step in ladder["steps"]} <= {"start", "kept", "reverted", "skipped"}
     assert all(step["ratio"] for step in ladder["steps"] if step["candidate"] and step["step"] == "precision")
