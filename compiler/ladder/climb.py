@@ -116,8 +116,7 @@ def _begun(trials: Trials, start: Contender, captured: Graph | None) -> list[Lad
     if built.record["status"] != "ready":
         step["reason"] = f"the captured graph cannot be built as it is: {built.record['reason']}"
         return [first, step]
-    trials.measure(first, built)
-    if trials.race([(step, start)], built) is None:
+    if trials.race([(step, start)], built, first) is None:
         step.update({"status": "kept", "reason": f"{step['reason']}; it stays, as all later steps build on it"})
     first.update({"candidate": plain.name, "size_bytes": built.record["size_bytes"]})
     trials.remove(built)

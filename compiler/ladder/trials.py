@@ -159,11 +159,22 @@ class Trials:
         timings, _ = self._timed([contender.record])
         _note_timing(step, timings.get(contender.record["name"]), None)
 
-    def race(self, built: Sequence[tuple[LadderStep, Contender]], incumbent: Contender) -> Contender | None:
-        """Times all against the incumbent, interleaved, and notes what came of each; the best that pays is kept."""
+    def race(
+        self,
+        built: Sequence[tuple[LadderStep, Contender]],
+        incumbent: Contender,
+        first: LadderStep | None = None,
+    ) -> Contender | None:
+        """Times all against the incumbent, interleaved, and notes what came of each; the best that pays is kept.
+
+        Args:
+            first: the incumbent's own step, where it has no times yet.
+        """
         start = time.perf_counter()
         timings, failures = self._timed([incumbent.record, *(contender.record for _, contender in built)])
         share = (time.perf_counter() - start) / len(built)
+        if first:
+            _note_timing(first, timings.get(incumbent.record["name"]), None)
         gains: dict[str, SpeedUp] = {}
         for step, contender in built:
             name = contender.record["name"]
