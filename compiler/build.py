@@ -15,7 +15,7 @@ from ..passes.base import Pass
 from ..targets.base import Target
 from .bundle import write_reproduction
 from .data import Data
-from .manifest import CaptureRecord, EngineRecord
+from .manifest import CaptureRecord, EngineRecord, new_engine
 from .progress import Stages
 from .recipe import Recipe
 from .reuse import build_or_reuse
@@ -103,21 +103,7 @@ def build_one(
         graph: its graph, or why there is none.
     """
     name, target, precision = variant.name, variant.target, variant.precision
-    record = EngineRecord(
-        name=name,
-        target=target.name,
-        precision=precision,
-        status="unavailable",
-        reason="",
-        to_do="",
-        build_s=None,
-        size_bytes=0,
-        cached=False,
-        details={},
-        validation=None,
-        sibling=variant.sibling,
-        dropped="",
-    )
+    record = new_engine(name, target.name, precision, variant.sibling)
     if variant.refusal:
         record["reason"] = variant.refusal
         return record

@@ -14,7 +14,10 @@ from .signature import Signature
 from .storage.files import size_bytes
 
 if TYPE_CHECKING:
+    from .data import Data
     from .graph import Graph
+    from .recipe import Recipe
+    from .sources import Model
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -84,22 +87,34 @@ def _is_onnx(path: Path) -> bool:
 
 
 def _captured(source: str, fields: Mapping[str, Any], folder: Path) -> Graph:
-    """The graph of a model, after the passes that a compile begins with."""
-    from ..passes import parse_pass
-    from ..passes.base import Context
-    from .capture import capture
+    """The graph of the model that these fields of a recipe describe."""
     from .data import open_data
     from .recipe import make_recipe
     from .trial import load
 
     recipe = make_recipe({**fields, "model": source})
     model = load(recipe)
+    data = open_data(recipe.data, model.signature, seed=recipe.seed)
+    return graph_of(recipe, model, data, folder)
+
+
+def graph_of(recipe: Recipe, model: Model, data: Data, folder: Path, opsets: tuple[int, int] = (9, 20)) -> Graph:
+    """The captured graph of a model, after the passes that a compile begins with.
+
+    Args:
+        folder: existing folder for what exporters write.
+        opsets: lowest and highest to capture in.
+    """
+    from ..passes import parse_pass
+    from ..passes.base import Context
+    from .capture import capture
+
     captured = capture(
         model,
         exporter=recipe.exporter,
         opset=recipe.opset,
-        opset_range=(9, 20),
-        samples=open_data(recipe.data, model.signature, seed=recipe.seed),
+        opset_range=opsets,
+        samples=data,
         seed=recipe.seed,
         directory=folder,
         log=lambda line: None,

@@ -345,6 +345,25 @@ class Roofline(TypedDict):
     notes: list[str]
 
 
+def new_engine(name: str, target: str, precision: str, sibling: str | None = None) -> EngineRecord:
+    """The record of an engine that nothing is known of yet."""
+    return EngineRecord(
+        name=name,
+        target=target,
+        precision=precision,
+        status="unavailable",
+        reason="",
+        to_do="",
+        build_s=None,
+        size_bytes=0,
+        cached=False,
+        details={},
+        validation=None,
+        sibling=sibling,
+        dropped="",
+    )
+
+
 class Stage(TypedDict):
     """One named stage of the compile."""
 

@@ -11,7 +11,8 @@ from ...errors import EngineError, EnginesmithError, RecipeError, SourceError, T
 from ...targets import parse_target
 from ...targets.base import BuildRequest, Target
 from ..data import Data, open_data
-from ..manifest import EngineRecord, Roofline
+from ..inspection import graph_of
+from ..manifest import Roofline, new_engine
 from ..progress import Progress
 from ..recipe import Recipe, make_recipe
 from ..storage.cache import Cache
@@ -62,10 +63,6 @@ def of_model(source: str, fields: Mapping[str, Any], progress: Progress) -> Diag
 
 def _as_engine(recipe: Recipe, model: Model, data: Data, reading: Reading | None) -> tuple[Roofline, Use]:
     """The roofline of the captured graph in fp32, built for the target given, or for the best that is there."""
-    from ...passes import parse_pass
-    from ...passes.base import Context
-    from ..capture import capture
-
     target = _target(recipe)
     low, high = target.opset_range() or (9, 20)
     with tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
@@ -73,24 +70,10 @@ def _as_engine(recipe: Recipe, model: Model, data: Data, reading: Reading | None
         directory = root / "engines" / f"{target.name}-fp32"
         export.mkdir()
         directory.mkdir(parents=True)
-        captured = capture(
-            model,
-            exporter=recipe.exporter,
-            opset=recipe.opset,
-            opset_range=(low, min(high, 20)),
-            samples=data,
-            seed=recipe.seed,
-            directory=export,
-            log=lambda line: None,
-            required=True,
-        )
-        assert captured.graph is not None
-        for text in recipe.passes:
-            if text != "none":
-                parse_pass(text)(captured.graph, Context(model.signature))
+        graph = graph_of(recipe, model, data, export, (low, min(high, 20)))
         sample, cache = data.first(), Cache()
         request = BuildRequest(
-            graph=captured.graph,
+            graph=graph,
             model=model,
             signature=model.signature,
             precision="fp32",
@@ -100,8 +83,9 @@ def _as_engine(recipe: Recipe, model: Model, data: Data, reading: Reading | None
             log=lambda line: None,
         )
         target.build(request).write(directory)
-        record = _record(directory.name, target)
-        return examine(root, record, model.signature, sample, cache, graph=captured.graph, reading=reading)
+        record = new_engine(directory.name, target.name, "fp32")
+        record["status"] = "ready"
+        return examine(root, record, model.signature, sample, cache, graph=graph, reading=reading)
 
 
 def _target(recipe: Recipe) -> Target:
@@ -126,21 +110,3 @@ def _target(recipe: Recipe) -> Target:
             return target
     reasons = "; ".join(f"{target.name}: {state.reason}" for target, state in zip(candidates, states, strict=True))
     raise TargetUnavailableError("no target that is built from a graph works here", found=reasons)
-
-
-def _record(name: str, target: Target) -> EngineRecord:
-    return EngineRecord(
-        name=name,
-        target=target.name,
-        precision="fp32",
-        status="ready",
-        reason="",
-        to_do="",
-        build_s=None,
-        size_bytes=0,
-        cached=False,
-        details={},
-        validation=None,
-        sibling=None,
-        dropped="",
-    )
