@@ -16,7 +16,7 @@ import pytest
 import enginesmith
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("compiler", "passes", "targets", "testing")
+PACKAGES = ("compiler", "passes", "serving", "targets", "testing")
 
 TARGETS = [path for path in sorted((ROOT / "targets").rglob("*.py")) if path.stem[0] != "_"]
 
