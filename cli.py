@@ -25,6 +25,7 @@ COMMANDS = {
     "validate": "Judge the engines of a bundle again, on this machine or on new data.",
     "bench": "Measure the engines of a bundle again, interleaved with a baseline.",
     "compare": "Compare two bundles or engines, A and B; exit code 1 where B regressed.",
+    "serve": "Serve a bundle by gRPC, merging requests, until SIGTERM or Ctrl-C.",
     "debug": "Find the node that makes the error of an engine.",
     "diagnose": "Show where the time of a model or bundle goes, what limits it, and what would help.",
     "inspect": "Show inputs, sizes, operators and precisions of a model, bundle or engine.",
@@ -216,6 +217,18 @@ def _compare() -> click.Command:
     return click.Command("compare", params=options, callback=run)
 
 
+def _serve() -> click.Command:
+    from .compiler.console.serve import serve_options
+
+    def run(bundle: Path, as_json: bool, quiet: bool, **values: Any) -> int:
+        from .compiler.console.serve import serve_bundle
+
+        serve_bundle(bundle, values, lambda result, show: _show(result, as_json, quiet, show), quiet=quiet)
+        return 0
+
+    return click.Command("serve", params=[_BUNDLE, *serve_options()], callback=run)
+
+
 def _debug() -> click.Command:
     from .compiler.console.flags import field_options, overrides
 
@@ -349,6 +362,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "validate": _validate,
     "bench": _bench,
     "compare": _compare,
+    "serve": _serve,
     "debug": _debug,
     "diagnose": _diagnose,
     "inspect": _inspect,

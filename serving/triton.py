@@ -66,13 +66,18 @@ class Triton:
         port: int = 8001,
         metrics_address: str = "127.0.0.1",
         metrics_port: int | None = None,
+        http_port: int | None = None,
     ) -> list[str]:
-        """Starts it on a model repository, with gRPC, without HTTP, and with metrics where they are given a port.
+        """Starts it on a model repository, with gRPC, and with HTTP and metrics where they are given a port.
 
         The addresses stand here because the server's own defaults listen on every interface.
         """
         command = [str(self.binary), "--model-repository", str(repository), "--backend-directory", str(self.backends)]
-        command += ["--grpc-address", address, "--grpc-port", str(port), "--allow-http", "false"]
+        command += ["--grpc-address", address, "--grpc-port", str(port)]
+        if http_port is None:
+            command += ["--allow-http", "false"]
+        else:
+            command += ["--http-address", address, "--http-port", str(http_port)]
         if metrics_port is None:
             command += ["--allow-metrics", "false"]
         else:

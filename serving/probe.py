@@ -1,0 +1,132 @@
+"""Asks a server for a real inference, and judges the answer: a model that is ready may still be dead, or wrong."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..compiler.engine import ranked, read_manifest
+from ..compiler.manifest import EngineRecord
+from ..compiler.signature import Signature
+from ..compiler.validation.metrics import compare
+from ..compiler.validation.reference import Recorded, ReferenceOutputs
+from ..errors import DataError, EngineError
+from .endpoint import Endpoint
+
+SLACK = 2
+"""An answer may be as far from the reference as this many times the worst that validation found."""
+
+_BUSY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+
+
+class ProbeError(EngineError):
+    """The server gave no answer, or a wrong one. `busy` where that may only mean that others were first."""
+
+    def __init__(self, reason: str, *, busy: bool = False, wrong: bool = False) -> None:
+        super().__init__(reason)
+        self.busy = busy
+        self.wrong = wrong
+
+
+class Probe:
+    """One recorded sample of a bundle, sent to a model again and again.
+
+    Args:
+        model: its name on the server.
+        engine: the one that is served; the bundle's best where None.
+
+    Raises:
+        EngineError: the bundle has no sample that can be sent.
+        TargetUnavailableError: tritonclient is missing.
+    """
+
+    def __init__(self, bundle: Path, model: str, endpoint: Endpoint, engine: str | None = None) -> None:
+        manifest = read_manifest(bundle)
+        record = next((r for r in manifest["engines"] if r["name"] == engine), None) or next(iter(ranked(manifest)))
+        self._sample = _smallest(bundle, Signature.from_json(manifest["signature"]))
+        self._limit = _limit(record)
+        self._model = model
+        self._numbers = itertools.count()
+        self._headers = endpoint.admin_headers
+        self.client = endpoint.client()
+        self._inputs = [_input(name, array) for name, array in self._sample.inputs.items()]
+
+    def __call__(self, timeout_s: float) -> None:
+        """Raises ProbeError where no answer comes, or a wrong one."""
+        from tritonclient.utils import InferenceServerException
+
+        number = f"enginesmith-probe-{next(self._numbers)}"
+        try:
+            result = self.client.infer(self._model, self._inputs, request_id=number, client_timeout=timeout_s)
+        except InferenceServerException as error:
+            status = str(error.status() or "").removeprefix("StatusCode.")
+            raise ProbeError(f"{status}: {error.message()}", busy=status in _BUSY) from error
+        self._judge({name: result.as_numpy(name) for name in self._sample.outputs})
+
+    def done(self) -> int:
+        """How many requests the model has answered since it was loaded."""
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            stats = self.client.get_inference_statistics(self._model, client_timeout=5)
+        except InferenceServerException:
+            return -1
+        return sum(int(model.inference_count) for model in stats.model_stats)
+
+    def load(self, timeout_s: float) -> None:
+        """Has the server load the model again, where its files changed.
+
+        Raises:
+            ProbeError: it cannot.
+        """
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            self.client.load_model(self._model, headers=self._headers, client_timeout=timeout_s)
+        except InferenceServerException as error:
+            raise ProbeError(error.message()) from error
+
+    def _judge(self, outputs: Mapping[str, np.ndarray | None]) -> None:
+        for name, reference in self._sample.outputs.items():
+            output = outputs[name]
+            if output is None:
+                raise ProbeError(f"output {name!r} is missing", wrong=True)
+            if output.shape != reference.shape:
+                raise ProbeError(f"output {name!r} has shape {output.shape}, not {reference.shape}", wrong=True)
+            if reference.dtype.kind != "f":
+                continue
+            found = compare(reference, output, str(output.dtype))
+            if found.nan or found.inf or (found.relative_l2 or 0) > self._limit:
+                raise ProbeError(
+                    f"output {name!r} is {found.relative_l2} (relative L2) from the reference, with {found.nan} NaN "
+                    f"and {found.inf} Inf; at most {self._limit:.3g} was expected",
+                    wrong=True,
+                )
+
+
+def _smallest(bundle: Path, signature: Signature) -> Recorded:
+    try:
+        return min(ReferenceOutputs(bundle / "reference", signature), key=lambda sample: sample.nbytes)
+    except (DataError, ValueError) as error:
+        raise EngineError(
+            f"{bundle} has no recorded sample to probe the server with", hint="compile it again"
+        ) from error
+
+
+def _limit(record: EngineRecord) -> float:
+    validation = record["validation"]
+    if validation is None:
+        return float("inf")
+    worst = max((output["relative_l2"] or 0 for output in validation["outputs"]), default=0.0)
+    return max(validation["tolerance"]["relative_l2"], SLACK * worst)
+
+
+def _input(name: str, array: np.ndarray) -> Any:
+    from tritonclient.grpc import InferInput
+    from tritonclient.utils import np_to_triton_dtype
+
+    return InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)).set_data_from_numpy(array)

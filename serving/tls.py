@@ -1,0 +1,72 @@
+"""Checks the files of a TLS server by a handshake in memory, before a server is started on them."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from ..errors import UsageError
+
+
+def check_files(cert: Path, key: Path, client_ca: Path | None = None) -> None:
+    """Refuses a certificate, key or root that no server could use.
+
+    Raises:
+        UsageError: a file is missing or no PEM file, the key is another's, the certificate is out of its time.
+    """
+    for option, path in (("--tls-cert", cert), ("--tls-key", key), ("--tls-client-ca", client_ca)):
+        if path and not path.is_file():
+            raise UsageError(f"{path} is missing", found=option)
+    _shake(cert, key)
+    if client_ca:
+        try:
+            ssl.create_default_context(cafile=str(client_ca))
+        except ssl.SSLError as error:
+            raise UsageError(f"{client_ca} holds no certificates: {_reason(error)}", found="--tls-client-ca") from error
+
+
+def name_in(cert: Path, key: Path) -> str:
+    """A host name that the certificate is for: what a client on this machine has to expect."""
+    names = _shake(cert, key).get("subjectAltName", ())
+    assert isinstance(names, tuple)
+    found = [str(value) for kind, value in names if kind in ("DNS", "IP Address")]
+    return found[0].replace("*", "any", 1) if found else "localhost"
+
+
+def _shake(cert: Path, key: Path) -> dict[str, object]:
+    """What the certificate says, as a client sees it that trusts it."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        server.load_cert_chain(cert, key, password=lambda: b"")
+    except ssl.SSLError as error:
+        reason = "the key is that of another certificate" if "MISMATCH" in str(error) else _reason(error)
+        raise UsageError(
+            f"TLS cannot use {cert} with {key}: {reason}",
+            expected="PEM files of a certificate (with its chain) and of its private key, without a password",
+        ) from error
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.load_verify_locations(cert)
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [
+        client.wrap_bio(to_client, to_server, server_hostname=""),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(3):
+        for side in sides:
+            _step(side, cert)
+    return dict(sides[0].getpeercert() or {})
+
+
+def _step(side: ssl.SSLObject, cert: Path) -> None:
+    try:
+        side.do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    except ssl.SSLCertVerificationError as error:
+        raise UsageError(f"clients will refuse {cert}: {error.verify_message}", found="--tls-cert") from error
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).replace("_", " ").lower()
