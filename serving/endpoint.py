@@ -59,12 +59,14 @@ class Endpoint:
         if not re.fullmatch(r"[\w-]*", self.secret, re.ASCII):
             raise UsageError("the admin secret cannot be passed on", expected="letters, digits, - and _")
         taken: set[int] = set()
-        ports = {
-            "port": _port(self.host, self.port, "--port", taken),
-            "metrics_port": _port(self.metrics_host, self.metrics_port, "--metrics-port", taken),
-            "http_port": _port(self.host, self.http_port, "--http-port", taken),
-        }
-        return dataclasses.replace(self, **ports, secret=self.secret or secrets.token_hex(16))
+        port = _port(self.host, self.port, "--port", taken)
+        metrics, http = self.metrics_port, self.http_port
+        if metrics is not None:
+            metrics = _port(self.metrics_host, metrics, "--metrics-port", taken)
+        if http is not None:
+            http = _port(self.host, http, "--http-port", taken)
+        secret = self.secret or secrets.token_hex(16)
+        return dataclasses.replace(self, port=port, metrics_port=metrics, http_port=http, secret=secret)
 
     def flags(self) -> list[str]:
         """TLS and the restricted services, as the server's flags."""
@@ -127,10 +129,8 @@ class Endpoint:
         return InferenceServerClient(url, ssl=True, creds=trusted, channel_args=options)
 
 
-def _port(host: str, port: int | None, option: str, taken: set[int]) -> int | None:
+def _port(host: str, port: int, option: str, taken: set[int]) -> int:
     """The port, or a free one for 0, once it is seen that it can be had."""
-    if port is None:
-        return None
     if port in taken:
         raise UsageError(f"port {port} is given twice", found=option)
     try:

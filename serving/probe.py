@@ -17,6 +17,7 @@ from ..compiler.validation.reference import Recorded, ReferenceOutputs
 from ..errors import DataError, EngineError
 from .endpoint import Endpoint
 
+PROBE_ID = "enginesmith-probe-"
 SLACK = 2
 """An answer may be as far from the reference as this many times the worst that validation found."""
 
@@ -59,7 +60,7 @@ class Probe:
         """Raises ProbeError where no answer comes, or a wrong one."""
         from tritonclient.utils import InferenceServerException
 
-        number = f"enginesmith-probe-{next(self._numbers)}"
+        number = f"{PROBE_ID}{next(self._numbers)}"
         try:
             result = self.client.infer(self._model, self._inputs, request_id=number, client_timeout=timeout_s)
         except InferenceServerException as error:

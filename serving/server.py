@@ -58,16 +58,24 @@ class Server:
         """Exit code; None while it runs."""
         return self._process.poll()
 
-    def find_models(self) -> list[int]:
-        """Notes which processes run models now, to tell later whether one `died`."""
+    def watch_models(self) -> None:
+        """Notes which processes run models now, to tell later which of them `died`."""
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.pid).children(recursive=True)
             self._models = [child for child in children if not _is_dead(child)]
-        return [child.pid for child in self._models]
 
     def died(self) -> int | None:
-        """Process id of a model that died since `find_models`; None where all live."""
+        """Process id of a model that died since `watch_models`; None where all live."""
         return next((child.pid for child in self._models if _is_dead(child)), None)
+
+    def kill_models(self) -> None:
+        """Ends the models' processes, of which the server sees the end at the next request only."""
+        self.watch_models()
+        for child in self._models:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(self._models, timeout=1)
+        self._models = []
 
     def read_log(self, tell: Callable[[str], None] = lambda line: None) -> None:
         """Reads what was logged since, and tells what is not routine."""
@@ -111,13 +119,14 @@ class Server:
 
     def kill(self) -> None:
         """Ends it and its models at once, and removes what they leave in memory."""
-        self.find_models()
+        self.watch_models()
+        models = self._models
         self._process.kill()
         self._process.wait()
-        for child in self._models:
+        for child in models:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        psutil.wait_procs(self._models, timeout=5)
+        psutil.wait_procs(models, timeout=5)
         remove_shared_memory(self._prefix)
 
 

@@ -29,6 +29,7 @@ from .endpoint import Endpoint
 from .janitor import Janitor
 from .probe import Probe, ProbeError
 from .repository import Repository, export
+from .requests import RequestLog
 from .server import Server
 from .settings import Serving
 from .triton import Triton, find
@@ -129,6 +130,11 @@ class Supervisor:
     ) -> None:
         self._triton, self._repository, self._endpoint, self._watching = triton, repository, endpoint, watching
         self._probe, self._prefix, self._janitor, self._stop, self._tell = probe, prefix, janitor, stop, tell
+        self._requests: RequestLog | None = None
+        if watching.requests:
+            folder = repository.path.parent / "requests"
+            folder.mkdir()
+            self._requests = RequestLog(folder, watching.requests)
         self._pool = ThreadPoolExecutor(max_workers=2)
         self._server: Server | None = None
         self._healed = self._answers = False
@@ -166,7 +172,10 @@ class Supervisor:
         """Starts a server and waits for a real inference."""
         listens = self._endpoint
         flags = [*listens.flags(), "--model-control-mode", "explicit", "--load-model", self._repository.name]
+        flags += ["--disable-auto-complete-config"]  # the configuration is complete, and asking for more starts twice
         flags += ["--exit-timeout-secs", str(int(self._watching.drain_s))]
+        if self._requests:
+            flags += self._requests.flags()
         if not gpus():
             flags += ["--pinned-memory-pool-byte-size", "0", "--allow-gpu-metrics", "false"]
         command = self._triton.command(
@@ -195,7 +204,7 @@ class Supervisor:
                 if error.wrong or time.monotonic() > deadline:
                     raise _TroubleError(error.message, alive=False) from error
                 self._pause(TICK_S)
-        self._server.find_models()
+        self._server.watch_models()
         self._answers = True
         self._steady_from = time.monotonic() + STEADY_S
 
@@ -209,8 +218,17 @@ class Supervisor:
             try:
                 self._while_it_runs(lambda: self._probe(self._watching.timeout_s))
             except ProbeError as error:
-                if not error.busy or self._while_it_runs(self._probe.done) in (done, -1):
+                if not (error.busy and self._goes_on(done)):
                     raise _TroubleError(f"no right answer to a probe: {error.message}", alive=True) from error
+
+    def _goes_on(self, done: int) -> bool:
+        """Whether others are answered meanwhile."""
+        deadline = time.monotonic() + self._watching.timeout_s
+        while (now := self._while_it_runs(self._probe.done)) in (done, -1):
+            if time.monotonic() > deadline:
+                return False
+            self._pause(TICK_S)
+        return now != done
 
     def _recover(self, trouble: _TroubleError) -> None:
         """Loads the model again or starts another server, until a real inference answers."""
@@ -228,15 +246,15 @@ class Supervisor:
         self._tell(f"recovered: a real inference answers again after {time.monotonic() - since:.1f} s")
 
     def _load_again(self) -> None:
+        assert self._server is not None
+        self._server.kill_models()
         config = self._repository.path / self._repository.name / "config.pbtxt"
         os.utime(config)  # a model whose files did not change would be left as it is
         self._healed = True
         try:
-            self._while_it_runs(lambda: self._probe.load(self._watching.start_s), models=False)
+            self._while_it_runs(lambda: self._probe.load(self._watching.start_s), loading=True)
         except ProbeError as error:
             raise _TroubleError(f"the model could not be loaded again: {error.message}", alive=False) from error
-        assert self._server is not None
-        self._server.find_models()
         self._wait_for_answer()
 
     def _start_another(self) -> None:
@@ -272,11 +290,13 @@ class Supervisor:
             )
         self._tell(f"stopped: all requests were answered, after {time.monotonic() - began:.1f} s")
 
-    def _while_it_runs(self, work: Callable[[], Result], *, models: bool = True) -> Result:
+    def _while_it_runs(self, work: Callable[[], Result], *, loading: bool = False) -> Result:
         """The result of a call to the server, unless a stop is asked for or the server or a model dies before."""
         future = self._pool.submit(work)
         while not future.done():
-            self._look(models=models)
+            self._look()
+            if loading and self._server:
+                self._server.watch_models()  # whose death the server does not always see before its timeout
             wait([future], timeout=TICK_S)
         return future.result()
 
@@ -289,15 +309,17 @@ class Supervisor:
                 self._look()
                 return
 
-    def _look(self, *, models: bool = True) -> None:
+    def _look(self) -> None:
         assert self._server is not None
         self._server.read_log(self._log)
+        if self._requests:
+            self._requests.read(self._tell)
         if self._stop.count:
             raise _StoppedError
         if (code := self._server.code) is not None:
             why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             raise _TroubleError(f"the server (process {self._server.pid}) ended with {why}", alive=False)
-        if models and (pid := self._server.died()):
+        if pid := self._server.died():
             raise _TroubleError(f"process {pid} of model {self._repository.name!r} died", alive=True)
 
     def _log(self, line: str) -> None:
