@@ -118,6 +118,8 @@ class Endpoint:
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", -1),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 500),
             ("grpc.use_local_subchannel_pool", 1),  # a server that came back is not taken for one still away
         ]
         if not (self.cert and self.key):

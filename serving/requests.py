@@ -27,8 +27,8 @@ class RequestLog:
 
     def flags(self) -> list[str]:
         """What the server is to be told."""
-        settings = ("mode=triton", f"triton,file={self._folder / 'trace'}", "triton,log-frequency=1")
-        settings += (f"rate={self._every}", "level=TIMESTAMPS")
+        settings = ["mode=triton", f"triton,file={self._folder / 'trace'}", "triton,log-frequency=1"]
+        settings += [f"rate={self._every}", "level=TIMESTAMPS"]
         return [part for setting in settings for part in ("--trace-config", setting)]
 
     def read(self, tell: Callable[[str], None]) -> None:

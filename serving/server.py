@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from .triton import STUB
+
 TAIL = 25
 MAX_LOG_BYTES = 16 << 20
 SHARED_MEMORY = Path("/dev/shm")
@@ -44,7 +46,7 @@ class Server:
         log.write_bytes(b"")
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*command, "--backend-config", f"python,shm-region-prefix-name={prefix}"],
+                command,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -62,7 +64,7 @@ class Server:
         """Notes which processes run models now, to tell later which of them `died`."""
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.pid).children(recursive=True)
-            self._models = [child for child in children if not _is_dead(child)]
+            self._models = [child for child in children if _runs_model(child)]
 
     def died(self) -> int | None:
         """Process id of a model that died since `watch_models`; None where all live."""
@@ -119,14 +121,15 @@ class Server:
 
     def kill(self) -> None:
         """Ends it and its models at once, and removes what they leave in memory."""
+        known = self._models
         self.watch_models()
-        models = self._models
+        models = {*known, *self._models}
         self._process.kill()
         self._process.wait()
         for child in models:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        psutil.wait_procs(models, timeout=5)
+        psutil.wait_procs(list(models), timeout=5)
         remove_shared_memory(self._prefix)
 
 
@@ -134,6 +137,13 @@ def remove_shared_memory(prefix: str) -> None:
     """Removes the shared memory of a server that is gone."""
     for path in SHARED_MEMORY.glob(f"{prefix}*"):
         path.unlink(missing_ok=True)
+
+
+def _runs_model(process: psutil.Process) -> bool:
+    try:
+        return STUB in process.name() and not _is_dead(process)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_dead(process: psutil.Process) -> bool:

@@ -1,4 +1,4 @@
-"""Serves a bundle until it is told to stop: starts a server, probes it, heals it, and leaves nothing behind.
+"""Keeps one server answering until it is told to stop: starts it, probes it, heals it, ends it.
 
 start ── a real inference answers ──> watch ── SIGTERM, SIGINT ──> stop: answers what is in flight, exit code 0
                                       │   ^
@@ -11,28 +11,21 @@ start ── a real inference answers ──> watch ── SIGTERM, SIGINT ─�
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import signal
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from ..compiler.machine.environment import gpus
 from ..errors import EngineError
-from .endpoint import Endpoint
 from .janitor import Janitor
-from .probe import Probe, ProbeError
-from .repository import Repository, export
+from .launch import Launch, Watching
+from .probe import ProbeError
 from .requests import RequestLog
 from .server import Server
-from .settings import Serving
-from .triton import Triton, find
+from .signals import StopSignals
 
 RESTARTS = 5
 """Servers in a row that may die or fail to answer before the supervisor gives up."""
@@ -49,25 +42,6 @@ Result = TypeVar("Result")
 Tell = Callable[[str], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Watching:
-    """How a server is watched.
-
-    Attributes:
-        interval_s: between two probes.
-        timeout_s: how long a probe may take.
-        start_s: how long the server, or a model, may take until a real inference answers.
-        drain_s: how long answering what is in flight may take when it is told to stop.
-        requests: one in as many requests is logged with its id and times; None for none.
-    """
-
-    interval_s: float = 5.0
-    timeout_s: float = 10.0
-    start_s: float = 300.0
-    drain_s: float = 30.0
-    requests: int | None = None
-
-
 class _StoppedError(Exception):
     """Somebody wants it to end."""
 
@@ -80,61 +54,42 @@ class _TroubleError(Exception):
         self.alive = alive
 
 
-def serve(
-    bundle: Path,
-    settings: Serving,
-    endpoint: Endpoint,
-    watching: Watching,
-    *,
-    tell: Tell,
-    ready: Callable[[str, str, Endpoint], None],
-) -> None:
-    """Serves a bundle until SIGTERM or SIGINT.
+class Prober(Protocol):
+    """What asks the server; see `Probe`."""
 
-    Args:
-        tell: takes one line of the log.
-        ready: called once, when a real inference has answered, with the names of model and server and the real ports.
+    def __call__(self, timeout_s: float) -> None:
+        """Raises ProbeError where no answer comes, or a wrong one."""
 
-    Raises:
-        UsageError: no bundle, a port that is taken, TLS files that do not fit.
-        TargetUnavailableError: no server can run here.
-        EngineError: the server does not start, died too often, or did not answer all that was in flight at the end.
-    """
-    prefix = f"enginesmith_{os.getpid()}_"
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="enginesmith-serve-")))
-        janitor = stack.enter_context(Janitor(folder, prefix, watching.drain_s + HOUSEKEEPING_S))
-        stop = stack.enter_context(_stop_signals())
-        endpoint = endpoint.resolved()
-        triton = find(folder)
-        repository = export(bundle, folder / "repository", settings)
-        probe = Probe(bundle, repository.name, endpoint, settings.engine)
-        supervisor = Supervisor(triton, repository, endpoint, watching, probe, prefix, janitor, stop, tell)
-        supervisor.run(lambda: ready(repository.name, f"Triton {triton.version} ({triton.origin})", endpoint))
+    def done(self) -> int:
+        """How many requests were answered; -1 where it cannot be told."""
+
+    def load(self, timeout_s: float) -> None:
+        """Has the server load the model again."""
 
 
 class Supervisor:
-    """Keeps one server answering; see `serve`."""
+    """Keeps one server answering.
+
+    Args:
+        folder: for the server's log.
+        prefix: of the names of the server's shared memory.
+        tell: takes one line of the log.
+    """
 
     def __init__(
         self,
-        triton: Triton,
-        repository: Repository,
-        endpoint: Endpoint,
-        watching: Watching,
-        probe: Probe,
+        launch: Launch,
+        folder: Path,
         prefix: str,
+        watching: Watching,
+        probe: Prober,
         janitor: Janitor,
         stop: StopSignals,
         tell: Tell,
+        requests: RequestLog | None = None,
     ) -> None:
-        self._triton, self._repository, self._endpoint, self._watching = triton, repository, endpoint, watching
-        self._probe, self._prefix, self._janitor, self._stop, self._tell = probe, prefix, janitor, stop, tell
-        self._requests: RequestLog | None = None
-        if watching.requests:
-            folder = repository.path.parent / "requests"
-            folder.mkdir()
-            self._requests = RequestLog(folder, watching.requests)
+        self._launch, self._folder, self._prefix, self._watching = launch, folder, prefix, watching
+        self._probe, self._janitor, self._stop, self._tell, self._requests = probe, janitor, stop, tell, requests
         self._pool = ThreadPoolExecutor(max_workers=2)
         self._server: Server | None = None
         self._healed = self._answers = False
@@ -170,32 +125,15 @@ class Supervisor:
 
     def _start(self) -> None:
         """Starts a server and waits for a real inference."""
-        listens = self._endpoint
-        flags = [*listens.flags(), "--model-control-mode", "explicit", "--load-model", self._repository.name]
-        flags += ["--disable-auto-complete-config"]  # the configuration is complete, and asking for more starts twice
-        flags += ["--exit-timeout-secs", str(int(self._watching.drain_s))]
-        if self._requests:
-            flags += self._requests.flags()
-        if not gpus():
-            flags += ["--pinned-memory-pool-byte-size", "0", "--allow-gpu-metrics", "false"]
-        command = self._triton.command(
-            self._repository.path,
-            *flags,
-            address=listens.host,
-            port=listens.port,
-            metrics_address=listens.metrics_host,
-            metrics_port=listens.metrics_port,
-            http_port=listens.http_port,
-        )
-        log = self._repository.path.parent / "server.log"
-        self._server = Server(command, self._triton.environment, log, self._prefix)
+        launch = self._launch
+        self._server = Server(launch.command, launch.environment, self._folder / "server.log", self._prefix)
         self._janitor.watch(self._server.pid)
         self._healed = self._answers = False
-        self._wait_for_answer()
+        self._wait_for_answer(self._watching.start_s)
 
-    def _wait_for_answer(self) -> None:
+    def _wait_for_answer(self, within_s: float) -> None:
         assert self._server is not None
-        deadline = time.monotonic() + self._watching.start_s
+        deadline = time.monotonic() + within_s
         while True:
             try:
                 self._while_it_runs(lambda: self._probe(self._watching.timeout_s))
@@ -236,8 +174,8 @@ class Supervisor:
         while True:
             self._tell(f"trouble: {trouble}")
             try:
-                if trouble.alive:
-                    self._load_again()
+                if trouble.alive and self._launch.config:
+                    self._load_again(self._launch.config)
                 else:
                     self._start_another()
                 break
@@ -245,22 +183,22 @@ class Supervisor:
                 trouble = _TroubleError(str(next_one), alive=False)  # loading again is tried once
         self._tell(f"recovered: a real inference answers again after {time.monotonic() - since:.1f} s")
 
-    def _load_again(self) -> None:
+    def _load_again(self, config: Path) -> None:
         assert self._server is not None
         self._server.kill_models()
-        config = self._repository.path / self._repository.name / "config.pbtxt"
         os.utime(config)  # a model whose files did not change would be left as it is
         self._healed = True
         try:
             self._while_it_runs(lambda: self._probe.load(self._watching.start_s), loading=True)
         except ProbeError as error:
             raise _TroubleError(f"the model could not be loaded again: {error.message}", alive=False) from error
-        self._wait_for_answer()
+        self._wait_for_answer(self._watching.timeout_s)
 
     def _start_another(self) -> None:
         assert self._server is not None
         self._server.kill()
         self._janitor.watch(None)
+        self._answers = False
         self._failures += 1
         if self._failures > RESTARTS:
             raise self._given_up(f"gave up: {self._failures} servers in a row failed")
@@ -320,41 +258,12 @@ class Supervisor:
             why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             raise _TroubleError(f"the server (process {self._server.pid}) ended with {why}", alive=False)
         if pid := self._server.died():
-            raise _TroubleError(f"process {pid} of model {self._repository.name!r} died", alive=True)
+            raise _TroubleError(f"process {pid} of model {self._launch.model!r} died", alive=True)
 
     def _log(self, line: str) -> None:
-        self._tell(f"triton: {line}")
+        self._tell(f"server: {line}")
 
     def _given_up(self, what: str) -> EngineError:
         assert self._server is not None
         self._server.kill()
         return EngineError(what, found=f"the end of its log:\n{self._server.tail()}", hint="enginesmith doctor")
-
-
-class StopSignals:
-    """How often a stop was asked for."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._event = threading.Event()
-
-    def add(self) -> None:
-        """Notes one more."""
-        self.count += 1
-        self._event.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Waits for the first; gives whether it came."""
-        return self._event.wait(seconds)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[StopSignals]:
-    stop = StopSignals()
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: stop.add()) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -50,7 +50,7 @@ def _shake(cert: Path, key: Path) -> dict[str, object]:
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = [
-        client.wrap_bio(to_client, to_server, server_hostname=""),
+        client.wrap_bio(to_client, to_server, server_hostname=None),
         server.wrap_bio(to_server, to_client, server_side=True),
     ]
     for _ in range(3):
@@ -69,4 +69,4 @@ def _step(side: ssl.SSLObject, cert: Path) -> None:
 
 
 def _reason(error: ssl.SSLError) -> str:
-    return (error.reason or str(error)).replace("_", " ").lower()
+    return error.reason.replace("_", " ").lower() if error.reason else "they are not such files"

@@ -13,8 +13,9 @@ from typing import Any
 import click
 
 from ...serving.endpoint import LOOPBACK, Endpoint
+from ...serving.launch import Watching
+from ...serving.serve import serve
 from ...serving.settings import Serving
-from ...serving.supervisor import Watching, serve
 from ..engine import read_manifest
 from ..signature import Signature
 
@@ -162,7 +163,7 @@ def _call(described: Mapping[str, Any], signature: Signature) -> str:
         arrays.append(f"np.zeros({shape}, {spec.dtype!r})")
     return CALL.format(
         url=described["grpc"],
-        tls=", ssl=True, root_certificates=ROOTS" if described["tls"] else "",
+        tls=', ssl=True, root_certificates="root.pem"' if described["tls"] else "",
         model=described["model"],
         inputs=", ".join(inputs),
         arrays=", ".join(arrays),

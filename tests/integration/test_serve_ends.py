@@ -1,0 +1,68 @@
+"""`enginesmith serve` with TLS, and how it ends: told to stop, and killed."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tritonclient.grpc")
+
+import tritonclient.grpc as triton
+
+TESTS = Path(__file__).parents[1]
+helpers = {name: runpy.run_path(str(TESTS / f"{name}.py")) for name in ("serving_load", "serving_process")}
+Load, ask = (helpers["serving_load"][name] for name in ("Load", "ask"))
+Served = helpers["serving_process"]["Served"]
+write_bundle = runpy.run_path(str(TESTS / "small_bundles.py"))["write_bundle"]
+
+pytestmark = pytest.mark.slow
+X = np.ones((2, 4), np.float32)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=here -keyout {key} -out {cert}"
+    subprocess.run([*command.split(), "-addext", "subjectAltName=DNS:here.example"], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make a certificate with")
+def test_a_server_with_tls_answers_who_trusts_it_and_stops_cleanly(tmp_path):
+    bundle = write_bundle(tmp_path / "net", times_ms={"plain": 1.0})
+    cert, key = certificate(tmp_path)
+    served = Served(bundle, tmp_path, "--tls-cert", str(cert), "--tls-key", str(key), "--probe-s", "0.2")
+    try:
+        name = [("grpc.ssl_target_name_override", "here.example")]
+        trusting = triton.InferenceServerClient(served.url, ssl=True, root_certificates=str(cert), channel_args=name)
+        assert ask(trusting, served.model, X).outcome == "right"
+        plain = ask(triton.InferenceServerClient(served.url), served.model, X, timeout_s=3)
+        assert plain.outcome == "error"
+        assert served.info["tls"]
+    finally:
+        code = served.end()
+    assert code == 0, served.log()
+    assert "trouble" not in served.log()
+    assert served.leftovers() == []
+
+
+def test_a_killed_supervisor_takes_its_server_along_once_that_has_answered(tmp_path):
+    bundle = write_bundle(tmp_path / "net", {"slow": "slow"}, times_ms={"slow": 1.0})
+    served = Served(bundle, tmp_path)
+    with Load(served.url, served.model, threads=6) as load:
+        load.wait_for(20)
+        asked_at = time.monotonic()
+        served.process.kill()
+        served.process.wait()
+        deadline = time.monotonic() + 30
+        while served.leftovers() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert served.leftovers() == []
+    accepted = [answer for answer in load.answers if answer.sent < asked_at - 0.005]
+    assert [answer for answer in accepted if answer.outcome != "right"] == []
+    assert load.count("wrong") == 0
