@@ -1,15 +1,66 @@
-"""How a bundle is served."""
+"""How a bundle is served: what `enginesmith serve` and `enginesmith export-triton` take as options."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
+
+from ..errors import RecipeError
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """How a bundle is served."""
+    """How a bundle is served. The help of each field is that of its option.
 
-    engine: str | None = None
-    name: str | None = None
-    max_queue: int = 256
-    instances: int = 1
+    Raises:
+        RecipeError: a value that makes no sense, or two that do not go together.
+    """
+
+    engine: str | None = _option(None, "Engine to serve. Default: the best.")
+    name: str | None = _option(None, "Name of the model. Default: that of the bundle's folder.")
+    max_batch: int | None = _option(None, "Largest batch that requests are merged to. Default: the engine's largest.")
+    preferred: tuple[int, ...] = _option(
+        (), "Batches to merge requests to where it can be had; several times. Default: the batch search's best."
+    )
+    merge: bool = _option(True, "Merge requests that wait at the same time to one batch.")
+    queue_delay_us: int = _option(0, "Microseconds that a request may wait for others to be merged with.")
+    max_queue: int = _option(256, "Requests that may wait; more are rejected as UNAVAILABLE.")
+    timeout_ms: float | None = _option(
+        None, "Milliseconds that a request may wait, where it does not say so itself; then it is rejected."
+    )
+    priorities: int = _option(0, "Levels of priority that requests may have, 1 being the highest; 0 for none.")
+    instances: int = _option(1, "Copies of the engine, on each GPU where there are any.")
+    gpus: tuple[int, ...] = _option((), "GPU to use, by number; several times. Default: all that the server has.")
+
+    def __post_init__(self) -> None:
+        least = {"max_batch": 1, "queue_delay_us": 0, "max_queue": 1, "priorities": 0, "instances": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise RecipeError(f"{name} is too small", expected=f"{minimum} or more", found=value)
+        if self.timeout_ms is not None and self.timeout_ms <= 0:
+            raise RecipeError("timeout_ms is too small", expected="more than 0", found=self.timeout_ms)
+        for name in ("preferred", "gpus"):
+            values = getattr(self, name)
+            if len({*values}) < len(values) or any(value < (name == "preferred") for value in values):
+                raise RecipeError(f"{name} cannot be served", expected="different numbers", found=_join(values))
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise RecipeError(
+                "the model cannot have this name", expected="letters, digits, _, . and -", found=repr(self.name)
+            )
+        if not self.merge and (given := self._of_the_queue()):
+            raise RecipeError(f"{given[0]} needs requests to be merged", expected="it, or --no-merge, but not both")
+
+    def _of_the_queue(self) -> list[str]:
+        """Fields that were changed and that only merging has a use for."""
+        names = ("preferred", "queue_delay_us", "max_queue", "timeout_ms", "priorities")
+        return [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
+
+
+def _join(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))
