@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from .compiler.engine import Engine, load
     from .compiler.pipeline import compile
     from .compiler.recipe import Recipe
+    from .offline.run import run
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Engine", "Recipe", "__version__", "compare", "compile", "load"]
+__all__ = ["Bundle", "Engine", "Recipe", "__version__", "compare", "compile", "load", "run"]
 
 _HOMES = {
     "Bundle": ".compiler.bundle",
@@ -29,6 +30,7 @@ _HOMES = {
     "compare": ".compiler.comparison.comparison",
     "compile": ".compiler.pipeline",
     "load": ".compiler.engine",
+    "run": ".offline.run",
 }
 
 
