@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ LOCAL = "local"
 class Actor:
     """One engine. Ray calls it with a shard at a time."""
 
-    def __init__(self, choice: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str, choice: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+        os.chdir(folder)  # paths are as the user gave them
         self._choice = Choice(**choice)
         self._job = Job(**job)
         self._shards: Shards | None = None
@@ -76,16 +78,17 @@ class OnRay:
             self._connect()
         gpus = ray.cluster_resources().get("GPU", 0)
 
-        def opened(choice: Mapping[str, Any]) -> dict[str, Any]:
+        def opened(folder: str, choice: Mapping[str, Any]) -> dict[str, Any]:
+            os.chdir(folder)
             try:
                 with Choice(**choice).load() as engine:
                     return describe(engine)
             except EnginesmithError as error:
                 return {"error": to_json(error)}
 
-        task = ray.remote(opened).options(num_gpus=1 if gpus else 0, max_calls=1)
+        task = ray.remote(num_gpus=1 if gpus else 0, max_calls=1)(opened)
         with _ray_errors():
-            found: dict[str, Any] = ray.get(task.remote(dataclasses.asdict(self._choice)))
+            found: dict[str, Any] = ray.get(task.remote(str(Path.cwd()), dataclasses.asdict(self._choice)))
         if "error" in found:
             raise from_json(found["error"])
         self._choice = dataclasses.replace(self._choice, engine=found["engine"], verify=False)
@@ -107,14 +110,18 @@ class OnRay:
         items = [{"task": json.dumps({"shard": shard, "spans": spans})} for shard, spans in todo]
         if not items:
             return
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        _quiet()
         gpus = int(ray.cluster_resources().get("GPU", 0)) if self._device == "cuda" else 0
         actors = min(self._actors or gpus or 1, len(items))
         answers = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             Actor,
             batch_size=1,
-            concurrency=actors,
-            fn_constructor_kwargs={"choice": dataclasses.asdict(self._choice), "job": dataclasses.asdict(job)},
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            fn_constructor_kwargs={
+                "folder": str(Path.cwd()),
+                "choice": dataclasses.asdict(self._choice),
+                "job": dataclasses.asdict(job),
+            },
             **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
         )
         with _ray_errors():
@@ -135,6 +142,7 @@ class OnRay:
     def _connect(self) -> None:
         import ray
 
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data does
         place = {} if self._address == LOCAL else {"address": self._address}
         try:
             ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
@@ -157,8 +165,16 @@ def check_ray() -> None:
         ) from error
 
 
+def _quiet() -> None:
+    """Leaves telling how far it is to our own progress."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
 @contextlib.contextmanager
-def _ray_errors() -> Any:
+def _ray_errors() -> Iterator[None]:
     import ray.exceptions
 
     try:
