@@ -18,6 +18,10 @@ STRIDE = 1024
 """Lines between two whose place is remembered."""
 
 
+class _NoRowError(Exception):
+    """What is wrong with a line."""
+
+
 class LinesPart:
     """JSON lines: one object a row, with a number or nested lists for each name. Empty lines are passed over.
 
@@ -71,10 +75,13 @@ class LinesPart:
         problems: dict[int, str] = {}
         values: dict[str, list[Any]] = {name: [] for name in (*stacked, *whole)}
         for row, line in enumerate(lines):
-            found = self._row(line, values)
-            if isinstance(found, str):
-                problems[row] = found
-                found = dict.fromkeys(values)
+            try:
+                given = _object(line)
+                found = {name: self._value(given, name) for name in values}
+            except _NoRowError as error:
+                problems[row] = str(error)
+                kept = [name for name in values if self._wanted[name][0] is None]
+                found = dict.fromkeys(values) | {name: _kept(line, name) for name in kept}
             for name, value in found.items():
                 values[name].append(value)
         return Rows({name: self._stacked(name, rows) for name, rows in values.items()}, problems)
@@ -92,33 +99,24 @@ class LinesPart:
     def _block(self, row: int) -> int:
         return min((row - self._first) // STRIDE, len(self._offsets) - 1)
 
-    def _row(self, line: bytes, names: Collection[str]) -> dict[str, Any] | str:
-        """The values of a row, or what is wrong with it."""
+    def _value(self, given: Mapping[str, Any], name: str) -> Any:
+        """A value of a row, as an array where it is an input."""
+        if name not in given:
+            raise _NoRowError(f"{name!r} is missing")
+        dtype, shape = self._wanted[name]
+        if dtype is None:
+            return given[name]
         try:
-            values = json.loads(line)
+            array = np.asarray(given[name])
+            if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and np.dtype(dtype).kind in "biu"):
+                raise _NoRowError(f"{name!r} is not of {dtype}")
+            found = array.astype(dtype)
         except ValueError as error:
-            return f"no JSON: {error}"
-        if not isinstance(values, dict):
-            return f"a {type(values).__name__} and no object"
-        found: dict[str, Any] = {}
-        for name in names:
-            if name not in values:
-                return f"{name!r} is missing"
-            dtype, shape = self._wanted[name]
-            if dtype is None:
-                found[name] = values[name]
-                continue
-            try:
-                array = np.asarray(values[name])
-                if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and np.dtype(dtype).kind in "biu"):
-                    return f"{name!r} is not of {dtype}"
-                found[name] = array.astype(dtype)
-                if array.dtype.kind in "iu" and not np.array_equal(found[name], array):
-                    return f"{name!r} holds a number that {dtype} cannot hold"
-            except (ValueError, OverflowError):
-                return f"{name!r} holds lists of different lengths, or something else than numbers"
-            if shape is not None and found[name].shape != tuple(shape):
-                return f"{name!r} has the shape {found[name].shape} and not {tuple(shape)}"
+            raise _NoRowError(f"{name!r} holds lists of different lengths") from error
+        if array.dtype.kind in "iu" and found.dtype.kind != "f" and not np.array_equal(found, array):
+            raise _NoRowError(f"{name!r} holds a number that {dtype} cannot hold")
+        if shape is not None and found.shape != tuple(shape):
+            raise _NoRowError(f"{name!r} has the shape {found.shape} and not {tuple(shape)}")
         return found
 
     def _stacked(self, name: str, rows: list[Any]) -> np.ndarray:
@@ -143,6 +141,24 @@ class LinesPart:
         block = self._block(start)
         seek = self._first + block * STRIDE, self._offsets[block]
         return {"path": self.name, "wanted": self._wanted, "seek": seek, "rows": self._rows}
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise _NoRowError(f"no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise _NoRowError(f"a {type(values).__name__} and no object")
+    return values
+
+
+def _kept(line: bytes, name: str) -> Any:
+    """What is handed on of a row that is bad."""
+    try:
+        return _object(line).get(name)
+    except _NoRowError:
+        return None
 
 
 def first_line_of(path: Path) -> dict[str, Any]:

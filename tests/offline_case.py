@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
-from small_bundles import V, W, signature, write_bundle
 
 from enginesmith.compiler.storage.files import hashes
 from enginesmith.targets.base import EngineInfo
 
-TARGET = '''
+small = runpy.run_path(str(Path(__file__).parent / "small_bundles.py"))
+
+TARGET = """
 import dataclasses, os, pathlib, time
 import numpy as np
 from enginesmith.targets.base import Availability, Capabilities, HostBound, Target
@@ -58,7 +60,7 @@ class Own(Target):
 
     def runner(self, directory, info):
         return Runner()
-'''
+"""
 """It dies at the first call where the file `die` is there, and at each where `always` is."""
 
 
@@ -72,10 +74,10 @@ def write_own_bundle(root: Path) -> tuple[Path, str, Path]:
     flags = root / "flags"
     flags.mkdir(parents=True)
     file = root / "own.py"
-    file.write_text(TARGET.format(w=W.tolist(), v=V.tolist(), flags=str(flags)))
-    bundle = write_bundle(root / "bundle")
+    file.write_text(TARGET.format(w=small["W"].tolist(), v=small["V"].tolist(), flags=str(flags)))
+    bundle = small["write_bundle"](root / "bundle")
     folder = bundle / "engines" / "plain"
-    EngineInfo("plain", "own", "fp32", "model.onnx", signature()).write(folder)
+    EngineInfo("plain", "own", "fp32", "model.onnx", small["signature"]()).write(folder)
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").unlink()
     manifest["engines"][0]["target"] = "own"

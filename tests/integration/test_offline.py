@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from offline_case import rows, write_own_bundle
-from small_bundles import network, signature, write_bundle
 
 from enginesmith.offline.results import Outputs
+
+offline = runpy.run_path(str(Path(__file__).parents[1] / "offline_case.py"))
+rows, write_own_bundle = offline["rows"], offline["write_own_bundle"]
+network, signature, write_bundle = (offline["small"][name] for name in ("network", "signature", "write_bundle"))
 
 ROWS = 203
 
@@ -60,7 +63,13 @@ def test_rows_come_out_in_order_and_a_second_run_has_nothing_to_do(run, case):
     assert json.loads(outcome.out)["new_rows"] == ROWS
     check(case / "out", rows(ROWS))
     record = manifest(case / "out")
-    assert [(s["first_row"], s["rows"]) for s in record["shards"]] == [(0, 50), (50, 50), (100, 50), (150, 50), (200, 3)]
+    assert [(s["first_row"], s["rows"]) for s in record["shards"]] == [
+        (0, 50),
+        (50, 50),
+        (100, 50),
+        (150, 50),
+        (200, 3),
+    ]
     before = {path: path.stat().st_mtime_ns for path in (case / "out").iterdir()}
     outcome = run("--shard-rows", 50)
     assert (outcome.code, "all 203 rows were there already" in outcome.out) == (0, True)
@@ -338,7 +347,9 @@ def test_memory_does_not_grow_with_the_data(case):
 def test_several_processes_give_the_same_bytes(run, case, data):
     with (case / "x.jsonl").open("w") as stream:
         stream.writelines(json.dumps({"x": row.tolist()}) + "\n" for row in rows(ROWS))
-    (case / "give.py").write_text(f"import numpy as np\ndef give():\n  yield {{'x': np.load({str(case / 'x.npy')!r})}}\n")
+    (case / "give.py").write_text(
+        f"import numpy as np\ndef give():\n  yield {{'x': np.load({str(case / 'x.npy')!r})}}\n"
+    )
     assert run("--shard-rows", 20, out="whole", data=data).code == 0
     outcome = run("--shard-rows", 20, "--processes", 2, data=data)
     assert outcome.code == 0, outcome.err

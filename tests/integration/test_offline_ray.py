@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from offline_case import rows, write_own_bundle
 
 pytest.importorskip("ray.data", reason="needs the extra [ray]")
 
+offline = runpy.run_path(str(Path(__file__).parents[1] / "offline_case.py"))
+rows, write_own_bundle = offline["rows"], offline["write_own_bundle"]
 pytestmark = pytest.mark.slow
 ROWS = 203
 
@@ -58,8 +60,8 @@ def test_an_actor_that_dies_loses_no_rows_and_the_rest_can_be_gone_on_with(case)
     assert shards(out) == shards(folder / "whole")
 
 
-def test_a_shard_that_always_kills_its_actor_and_a_function_are_refused(case):
-    folder, command, flags = case
+def test_a_function_is_refused_as_actors_cannot_share_it(case):
+    folder, command, _ = case
     (folder / "give.py").write_text("def give():\n  yield {}\n")
     function = [text if text != str(folder / "x.npy") else f"{folder / 'give.py'}:give" for text in command]
     run = subprocess.run([*function, "--out", folder / "f", "--ray"], capture_output=True, text=True)
