@@ -20,6 +20,9 @@ from .plan import BadRows, Piece
 
 T = TypeVar("T")
 
+GROUP_BYTES = 1 << 20
+"""What is read at once, where batches are smaller."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
@@ -206,6 +209,20 @@ def _failures(chunk: _Chunk) -> Iterator[Failure]:
     ):
         rows = [row for _, (row, _) in group]
         yield Failure(chunk.part, chunk.start + rows[0], chunk.start + rows[-1] + 1, reason)
+
+
+def grouped(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """The same batches, small ones together: a thread that wakes up for each would cost more than it reads."""
+    group: list[Batch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += sum(array.nbytes for array in batch.inputs.values())
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 @contextlib.contextmanager

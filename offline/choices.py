@@ -13,9 +13,13 @@ from .layout import Layout
 SHARD_BYTES = 64 << 20
 SHARD_S = 10.0
 SHARD_BATCHES = 1024
-SHARDS = 64
-"""A shard has at most this size, this time as the bundle measured it (or, where it did not, this many batches), and
-this part of all rows; and one batch at least."""
+"""A shard has at most this size, this time as the bundle measured it (or, where it did not, this many batches), and one
+batch at least."""
+
+SHARES = 64
+LEAST = 0.1
+"""All rows make so many shards at least, so that several devices can share them, unless that made them shorter than
+this part of the time that they may take."""
 
 
 def engine_info(bundle: Path, name: str) -> EngineInfo:
@@ -66,12 +70,10 @@ def shard_rows_of(
             raise UsageError("a shard has one row at least", found=given)
         return given
     row_s = min(_row_s(manifest, engine), default=None)
-    limits = [
-        SHARD_BYTES // max(sum(row_bytes.values()), 1) // batch,
-        SHARD_BATCHES if not row_s else int(SHARD_S / (row_s * batch)),
-    ]
+    by_time = SHARD_BATCHES if not row_s else int(SHARD_S / (row_s * batch))
+    limits = [SHARD_BYTES // max(sum(row_bytes.values()), 1) // batch, by_time]
     if total is not None:
-        limits.append(-(-total // (SHARDS * batch)))
+        limits.append(max(-(-total // (SHARES * batch)), int(LEAST * by_time)))
     return batch * max(min(limits), 1)
 
 

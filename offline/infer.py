@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import EngineError, EnginesmithError
-from .batches import Batch, Failure, ahead
+from .batches import Batch, Failure, ahead, grouped
 from .parts import Arrays
 from .shards import Shard, write_shard
 
 AHEAD = 2
-"""Batches that are read while the engine runs."""
+"""Groups of batches that are read while the engine runs."""
 
 
 class Runs(Protocol):
@@ -72,8 +73,8 @@ def run_batches(
         done(write_shard(folder, shard))
 
     written: Future[None] | None = None
-    with ThreadPoolExecutor(1, "enginesmith-write") as writer, ahead(batches, AHEAD) as read:
-        for shard in infer(engine, read, outputs, tick):
+    with ThreadPoolExecutor(1, "enginesmith-write") as writer, ahead(grouped(batches), AHEAD) as read:
+        for shard in infer(engine, itertools.chain.from_iterable(read), outputs, tick):
             if written is not None:
                 written.result()
             written = writer.submit(write, shard)

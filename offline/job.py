@@ -27,6 +27,7 @@ class Choice:
         device: only engines that run there.
         targets: of the user's own, as ``file.py:Class``.
         verify: whether to compare its files with their hashes.
+        options: of its target, see `load`.
     """
 
     bundle: str
@@ -34,10 +35,18 @@ class Choice:
     device: Device | None = None
     targets: Sequence[str] = ()
     verify: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load(self) -> Engine:
         """Loads it."""
-        return load(self.bundle, self.engine, device=self.device, targets=self.targets, verify=self.verify)
+        return load(
+            self.bundle,
+            self.engine,
+            device=self.device,
+            verify=self.verify,
+            targets=self.targets,
+            options=self.options,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,8 @@ class OnRay:
 
         task = ray.remote(num_gpus=1 if gpus else 0, max_calls=1)(opened)
         with _ray_errors():
-            found: dict[str, Any] = ray.get(task.remote(str(Path.cwd()), dataclasses.asdict(self._choice)))
+            choice = dataclasses.replace(self._choice, options={"device_id": 0})  # Ray shows it one GPU
+            found: dict[str, Any] = ray.get(task.remote(str(Path.cwd()), dataclasses.asdict(choice)))
         if "error" in found:
             raise from_json(found["error"])
         self._choice = dataclasses.replace(self._choice, engine=found["engine"], verify=False)
@@ -113,16 +114,19 @@ class OnRay:
         _quiet()
         gpus = int(ray.cluster_resources().get("GPU", 0)) if self._device == "cuda" else 0
         actors = min(self._actors or gpus or 1, len(items))
+        threads = _share(actors)
+        needs = {"num_gpus": 1} if gpus else {"num_cpus": threads}
+        options = {"device_id": 0} if gpus else {"threads": threads} if actors > 1 else {}
         answers = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             Actor,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=actors),
             fn_constructor_kwargs={
                 "folder": str(Path.cwd()),
-                "choice": dataclasses.asdict(self._choice),
+                "choice": dataclasses.asdict(dataclasses.replace(self._choice, options=options)),
                 "job": dataclasses.asdict(job),
             },
-            **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
+            **needs,
         )
         with _ray_errors():
             for row in answers.iter_rows():
@@ -163,6 +167,14 @@ def check_ray() -> None:
             found=error,
             hint="pip install 'enginesmith[ray]'; --gpus and --processes need nothing more",
         ) from error
+
+
+def _share(actors: int) -> int:
+    """Processors of each actor: its part of all, and no more than the smallest machine has."""
+    import ray
+
+    counts = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return max(1, min(sum(counts) // actors, min((count for count in counts if count), default=1)))
 
 
 def _quiet() -> None:

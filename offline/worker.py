@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,10 +21,8 @@ class Commands:
     def __init__(self) -> None:
         self._shards: Shards | None = None
 
-    def open(self, choice: Mapping[str, Any], cores: Sequence[int], described: bool) -> dict[str, Any]:
-        """Loads the engine, on these cores alone where some are given, and describes it where that is asked for."""
-        if cores:
-            os.sched_setaffinity(0, cores)
+    def open(self, choice: Mapping[str, Any], described: bool) -> dict[str, Any]:
+        """Loads the engine, and describes it where that is asked for."""
         try:
             engine = Choice(**choice).load()
             self._shards = Shards(engine)

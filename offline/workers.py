@@ -10,7 +10,7 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..compiler.machine.environment import cores
@@ -34,30 +34,25 @@ class Place:
 
     Attributes:
         environment: variables that say so.
-        cores: processors that it may use; none for all.
+        options: of the engine's target that say so.
     """
 
     name: str
-    environment: dict[str, str]
-    cores: tuple[int, ...] = ()
+    environment: Mapping[str, str]
+    options: Mapping[str, Any]
 
 
 def on_gpus(numbers: Sequence[int]) -> list[Place]:
     """A place a GPU, counted as CUDA_VISIBLE_DEVICES of this process orders them."""
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     chosen = {n: visible[n] if n < len(visible) else str(n) for n in numbers}
-    return [Place(f"GPU {n}", {"CUDA_VISIBLE_DEVICES": device}) for n, device in chosen.items()]
+    return [Place(f"GPU {n}", {"CUDA_VISIBLE_DEVICES": device}, {"device_id": 0}) for n, device in chosen.items()]
 
 
 def on_cpu(count: int) -> list[Place]:
-    """Places that share the processors, where there is one for each at least."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    share = len(allowed) // count
-    threads = str(max(cores() // count, 1))
-    return [
-        Place(f"process {n}", {"OMP_NUM_THREADS": threads}, tuple(allowed[n * share : (n + 1) * share]))
-        for n in range(count)
-    ]
+    """Places that share the cores: an engine with a thread for each core, in each of them, would be slower than one."""
+    threads = max(cores() // count, 1)
+    return [Place(f"process {n}", {"OMP_NUM_THREADS": str(threads)}, {"threads": threads}) for n in range(count)]
 
 
 class Processes:
@@ -154,8 +149,8 @@ class Processes:
                 raise EngineError("the run is over")
             worker = Worker(["env", *variables, *command()], name=f"the engine on {place.name}", failure=EngineError)
             self._workers[place.name] = worker
-        choice = dataclasses.asdict(self._choice)
-        answer = worker.call("open", timeout_s=OPEN_S, choice=choice, cores=place.cores, described=described)
+        choice = dataclasses.asdict(dataclasses.replace(self._choice, options=place.options))
+        answer = worker.call("open", timeout_s=OPEN_S, choice=choice, described=described)
         if "error" in answer:
             raise from_json(answer["error"])
         return answer

@@ -151,8 +151,9 @@ def manifest(p50_ms=None):
         (1000.0, 8, None, 40),  # ten seconds
         (1e6, 8, None, 4),  # one batch at least
         (0.001, 1 << 20, None, 64),  # 64 MiB
-        (0.001, 8, 1000, 16),  # a part of all rows
-        (0.001, 8, 10, 4),
+        (1.0, 8, 2_000_000, 31252),  # a part of all rows
+        (1.0, 8, 1000, 4000),  # but a second's at least
+        (None, 8, 1000, 408),
     ],
 )
 def test_a_shard_is_bounded_by_size_time_and_share(p50_ms, row_bytes, total, rows):
@@ -234,7 +235,7 @@ def test_gpus_are_those_that_are_visible(monkeypatch):
     assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in on_gpus([0, 1])] == ["4", "GPU-abc"]
 
 
-def test_processes_share_the_processors(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2, 4, 6, 7})
-    assert [place.cores for place in on_cpu(2)] == [(0, 2), (4, 6)]
-    assert [place.cores for place in on_cpu(6)] == [()] * 6
+def test_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr("enginesmith.offline.workers.cores", lambda: 5)
+    assert [place.options for place in on_cpu(2)] == [{"threads": 2}] * 2
+    assert [place.environment for place in on_cpu(6)] == [{"OMP_NUM_THREADS": "1"}] * 6
