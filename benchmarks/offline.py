@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
         "inputs": ["image:1x3x224x224"],
         "dynamic": ["image:0=1..8..8"],
         "rows": 192,
+        "shard_rows": 32,
         "heavy": True,
     },
     "digits": {
@@ -40,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
         "inputs": ["image:1x1x8x8"],
         "dynamic": ["image:0=1..64..64"],
         "rows": 196_608,
+        "shard_rows": 16_384,
         "heavy": False,
     },
 }
@@ -80,7 +82,8 @@ def measured(name: str, case: dict[str, Any], folder: Path, rounds: int, *, with
     batch = engine.signature.axes["batch"].opt
 
     def run_s(**options: Any) -> float:
-        return enginesmith.run(bundle, data, folder / f"{name}-out", restart=True, **options).seconds
+        out = folder / f"{name}-out"
+        return enginesmith.run(bundle, data, out, shard_rows=case["shard_rows"], restart=True, **options).seconds
 
     ways: dict[str, Callable[[], float]] = {
         "loop": lambda: loop_s(engine, data, folder / f"{name}.npz", batch),
@@ -102,6 +105,7 @@ def measured(name: str, case: dict[str, Any], folder: Path, rounds: int, *, with
     return {
         "rows": case["rows"],
         "batch": batch,
+        "shard_rows": case["shard_rows"],
         "heavy": case["heavy"],
         "rows_per_s": rates,
         "of_the_loop": {way: medians[way] / medians["loop"] for way in ways},

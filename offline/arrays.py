@@ -22,7 +22,7 @@ def opened(path: str) -> IO[bytes]:
 class _ArrayFile:
     """One array in the format of .npy, at the beginning of a stream or from an offset on."""
 
-    def __init__(self, stream: IO[bytes], where: str) -> None:
+    def __init__(self, stream: IO[bytes], where: str, *, packed: bool = False) -> None:
         begin = stream.tell()
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -31,11 +31,16 @@ class _ArrayFile:
             raise DataError(f"{where} holds Python objects", expected="arrays of numbers", found=str(dtype))
         self.spec = Spec(dtype, shape)
         self.offset = stream.tell() - begin
+        self._packed = packed
+        self._kept: np.ndarray | None = None
 
     def read(self, stream: IO[bytes], base: int, start: int, stop: int) -> np.ndarray:
         """Rows, from the stream in which the array begins at `base`."""
         dtype, shape = self.spec
         if self.fortran and len(shape) > 1:  # rows do not lie together: each of their elements is a column
+            if self._packed:  # to seek back is to unpack again
+                self._kept = self.whole(stream, base) if self._kept is None else self._kept
+                return self._kept[start:stop]
             return self._columns(stream, base, start, stop)
         row = dtype.itemsize * int(np.prod(shape[1:]))
         return self._at(stream, base + self.offset + start * row, (stop - start, *shape[1:]))
@@ -45,6 +50,10 @@ class _ArrayFile:
         shape = self.spec.shape
         found = self._at(stream, base + self.offset, shape[::-1] if self.fortran else shape)
         return np.ascontiguousarray(found.T) if self.fortran else found
+
+    def forget(self) -> None:
+        """Lets go of what was kept."""
+        self._kept = None
 
     def _columns(self, stream: IO[bytes], base: int, start: int, stop: int) -> np.ndarray:
         dtype, shape = self.spec
@@ -108,7 +117,10 @@ class NpzPart:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 with archive.open(info) as stream:
-                    self._members[info.filename.removesuffix(".npy")] = info, _ArrayFile(stream, str(path))
+                    self._members[info.filename.removesuffix(".npy")] = (
+                        info,
+                        _ArrayFile(stream, str(path), packed=info.compress_type != zipfile.ZIP_STORED),
+                    )
         self.specs: Mapping[str, Spec] = {name: member.spec for name, (_, member) in self._members.items()}
         self._streams: dict[str, tuple[IO[bytes], int]] = {}
         self._archive: zipfile.ZipFile | None = None
@@ -144,6 +156,8 @@ class NpzPart:
         for stream, _ in self._streams.values():
             stream.close()
         self._streams.clear()
+        for _, member in self._members.values():
+            member.forget()
         if self._archive is not None:
             self._archive.close()
             self._archive = None

@@ -17,9 +17,10 @@ SHARD_BATCHES = 1024
 batch at least."""
 
 SHARES = 64
-LEAST = 0.1
-"""All rows make so many shards at least, so that several devices can share them, unless that made them shorter than
-this part of the time that they may take."""
+LEAST_S = 1.0
+LEAST_BATCHES = 16
+"""All rows make so many shards at least, so that several devices can share them, unless that made a shard shorter than
+this time or, where it is not known, than so many batches."""
 
 
 def engine_info(bundle: Path, name: str) -> EngineInfo:
@@ -70,10 +71,12 @@ def shard_rows_of(
             raise UsageError("a shard has one row at least", found=given)
         return given
     row_s = min(_row_s(manifest, engine), default=None)
-    by_time = SHARD_BATCHES if not row_s else int(SHARD_S / (row_s * batch))
-    limits = [SHARD_BYTES // max(sum(row_bytes.values()), 1) // batch, by_time]
+    most, least = SHARD_BATCHES, LEAST_BATCHES
+    if row_s:
+        most, least = (int(seconds / (row_s * batch)) for seconds in (SHARD_S, LEAST_S))
+    limits = [SHARD_BYTES // max(sum(row_bytes.values()), 1) // batch, most]
     if total is not None:
-        limits.append(max(-(-total // (SHARES * batch)), int(LEAST * by_time)))
+        limits.append(max(-(-total // (SHARES * batch)), least))
     return batch * max(min(limits), 1)
 
 

@@ -126,12 +126,12 @@ def layout_of(signature: Signature, *, keep: Sequence[str] = ()) -> Layout:
     )
 
 
-def choose_outputs(signature: Signature, only: Sequence[str]) -> tuple[str, ...]:
+def choose_outputs(signature: Signature, only: Sequence[str], keep: Sequence[str] = ()) -> tuple[str, ...]:
     """The outputs that are written: all, or those in `only`, in the engine's order.
 
     Raises:
         UnknownNameError: the engine has no such output.
-        UsageError: an output has no axis for rows.
+        UsageError: an output has no axis for rows, or the name of a kept array.
     """
     names = [spec.name for spec in signature.outputs]
     for name in only:
@@ -140,6 +140,8 @@ def choose_outputs(signature: Signature, only: Sequence[str]) -> tuple[str, ...]
     axis = signature.batch_axis
     first = axis or next((spec.shape[0] for spec in signature.inputs if spec.shape), None)
     chosen = [spec for spec in signature.outputs if not only or spec.name in only]
+    if clash := [spec.name for spec in chosen if spec.name in keep]:
+        raise UsageError(f"{clash[0]!r} is an output and an array to keep", hint="rename it in the data, or use --only")
     for spec in chosen:
         if spec.shape[:1] not in ((first,), ("?",)):
             raise UsageError(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import OutputError
+from ..errors import DataError, OutputError, UnknownNameError
 from .record import Record
+from .shards import PARTIAL, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,44 @@ class Outputs:
     def __getitem__(self, name: str) -> np.ndarray:
         """One output of all rows, in memory."""
         return np.concatenate([shard[name] for shard in self])
+
+    def save(self, name: str, path: str | Path) -> None:
+        """Writes one output of all rows to an .npy file, a shard in memory at a time.
+
+        Raises:
+            UnknownNameError: there is no such output.
+            DataError: rows differ in shape.
+            StorageError, OutputError: the file cannot be written.
+        """
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+        try:
+            with writing(path.parent, path.name), partial.open("wb") as stream:
+                first: np.ndarray | None = None
+                for shard in self:
+                    if name not in shard:
+                        raise UnknownNameError("output", name, shard)
+                    array = shard[name]
+                    if first is None:
+                        first = array[:0]
+                        header = {
+                            "descr": array.dtype.str,
+                            "fortran_order": False,
+                            "shape": (self.rows, *array.shape[1:]),
+                        }
+                        np.lib.format.write_array_header_1_0(stream, header)
+                    if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
+                        raise DataError(
+                            f"rows of output {name!r} differ, so they are no one array",
+                            expected=(str(first.dtype), first.shape[1:]),
+                            found=(str(array.dtype), array.shape[1:]),
+                            hint="read the shards one by one",
+                        )
+                    stream.write(np.ascontiguousarray(array).data)
+            with writing(path.parent, path.name):
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""

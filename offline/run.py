@@ -87,7 +87,7 @@ def run(
             opened = None if record else runs.describe()
             info = engine_info(root, opened["engine"] if opened else str(engine))
             layout = layout_of(info.signature, keep=keep)
-            outputs = choose_outputs(info.signature, only)
+            outputs = choose_outputs(info.signature, only, keep)
             source = open_source(str(data), layout)
             asked |= {"engine": info.name, "data": dict(source.identity), "outputs": list(outputs), "keep": list(keep)}
             if record is not None:
@@ -147,7 +147,10 @@ def _locked(folder: Path) -> Iterator[None]:
                     f"another process writes to {str(folder)!r}", hint="wait for it, or choose another folder"
                 )
             remove_partial(folder)
-            yield
+            try:
+                yield
+            finally:
+                remove_partial(folder)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -64,7 +64,16 @@ def open_source(text: str, layout: Layout) -> Source:
     if path.suffix == ".json" and path.is_file():
         return Source(text, _polygraphy(path), files=False, identity={"files": 1, "content_sha256": sha256(path)})
     files = _files(text)
-    return Source(text, lambda: (open_file(file, layout) for file in files), files=True, identity=_identity(files))
+    counted: dict[Path, Part] = {}
+
+    def parts() -> Iterator[Part]:
+        for file in files:
+            part = counted.get(file) or open_file(file, layout)
+            if isinstance(part, LinesPart):  # its lines are counted once
+                counted[file] = part
+            yield part
+
+    return Source(text, parts, files=True, identity=_identity(files))
 
 
 def part_of(path: str, **place: Any) -> Part:

@@ -25,13 +25,8 @@ FLAGS = pathlib.Path({flags!r})
 
 class Runner:
     def run(self, inputs):
-        try:
-            (FLAGS / "die").unlink()
-        except FileNotFoundError:
-            pass
-        else:
-            os._exit(9)
-        if (FLAGS / "always").exists():
+        if len(inputs["x"]) > 1 and ((FLAGS / "die").exists() or (FLAGS / "always").exists()):
+            (FLAGS / "die").unlink(missing_ok=True)
             os._exit(9)
         if (FLAGS / "slow").exists():
             time.sleep(0.02)
@@ -61,7 +56,7 @@ class Own(Target):
     def runner(self, directory, info):
         return Runner()
 """
-"""It dies at the first call where the file `die` is there, and at each where `always` is."""
+"""It dies at a call of several rows: once where the file `die` is there, and each time where `always` is."""
 
 
 def rows(count: int) -> np.ndarray:

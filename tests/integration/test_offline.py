@@ -360,34 +360,14 @@ def test_several_processes_give_the_same_bytes(run, case, data):
 def test_a_process_that_dies_loses_no_rows(tmp_path, enginesmith):
     bundle, target, flags = write_own_bundle(tmp_path)
     np.save(tmp_path / "x.npy", rows(ROWS))
+    (flags / "die").touch()
     arguments = ["run", bundle, "--data", tmp_path / "x.npy", "--target", target, "--shard-rows", 20, "--processes", 2]
-    assert enginesmith(*arguments, "--out", tmp_path / "out", "--batch", 4).code == 0
-    (flags / "calls").unlink()
-    unfinished(tmp_path)
-    (tmp_path / "out" / "shard-00000007.npz").unlink()
-    starter = tmp_path / "give.py"
-    starter.write_text("")
-    (flags / "calls").touch()
-    outcome = kill_first(enginesmith, arguments, tmp_path, flags)
+    outcome = enginesmith(*arguments, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
+    assert not (flags / "die").exists()
     assert "ended with exit code 9" in outcome.err
     assert "is run again" in outcome.err
     check(tmp_path / "out", rows(ROWS))
-
-
-def kill_first(enginesmith, arguments, folder: Path, flags: Path):
-    """Runs while the first process to run a shard dies: describing the engine is its first call, and must not."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"""
-import pathlib, time
-flags = pathlib.Path({str(flags)!r})
-while not (flags / "calls").read_text(): time.sleep(0.001)
-(flags / "die").touch()
-"""]
-    )  # fmt: skip
-    outcome = enginesmith(*arguments, "--out", folder / "out")
-    process.wait()
-    return outcome
 
 
 def test_a_shard_that_always_kills_its_process_ends_the_run(tmp_path, enginesmith):
@@ -397,6 +377,7 @@ def test_a_shard_that_always_kills_its_process_ends_the_run(tmp_path, enginesmit
     arguments = ["run", bundle, "--data", tmp_path / "x.npy", "--target", target, "--processes", 2]
     outcome = enginesmith(*arguments, "--out", tmp_path / "out")
     assert outcome.code == 4
+    assert "failed 3 times; the last: the engine on process" in outcome.err
     assert "ended with exit code 9" in outcome.err
 
 
@@ -407,6 +388,7 @@ def test_options_that_exclude_each_other(run):
         ("--gpus", "a"): "--gpus 'a' cannot be read",
         ("--batch", "9"): "the engine takes no batch of 9",
         ("--only", "lefd"): "did you mean 'left'?",
+        ("--keep", "left"): "'left' is an output and an array to keep",
     }.items():
         outcome = run(*arguments)
         assert outcome.code == 2, outcome.err

@@ -46,18 +46,22 @@ def test_an_actor_that_dies_loses_no_rows_and_the_rest_can_be_gone_on_with(case)
     assert record["shards"] == json.loads((folder / "whole" / "manifest.json").read_text())["shards"]
     (out / "shard-00000002.npz").unlink()
     (out / "shard-00000005.npz").unlink()
-    (flags / "calls").write_text("")
-    watch = (
-        f"import pathlib, time\nflags = pathlib.Path({str(flags)!r})\n"
-        "while not (flags / 'calls').read_text(): time.sleep(0.001)\n(flags / 'die').touch()"
-    )
-    watcher = subprocess.Popen([sys.executable, "-c", watch])  # the first call only looks at the outputs
+    (flags / "die").touch()
     run = subprocess.run([*command, "--out", out, "--ray", "--json"], capture_output=True, text=True)
-    assert watcher.wait() == 0
     assert run.returncode == 0, run.stderr
     assert not (flags / "die").exists()
     assert json.loads(run.stdout)["new_rows"] == 40
     assert shards(out) == shards(folder / "whole")
+
+
+def test_a_shard_that_always_kills_its_actor_ends_the_run(case):
+    folder, command, flags = case
+    (flags / "always").touch()
+    run = subprocess.run([*command, "--out", folder / "dead", "--ray"], capture_output=True, text=True)
+    (flags / "always").unlink()
+    assert run.returncode == 4
+    assert "failed 3 times: the process that ran it died each time" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_a_function_is_refused_as_actors_cannot_share_it(case):

@@ -30,6 +30,7 @@ WRITERS = {
     "stored.npz": lambda path: np.savez(path, y=X[:2], x=X),
     "packed.npz": lambda path: np.savez_compressed(path, y=X[:2], x=X),
     "fortran.npz": lambda path: np.savez(path, x=np.asfortranarray(X)),
+    "packed-fortran.npz": lambda path: np.savez_compressed(path, x=np.asfortranarray(X)),
     "x.jsonl": write_lines,
 }
 

@@ -53,6 +53,13 @@ def test_the_same_outputs_are_the_same_bytes(tmp_path):
     assert first["file"] == "shard-00000003.npz"
 
 
+def test_an_output_may_have_any_name(tmp_path):
+    arrays = {name: np.arange(3) for name in ("file", "a/b", "ä")}
+    write_shard(tmp_path, Shard(0, 3, arrays))
+    with np.load(tmp_path / "shard-00000000.npz") as found:
+        assert set(found.files) == set(arrays)
+
+
 def test_rows_that_gave_nan_are_counted_without_those_that_failed(tmp_path):
     y = np.zeros((6, 2), np.float32)
     y[[1, 2, 4], 0] = np.nan
@@ -105,6 +112,29 @@ def test_a_run_that_is_not_finished_has_no_outputs(tmp_path):
         Outputs.open(tmp_path)
 
 
+def finished(folder, *shards):
+    record = Record(folder, SETTINGS)
+    record.begin()
+    for item in shards:
+        record.add(write_shard(folder, item))
+    record.finish()
+    return Outputs.open(folder)
+
+
+def test_an_output_of_all_rows_is_saved_as_one_array(tmp_path):
+    (tmp_path / "out").mkdir()
+    outputs = finished(tmp_path / "out", shard(0), shard(1, rows=3, value=2.0))
+    outputs.save("y", tmp_path / "y.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), outputs["y"])
+    with pytest.raises(UnknownNameError, match="unknown output 'z'"):
+        outputs.save("z", tmp_path / "z.npy")
+    (tmp_path / "other").mkdir()
+    wide = Shard(1, 2, {"y": np.zeros((2, 5), np.float32)})
+    with pytest.raises(DataError, match="rows of output 'y' differ"):
+        finished(tmp_path / "other", shard(0), wide).save("y", tmp_path / "z.npy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "y.npy"]
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_setting_must_be_the_same(name, tmp_path):
     record = begun(tmp_path)
@@ -153,7 +183,7 @@ def manifest(p50_ms=None):
         (0.001, 1 << 20, None, 64),  # 64 MiB
         (1.0, 8, 2_000_000, 31252),  # a part of all rows
         (1.0, 8, 1000, 4000),  # but a second's at least
-        (None, 8, 1000, 408),
+        (None, 8, 1000, 64),
     ],
 )
 def test_a_shard_is_bounded_by_size_time_and_share(p50_ms, row_bytes, total, rows):
