@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from .compiler.engine import Engine, load
     from .compiler.pipeline import compile
     from .compiler.recipe import Recipe
+    from .offline.results import Outputs
+    from .offline.run import run
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Engine", "Recipe", "__version__", "compare", "compile", "load"]
+__all__ = ["Bundle", "Engine", "Outputs", "Recipe", "__version__", "compare", "compile", "load", "run"]
 
 _HOMES = {
     "Bundle": ".compiler.bundle",
     "Engine": ".compiler.engine",
+    "Outputs": ".offline.results",
     "Recipe": ".compiler.recipe",
     "compare": ".compiler.comparison.comparison",
     "compile": ".compiler.pipeline",
     "load": ".compiler.engine",
+    "run": ".offline.run",
 }
 
 

@@ -6,11 +6,13 @@ or captured, 4 no engine could be built or run, 130 interrupted. A traceback mea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +30,7 @@ COMMANDS = {
     "serve": "Serve a bundle by gRPC, merging requests, until SIGTERM or Ctrl-C.",
     "debug": "Find the node that makes the error of an engine.",
     "diagnose": "Show where the time of a model or bundle goes, what limits it, and what would help.",
+    "run": "Run an engine of a bundle over files of inputs, and go on where an earlier run was stopped.",
     "inspect": "Show inputs, sizes, operators and precisions of a model, bundle or engine.",
     "doctor": "Build and run a one-node model on every target, and say why one cannot.",
     "cache": "Look into the cache, keep it small, check it, carry it to another machine.",
@@ -298,6 +301,26 @@ def _diagnose() -> click.Command:
     return click.Command("diagnose", params=options, callback=run)
 
 
+def _run() -> click.Command:
+    from .compiler.console.offline import parse_gpus, run_options
+
+    def run(bundle: Path, out: str, gpus: str | None, as_json: bool, quiet: bool, **options: Any) -> int:
+        from .compiler.console.offline import running, show_outputs
+        from .offline.run import run as run_data
+
+        try:
+            with contextlib.redirect_stdout(sys.stderr), running(quiet) as progress:  # a data function may print
+                log = partial(click.echo, err=True)
+                result = run_data(bundle, out=out, gpus=parse_gpus(gpus), progress=progress, log=log, **options)
+        except (KeyboardInterrupt, SystemExit) as interruption:
+            click.echo("enginesmith: stopped; the same command goes on where it was", err=True)
+            return interruption.code if isinstance(interruption, SystemExit) else 130  # type: ignore[return-value]
+        _show(result.to_json(), as_json, quiet, lambda: show_outputs(result))
+        return 0 if result.passed else 1
+
+    return click.Command("run", params=[_BUNDLE, *run_options()], callback=run)
+
+
 def _inspect() -> click.Command:
     from .compiler.console.flags import field_options, overrides
 
@@ -365,6 +388,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "serve": _serve,
     "debug": _debug,
     "diagnose": _diagnose,
+    "run": _run,
     "inspect": _inspect,
     "doctor": _doctor,
     "cache": _cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def load(
     device: Device | None = None,
     verify: bool = True,
     targets: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Loads the best engine of a bundle for this machine, or the one that is named.
 
@@ -45,6 +47,8 @@ def load(
         device: only engines that run there.
         verify: whether to compare the engine's files with the hashes in the manifest.
         targets: targets of your own that engines were built for, as ``file.py:Class``; their code runs.
+        options: of the engine's target, in place of those that it was built with, where it has them: ``threads`` and
+            ``device_id`` say where it runs; others may not fit what was built.
 
     Raises:
         UsageError: `bundle` is no bundle.
@@ -60,12 +64,12 @@ def load(
         record = _named(manifest, engine)
         if verify:
             check_files(root, engine, manifest)
-        return _open(root, record, device, manifest)
+        return _open(root, record, device, manifest, options)
     reasons = {record["name"]: _excluded(record) for record in manifest["engines"]}
     for record in ranked(manifest):
         if verify:  # a changed file is never passed over in search of another engine
             check_files(root, record["name"], manifest)
-        opened = _open_or_reason(root, record, device, manifest)
+        opened = _open_or_reason(root, record, device, manifest, options)
         if isinstance(opened, Engine):
             return opened
         reasons[record["name"]] = opened
@@ -231,14 +235,18 @@ def check_files(bundle: Path, engine: str, manifest: Manifest) -> None:
             )
 
 
-def _open_or_reason(root: Path, record: EngineRecord, device: Device | None, manifest: Manifest) -> Engine | str:
+def _open_or_reason(
+    root: Path, record: EngineRecord, device: Device | None, manifest: Manifest, options: Mapping[str, Any] | None
+) -> Engine | str:
     try:
-        return _open(root, record, device, manifest)
+        return _open(root, record, device, manifest, options)
     except EngineError as error:
         return error.message
 
 
-def _open(root: Path, record: EngineRecord, device: Device | None, manifest: Manifest) -> Engine:
+def _open(
+    root: Path, record: EngineRecord, device: Device | None, manifest: Manifest, options: Mapping[str, Any] | None
+) -> Engine:
     folder = root / "engines" / record["name"]
     try:
         info = EngineInfo.read(folder)
@@ -248,6 +256,10 @@ def _open(root: Path, record: EngineRecord, device: Device | None, manifest: Man
                 hint=f"name the file of your own target, load(..., targets=['file.py:Class']); or {_rebuild(root)}",
             )
         target = get_target(info.target, info.options)
+        replaced = {name: value for name, value in (options or {}).items() if name in target.options()}
+        if replaced:
+            info = dataclasses.replace(info, options={**info.options, **replaced})
+            target = get_target(info.target, info.options)
     except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
         raise EngineMismatchError(
             f"engine {record['name']} cannot be read by this version of enginesmith: {error}", hint=_rebuild(root)

@@ -16,7 +16,7 @@ import pytest
 import enginesmith
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("compiler", "passes", "serving", "targets", "testing")
+PACKAGES = ("compiler", "offline", "passes", "serving", "targets", "testing")
 
 TARGETS = [path for path in sorted((ROOT / "targets").rglob("*.py")) if path.stem[0] != "_"]
 
@@ -116,7 +116,7 @@ def test_loading_an_engine_needs_numpy_only() -> None:
 
 def test_every_module_imports_without_the_optional_packages() -> None:
     names = [name for name in modules() if name != "enginesmith.__main__"]
-    assert failed_imports(names, "name in ('onnxruntime', 'tensorrt', 'tensorrt_rtx')") == {}
+    assert failed_imports(names, "name in ('onnxruntime', 'ray', 'tensorrt', 'tensorrt_rtx')") == {}
 
 
 def test_a_blocked_import_is_noticed() -> None:

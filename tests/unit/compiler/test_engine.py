@@ -153,6 +153,15 @@ def test_closed_engine_says_so(bundle):
         engine(image=IMAGE)
 
 
+def test_options_say_where_an_engine_runs_and_those_of_other_targets_do_not_matter(bundle):
+    assert load(bundle).info.options == {"threads": 1}
+    engine = load(bundle, options={"threads": 2, "device_id": 3})
+    assert engine.info.options == {"threads": 2}
+    np.testing.assert_array_equal(engine(image=IMAGE)["logits"], IMAGE * 2)
+    with pytest.raises(EngineMismatchError, match="threads of onnxruntime-cpu is too small"):
+        load(bundle, "only", options={"threads": 0})
+
+
 def test_threads_share_an_engine(bundle):
     engine = load(bundle)
     right = []
