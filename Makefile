@@ -38,12 +38,12 @@ docs: install
 install: $(INSTALLED)
 
 # PyPI's torch brings gigabytes of CUDA along; its CPU build is used where PyTorch's own page can be reached.
-$(INSTALLED): pyproject.toml setup.cfg constraints.txt tests/data-packages.txt
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt tests/bare-packages.txt
 	$(PYTHON) -m venv .venv
 	from=$$($(PYTHON) -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)', timeout=10)" 2>/dev/null \
 		&& echo --find-links $(TORCH_CPU)); \
 	$(BIN)/pip install -q $$from -c constraints.txt -e '.[cpu,openvino,tensorrt-rtx,dev]'
-	$(BIN)/pip install -q --no-deps -r tests/data-packages.txt
+	$(BIN)/pip install -q --no-deps -r tests/bare-packages.txt
 	touch $@
 
 clean:

@@ -27,6 +27,7 @@ COMMANDS = {
     "validate": "Judge the engines of a bundle again, on this machine or on new data.",
     "bench": "Measure the engines of a bundle again, interleaved with a baseline.",
     "compare": "Compare two bundles or engines, A and B; exit code 1 where B regressed.",
+    "export-triton": "Write a bundle as a model repository of Triton Inference Server.",
     "serve": "Serve a bundle by gRPC, merging requests, until SIGTERM or Ctrl-C.",
     "debug": "Find the node that makes the error of an engine.",
     "diagnose": "Show where the time of a model or bundle goes, what limits it, and what would help.",
@@ -220,6 +221,20 @@ def _compare() -> click.Command:
     return click.Command("compare", params=options, callback=run)
 
 
+def _export_triton() -> click.Command:
+    from .compiler.console.serving import export_options
+
+    def run(bundle: Path, folder: Path, as_json: bool, quiet: bool, **values: Any) -> int:
+        from .compiler.console.serving import export_bundle, show_exported
+
+        result = export_bundle(bundle, folder, values)
+        _show(result, as_json, quiet, lambda: show_exported(result))
+        return 0
+
+    folder = click.Argument(["folder"], metavar="DIR", type=click.Path(path_type=Path))
+    return click.Command("export-triton", params=[_BUNDLE, folder, *export_options()], callback=run)
+
+
 def _serve() -> click.Command:
     from .compiler.console.serve import serve_options
 
@@ -385,6 +400,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "validate": _validate,
     "bench": _bench,
     "compare": _compare,
+    "export-triton": _export_triton,
     "serve": _serve,
     "debug": _debug,
     "diagnose": _diagnose,

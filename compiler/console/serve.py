@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
@@ -15,9 +14,9 @@ import click
 from ...serving.endpoint import LOOPBACK, Endpoint
 from ...serving.launch import Watching
 from ...serving.serve import serve
-from ...serving.settings import Serving
 from ..engine import read_manifest
 from ..signature import Signature
+from .serving import serving_of, serving_options
 
 SECRET = "ENGINESMITH_ADMIN_SECRET"
 
@@ -38,16 +37,6 @@ def serve_options() -> list[click.Parameter]:
     return [*serving_options(), *endpoint_options()]
 
 
-def serving_options() -> list[click.Parameter]:
-    """Those of `Serving`."""
-    return [
-        click.Option(["--engine", "-e"], help="Engine to serve. Default: the best."),
-        click.Option(["--name"], help="Name of the model."),
-        click.Option(["--max-queue"], type=int, default=256),
-        click.Option(["--instances"], type=int, default=1),
-    ]
-
-
 def serve_bundle(
     bundle: Path, values: Mapping[str, Any], show: Callable[[Any, Callable[[], None]], None], *, quiet: bool
 ) -> None:
@@ -64,11 +53,6 @@ def serve_bundle(
         sys.stdout.flush()
 
     serve(bundle, serving_of(values), endpoint, watching_of(values), tell=log, ready=ready)
-
-
-def serving_of(values: Mapping[str, Any]) -> Serving:
-    """The settings that the options describe."""
-    return Serving(**{field.name: values[field.name] for field in dataclasses.fields(Serving)})
 
 
 def endpoint_options() -> list[click.Parameter]:

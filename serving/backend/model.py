@@ -6,6 +6,7 @@
 
 import ctypes
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,12 @@ class TritonPythonModel:
         wanted = json.loads((home / "serve.json").read_text())
         config = json.loads(args["model_config"])
         self._merged = config["max_batch_size"] > 0
-        on_gpu = args["model_instance_kind"] == "GPU"
-        self._engine = _load(home / wanted["bundle"], wanted, int(args["model_instance_device_id"]) if on_gpu else None)
+        options = {}
+        if args["model_instance_kind"] == "GPU":
+            options = _on_gpu(int(args["model_instance_device_id"]), wanted["gpu_option"])
+        elif (copies := sum(group["count"] for group in config["instance_group"])) > 1:
+            options = {"threads": max(1, len(os.sched_getaffinity(0)) // copies)}
+        self._engine = enginesmith.load(home / wanted["bundle"], wanted["engine"], options=options)
         signature = self._engine.signature
         self._inputs = [(spec.name, len(spec.shape)) for spec in signature.inputs]
         self._outputs = [spec.name for spec in signature.outputs]
@@ -73,11 +78,13 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([_tensor(name, array) for name, array in outputs.items()])
 
 
-def _load(bundle, wanted, gpu):
-    """The engine, on the GPU that Triton gives this instance."""
-    if gpu is None:
-        return enginesmith.load(bundle, wanted["engine"])
-    return enginesmith.load(bundle, wanted["engine"], device="cuda", device_id=gpu)
+def _on_gpu(number, option):
+    """Options that put the engine on a GPU; a target without one takes the first that it sees."""
+    if option:
+        return {option: number}
+    visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if number < len(visible) else str(number)
+    return {}
 
 
 def _tensor(name, array):

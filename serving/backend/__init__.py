@@ -1,1 +1,0 @@
-"""What runs within the server."""

@@ -1,0 +1,228 @@
+"""A bundle as a model repository of Triton.
+
+    FOLDER/<name>/config.pbtxt
+    FOLDER/<name>/1/…                  the model, in one of two forms
+    FOLDER/<name>/warmup/input-<n>.raw   values of a recorded sample, for a first inference before the model is ready
+
+Form "python" takes any engine: ``1/model.py`` loads it through enginesmith, which the server's Python has to have.
+Form "native" gives the engine's own file to the backend of its runtime, and needs nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..compiler.engine import check_files, load, named, ranked, read_manifest
+from ..compiler.manifest import EngineRecord, Manifest
+from ..compiler.signature import Signature
+from ..compiler.storage.files import appearing_folder, storage_errors
+from ..compiler.validation.reference import Recorded, ReferenceOutputs
+from ..errors import DataError, EngineError, EngineMismatchError, OutputError, UsageError
+from ..targets import get_target
+from ..targets.base import EngineInfo
+from .config import MARK, Kind, config, warmup_file
+from .layout import Layout, layout
+from .native import engine_files, native
+from .settings import Serving
+
+Form = Literal["python", "native"]
+VERSION = "1"
+SERVE = "serve.json"
+"""Beside model.py: which engine to load, from where, and how it is put on a GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """What was written.
+
+    Attributes:
+        path: the repository; the model is a folder in it.
+        name: of the model.
+        engine: that is served.
+        merged: the largest batch that requests are merged to; 0 where they are not, and why stands in `reason`.
+    """
+
+    path: Path
+    name: str
+    engine: str
+    merged: int
+    reason: str
+    form: Form
+
+    @property
+    def config(self) -> Path:
+        """The configuration of the model."""
+        return self.path / self.name / "config.pbtxt"
+
+
+def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python", *, link: bool = False) -> Repository:
+    """Writes a model repository, or one model more into it. It appears as a whole or not at all.
+
+    Args:
+        link: leaves the bundle where it is, for a server on this machine. Else the engine is copied.
+
+    Raises:
+        UsageError: no bundle, an engine that cannot be served, settings that it does not take.
+        OutputError: `folder` holds something else under the name of the model.
+        EngineMismatchError: the engine's files are damaged.
+    """
+    manifest = read_manifest(bundle)
+    record = _record(bundle, manifest, settings, here=link)
+    info = _info(bundle, record)
+    found = _layout(info, settings)
+    name = settings.name or _name(bundle)
+    home = folder / name
+    if home.exists() and not _is_ours(home):
+        raise OutputError(
+            f"{home} holds something else than a model of enginesmith's, which would be lost",
+            hint="choose another folder, or another name with --name",
+        )
+    kind: Kind = "gpu" if "cuda" in get_target(info.target, info.options).capabilities.devices else "cpu"
+    if settings.gpus and kind == "cpu":
+        raise UsageError(f"engine {info.name} runs on the CPU", expected="no --gpus", found=_join(settings.gpus))
+    model = native(info) if form == "native" else None
+    with storage_errors(folder), appearing_folder(home) as partial:
+        version = partial / VERSION
+        version.mkdir()
+        if model:
+            _copy_engine(bundle / "engines" / record["name"], version)
+        else:
+            _write_python(bundle, version, manifest, record, link=link)
+        text = config(
+            name,
+            info.signature,
+            settings,
+            found,
+            backend=model.backend if model else "python",
+            platform=model.platform if model else "",
+            file=model.file if model else "",
+            engine=record["name"],
+            kind=kind,
+            preferred=settings.preferred or _best_batches(manifest, record),
+            parameters=model.parameters if model else {},
+            warmup=_write_warmup(bundle, info.signature, partial / "warmup", merged=found.max_batch > 0),
+        )
+        (partial / "config.pbtxt").write_text(text)
+    merged = min(found.max_batch, settings.max_batch or found.max_batch) if settings.merge else 0
+    return Repository(folder, name, record["name"], merged, found.reason, form)
+
+
+def _record(bundle: Path, manifest: Manifest, settings: Serving, *, here: bool) -> EngineRecord:
+    """The engine to serve: the named one, or the best; of those that run on this machine where it is served `here`."""
+    if here:
+        with load(bundle, settings.engine) as engine:
+            return named(manifest, engine.name)
+    if settings.engine is not None:
+        record = named(manifest, settings.engine)
+    elif usable := ranked(manifest):
+        record = usable[0]
+    else:
+        raise EngineError(f"{bundle} has no engine that may be served", hint="its report says why")
+    check_files(bundle, record["name"], manifest)
+    return record
+
+
+def _info(bundle: Path, record: EngineRecord) -> EngineInfo:
+    try:
+        info = EngineInfo.read(bundle / "engines" / record["name"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EngineMismatchError(f"engine {record['name']} of {bundle} cannot be read", found=error) from error
+    if info.stateful:
+        raise UsageError(
+            f"engine {info.name} carries state from one call to the next, and requests of many clients would share it",
+            hint="compile the model with its state as an input and an output",
+        )
+    return info
+
+
+def _layout(info: EngineInfo, settings: Serving) -> Layout:
+    found = layout(info.signature)
+    largest = settings.max_batch or found.max_batch
+    for option, wanted, limit in (
+        ("max_batch", settings.max_batch, found.max_batch),
+        ("preferred", max(settings.preferred, default=None), largest),
+    ):
+        if wanted is not None and not found.max_batch:
+            raise UsageError(f"requests to {info.name} cannot be merged: {found.reason}", found=f"{option} {wanted}")
+        if wanted is not None and wanted > limit:
+            raise UsageError(f"{option} is more than {info.name} takes", expected=f"at most {limit}", found=wanted)
+    return found
+
+
+def _name(bundle: Path) -> str:
+    name = bundle.resolve().name
+    Serving(name=name)  # a folder may have a name that a model cannot have
+    return name
+
+
+def _is_ours(home: Path) -> bool:
+    try:
+        return home.is_dir() and f'key: "{MARK}"' in (home / "config.pbtxt").read_text()
+    except (OSError, ValueError):
+        return False
+
+
+def _best_batches(manifest: Manifest, record: EngineRecord) -> list[int]:
+    """The batch with the most throughput, where it was searched."""
+    curves = (curve for curve in manifest.get("batches", ()) if curve["engine"] == record["name"])
+    return [curve["best"] for curve in curves if curve["best"] is not None]
+
+
+def _copy_engine(source: Path, version: Path) -> None:
+    for file in engine_files(source):
+        target = version / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _write_python(bundle: Path, version: Path, manifest: Manifest, record: EngineRecord, *, link: bool) -> None:
+    name = record["name"]
+    target = get_target(record["target"])
+    wanted = {
+        "bundle": str(bundle.absolute()) if link else "bundle",
+        "engine": name,
+        "gpu_option": "device_id" if "device_id" in target.options() else None,
+    }
+    (version / SERVE).write_text(json.dumps(wanted, indent=1) + "\n")
+    shutil.copyfile(Path(__file__).with_name("backend") / "model.py", version / "model.py")
+    if link:
+        return
+    shutil.copytree(bundle / "engines" / name, version / "bundle" / "engines" / name)
+    kept = {**manifest, "engines": [record], "files": _files_of(manifest, name)}
+    (version / "bundle" / "manifest.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _files_of(manifest: Manifest, engine: str) -> Mapping[str, str]:
+    return {path: digest for path, digest in manifest["files"].items() if path.startswith(f"engines/{engine}/")}
+
+
+def _write_warmup(bundle: Path, signature: Signature, folder: Path, *, merged: bool) -> dict[str, list[int]]:
+    """Writes one row of a recorded sample; returns the shape of each input, or nothing where none was recorded."""
+    try:
+        sample = next(iter(ReferenceOutputs(bundle / "reference", signature)), None)
+    except (DataError, ValueError, OSError):
+        sample = None
+    if sample is None:
+        return {}
+    folder.mkdir()
+    return {
+        spec.name: _write_raw(sample, spec.name, folder / warmup_file(number), merged=merged)
+        for number, spec in enumerate(signature.inputs)
+    }
+
+
+def _write_raw(sample: Recorded, name: str, file: Path, *, merged: bool) -> list[int]:
+    array = np.ascontiguousarray(sample.inputs[name][:1] if merged else sample.inputs[name])
+    file.write_bytes(array.tobytes())
+    return list(array.shape[1:] if merged else array.shape)
+
+
+def _join(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))
