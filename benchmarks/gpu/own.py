@@ -39,7 +39,7 @@ AGREEMENT = {"fp16": {"top1": 0.9}, "int8": {"top1": 0.8}, "mixed": {"top1": 0.8
 """The best of 1,000 classes is nearly a toss-up where weights are random: the relative L2 decides."""
 
 VALIDATED = 8
-"""Batches that engines are validated on at most: torch runs them on the CPU."""
+"""Batches that engines are validated on at most."""
 
 
 def steps(
@@ -68,6 +68,7 @@ def compile(row: Row, *, target: str, kind: str, effort: str, time_limit_s: floa
         "targets": [target],
         "precisions": [row.half],
         "max_samples": VALIDATED,
+        "reference_device": row.device,
         "tolerances": AGREEMENT,
         "baselines": [],
         "benchmark": False,
