@@ -56,6 +56,8 @@ class Endpoint:
             raise UsageError("TLS needs a certificate and its key", expected="--tls-cert and --tls-key")
         if self.cert and self.key:
             check_files(self.cert, self.key, self.client_ca)
+        if self.cert and self.http_port is not None:
+            raise UsageError("the server has TLS for gRPC only", found="--http-port", hint="leave out HTTP or TLS")
         if not re.fullmatch(r"[\w-]*", self.secret, re.ASCII):
             raise UsageError("the admin secret cannot be passed on", expected="letters, digits, - and _")
         taken: set[int] = set()

@@ -49,12 +49,12 @@ class Probe:
         manifest = read_manifest(bundle)
         record = next((r for r in manifest["engines"] if r["name"] == engine), None) or next(iter(ranked(manifest)))
         self._sample = _smallest(bundle, Signature.from_json(manifest["signature"]))
-        self._limit = _limit(record)
+        self._limit = limit_of(record)
         self._model = model
         self._numbers = itertools.count()
         self._headers = endpoint.admin_headers
         self.client = endpoint.client()
-        self._inputs = [_input(name, array) for name, array in self._sample.inputs.items()]
+        self._inputs = [infer_input(name, array) for name, array in self._sample.inputs.items()]
 
     def __call__(self, timeout_s: float) -> None:
         """Raises ProbeError where no answer comes, or a wrong one."""
@@ -66,7 +66,9 @@ class Probe:
         except InferenceServerException as error:
             status = str(error.status() or "").removeprefix("StatusCode.")
             raise ProbeError(f"{status}: {error.message()}", busy=status in _BUSY) from error
-        self._judge({name: result.as_numpy(name) for name in self._sample.outputs})
+        outputs = {name: result.as_numpy(name) for name in self._sample.outputs}
+        if problem := difference(self._sample.outputs, outputs, self._limit):
+            raise ProbeError(problem, wrong=True)
 
     def done(self) -> int:
         """How many requests the model has answered since it was loaded."""
@@ -91,22 +93,28 @@ class Probe:
         except InferenceServerException as error:
             raise ProbeError(error.message()) from error
 
-    def _judge(self, outputs: Mapping[str, np.ndarray | None]) -> None:
-        for name, reference in self._sample.outputs.items():
-            output = outputs[name]
-            if output is None:
-                raise ProbeError(f"output {name!r} is missing", wrong=True)
-            if output.shape != reference.shape:
-                raise ProbeError(f"output {name!r} has shape {output.shape}, not {reference.shape}", wrong=True)
-            if reference.dtype.kind != "f":
-                continue
-            found = compare(reference, output, str(output.dtype))
-            if found.nan or found.inf or (found.relative_l2 or 0) > self._limit:
-                raise ProbeError(
-                    f"output {name!r} is {found.relative_l2} (relative L2) from the reference, with {found.nan} NaN "
-                    f"and {found.inf} Inf; at most {self._limit:.3g} was expected",
-                    wrong=True,
-                )
+
+def difference(reference: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray | None], limit: float) -> str:
+    """What is wrong with an answer, of the first output that is; empty where it is right.
+
+    Args:
+        limit: relative L2 that an output may be from the reference; integers and booleans are not compared.
+    """
+    for name, expected in reference.items():
+        output = outputs[name]
+        if output is None:
+            return f"output {name!r} is missing"
+        if output.shape != expected.shape:
+            return f"output {name!r} has shape {output.shape}, not {expected.shape}"
+        if expected.dtype.kind != "f":
+            continue
+        found = compare(expected, output, str(output.dtype))
+        if found.problem or found.nan or found.inf or (found.relative_l2 or 0) > limit:
+            return (
+                f"output {name!r} is {found.relative_l2} (relative L2) from the reference, with {found.nan} NaN and "
+                f"{found.inf} Inf, where at most {limit:.3g} was expected{found.problem and f': {found.problem}'}"
+            )
+    return ""
 
 
 def _smallest(bundle: Path, signature: Signature) -> Recorded:
@@ -118,7 +126,8 @@ def _smallest(bundle: Path, signature: Signature) -> Recorded:
         ) from error
 
 
-def _limit(record: EngineRecord) -> float:
+def limit_of(record: EngineRecord) -> float:
+    """How far from the reference an engine's answers may be, by what validation found."""
     validation = record["validation"]
     if validation is None:
         return float("inf")
@@ -126,7 +135,8 @@ def _limit(record: EngineRecord) -> float:
     return max(validation["tolerance"]["relative_l2"], SLACK * worst)
 
 
-def _input(name: str, array: np.ndarray) -> Any:
+def infer_input(name: str, array: np.ndarray) -> Any:
+    """An input as tritonclient takes it."""
     from tritonclient.grpc import InferInput
     from tritonclient.utils import np_to_triton_dtype
 

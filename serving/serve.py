@@ -40,7 +40,7 @@ def serve(
     """
     prefix = f"enginesmith_{os.getpid()}_"
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="enginesmith-serve-")))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"enginesmith-serve-{os.getpid()}-")))
         janitor = stack.enter_context(Janitor(folder, prefix, watching.drain_s + HOUSEKEEPING_S))
         stop = stack.enter_context(stop_signals())
         endpoint = endpoint.resolved()

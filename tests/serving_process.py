@@ -49,17 +49,23 @@ class Served:
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if child.name() == "tritonserver")
 
+    def fallback(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "enginesmith.serving.fallback" in " ".join(child.cmdline()))
+
     def models(self) -> list[psutil.Process]:
         return [c for c in self.server().children() if c.status() != psutil.STATUS_ZOMBIE]
 
     def leftovers(self) -> list[str]:
         """What it left behind: folders, shared memory, processes."""
-        pid = str(self.process.pid)
-        folders = [str(path) for path in Path(tempfile.gettempdir()).glob("enginesmith-serve-*")]
-        memory = [str(path) for path in Path("/dev/shm").glob(f"enginesmith_{pid}_*")]
-        names = ("tritonserver", "triton_python_b", "triton_python_backend_stub")
-        found = [p.info for p in psutil.process_iter(["pid", "name", "status"]) if p.info["name"] in names]
-        return folders + memory + [str(info) for info in found if info["status"] != psutil.STATUS_ZOMBIE]
+        prefix = f"enginesmith_{self.process.pid}_"
+        found = [str(path) for path in Path(tempfile.gettempdir()).glob(f"enginesmith-serve-{self.process.pid}-*")]
+        found += [str(path) for path in Path("/dev/shm").glob(f"{prefix}*")]
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            line = " ".join(process.info["cmdline"] or ())
+            if prefix in line or f"enginesmith-serve-{self.process.pid}-" in line:
+                found.append(f"{process.info['pid']}: {line}")
+        return found
 
     def end(self) -> int:
         """Has it stop, however it is."""

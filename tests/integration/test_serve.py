@@ -6,6 +6,7 @@ import re
 import runpy
 import signal
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
 helpers = {name: runpy.run_path(str(TESTS / f"{name}.py")) for name in ("serving_load", "serving_process")}
 Load, ask, infer_input = (helpers["serving_load"][name] for name in ("Load", "ask", "infer_input"))
 Served = helpers["serving_process"]["Served"]
@@ -104,6 +106,18 @@ def test_too_many_requests_are_refused_and_the_others_are_answered_rightly(serve
     refusal = r"StatusCode.UNAVAILABLE: (\[request id: <id_unknown>\] )?Exceeds maximum queue size"
     assert [error for error in load.errors() if not re.fullmatch(refusal, error)] == []
     assert "trouble" not in served.log()
+
+
+def test_metrics_show_merging_and_the_dashboard_asks_for_no_others(served):
+    with Load(served.url, served.model, threads=12) as load:
+        load.wait_for(50)
+    with urllib.request.urlopen(served.info["metrics"], timeout=10) as answer:
+        text = answer.read().decode()
+    values = dict(re.findall(r'^(nv_inference_\w+){model="net",version="1"} (\d+)$', text, re.MULTILINE))
+    assert int(values["nv_inference_count"]) > 1.5 * int(values["nv_inference_exec_count"])
+    asked = set(re.findall(r"nv_\w+", (ROOT / "samples" / "serving" / "grafana-dashboard.json").read_text()))
+    assert len(asked) > 8
+    assert {name for name in asked if name not in text and not name.startswith("nv_gpu_")} == set()
 
 
 def test_requests_are_logged_with_their_ids(served, client):

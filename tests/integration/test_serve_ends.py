@@ -56,6 +56,7 @@ def test_a_killed_supervisor_takes_its_server_along_once_that_has_answered(tmp_p
     served = Served(bundle, tmp_path)
     with Load(served.url, served.model, threads=6) as load:
         load.wait_for(20)
+        assert len(served.leftovers()) >= 4  # a folder, shared memory, the server, its model
         asked_at = time.monotonic()
         served.process.kill()
         served.process.wait()

@@ -76,6 +76,11 @@ def test_half_of_tls_is_refused(options):
         free(**options).resolved()
 
 
+def test_http_beside_tls_is_refused_as_it_would_be_open(files):
+    with pytest.raises(UsageError, match="the server has TLS for gRPC only"):
+        free(cert=files / "cert.pem", key=files / "key.pem", http_port=0).resolved()
+
+
 def test_restricted_services_need_the_secret():
     flags = " ".join(free(secret="s3").resolved().flags())
     assert flags == "--grpc-restricted-protocol shared-memory,model-repository,logging,trace:enginesmith-admin=s3"

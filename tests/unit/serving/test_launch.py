@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from enginesmith.errors import TargetUnavailableError
+from enginesmith.serving import fallback, launch
+from enginesmith.serving.endpoint import Endpoint
+from enginesmith.serving.launch import Watching, prepare
+from enginesmith.serving.settings import Serving
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """What is started where no Triton can run."""
+
+    def refuse(scratch):
+        raise TargetUnavailableError("no Triton can run here", found="PATH: no tritonserver")
+
+    def prepared(installed: bool = True, **endpoint: object):
+        monkeypatch.setattr(launch, "find", refuse)
+        monkeypatch.setattr(fallback, "is_installed", lambda: installed)
+        told: list[str] = []
+        listens = Endpoint(**{"port": 1, "metrics_port": 2, **endpoint})
+        made = prepare(tmp_path / "net", tmp_path, Serving(), listens, Watching(), None, "p", told.append)
+        return made, told
+
+    return prepared
+
+
+def test_without_a_triton_kserve_serves_and_says_that_it_does_not_merge(start):
+    made, told = start()
+    assert (made.what, made.model, made.config) == ("kserve, without merging", "net", None)
+    (warning,) = told
+    assert warning.startswith("warning: no Triton can run here (PATH: no tritonserver); the package kserve serves")
+    assert "does not merge requests" in warning
+
+
+@pytest.mark.parametrize("options", [{"installed": False}, {"host": "0.0.0.0"}, {"http_port": 3}])
+def test_without_kserve_on_an_open_address_or_with_http_nothing_serves(start, options):
+    with pytest.raises(TargetUnavailableError, match="no Triton can run here"):
+        start(**options)
