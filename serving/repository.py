@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -35,7 +36,7 @@ from .settings import Serving
 Form = Literal["python", "native"]
 VERSION = "1"
 SERVE = "serve.json"
-"""Beside model.py: which engine to load, from where, and how it is put on a GPU."""
+"""Beside model.py: which engine to load, from where, how it is put on a GPU, and where modules are looked for first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +190,7 @@ def _write_python(bundle: Path, version: Path, manifest: Manifest, record: Engin
         "bundle": str(bundle.absolute()) if link else "bundle",
         "engine": name,
         "gpu_option": "device_id" if "device_id" in target.options() else None,
+        "path": [str(Path(entry).absolute()) for entry in sys.path] if link else [],
     }
     (version / SERVE).write_text(json.dumps(wanted, indent=1) + "\n")
     shutil.copyfile(Path(__file__).with_name("backend") / "model.py", version / "model.py")

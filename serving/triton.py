@@ -218,7 +218,7 @@ def _link(path: Path, folder: Path) -> Path:
 
 
 def _environment(libraries: list[Path]) -> dict[str, str]:
-    """This process's, with these libraries, this interpreter and the modules that it finds before all others."""
+    """This process's, with these libraries and this interpreter before all others."""
 
     def before(first: list[str], name: str) -> str:
         return os.pathsep.join([*first, *filter(None, [os.environ.get(name)])])
@@ -227,5 +227,4 @@ def _environment(libraries: list[Path]) -> dict[str, str]:
         **os.environ,
         "LD_LIBRARY_PATH": before([str(folder) for folder in libraries], "LD_LIBRARY_PATH"),
         "PATH": before([str(Path(sys.executable).parent)], "PATH"),
-        "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path),
     }

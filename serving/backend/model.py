@@ -1,5 +1,5 @@
 # Triton's Python backend on an engine of enginesmith. It needs enginesmith, NumPy and the engine's runtime, and stands
-# in the folder of a model's version, with engine.json and perhaps the bundle beside it.
+# in the folder of a model's version, with serve.json beside it.
 #
 # Triton hands over requests that wait together. They are joined along the first axis, run at once and taken apart.
 # Where the whole fails, each is run by itself, so that what is wrong with one does not become its neighbours' answer.
@@ -7,13 +7,18 @@
 import ctypes
 import json
 import os
+import sys
 from pathlib import Path
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
-import enginesmith
-from enginesmith.errors import EnginesmithError
+_WANTED = json.loads(Path(__file__).with_name("serve.json").read_text())
+sys.path[:0] = _WANTED["path"]  # the interpreter within the server takes no notice of PYTHONPATH
+
+import numpy as np  # noqa: E402
+
+import enginesmith  # noqa: E402
+from enginesmith.errors import EnginesmithError  # noqa: E402
 
 _OLD_NUMPY = int(np.__version__.partition(".")[0]) < 2
 _forget = ctypes.pythonapi.PyCapsule_SetDestructor
@@ -23,15 +28,14 @@ _forget.argtypes = [ctypes.py_object, ctypes.c_void_p]
 class TritonPythonModel:
     def initialize(self, args):
         home = Path(args["model_repository"]) / args["model_version"]
-        wanted = json.loads((home / "serve.json").read_text())
         config = json.loads(args["model_config"])
         self._merged = config["max_batch_size"] > 0
         options = {}
         if args["model_instance_kind"] == "GPU":
-            options = _on_gpu(int(args["model_instance_device_id"]), wanted["gpu_option"])
+            options = _on_gpu(int(args["model_instance_device_id"]), _WANTED["gpu_option"])
         elif (copies := sum(group["count"] for group in config["instance_group"])) > 1:
             options = {"threads": max(1, len(os.sched_getaffinity(0)) // copies)}
-        self._engine = enginesmith.load(home / wanted["bundle"], wanted["engine"], options=options)
+        self._engine = enginesmith.load(home / _WANTED["bundle"], _WANTED["engine"], options=options)
         signature = self._engine.signature
         self._inputs = [(spec.name, len(spec.shape)) for spec in signature.inputs]
         self._outputs = [spec.name for spec in signature.outputs]

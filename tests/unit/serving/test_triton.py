@@ -104,7 +104,6 @@ def test_the_wheel_gets_its_stub_and_this_interpreters_library_first(machine, mo
     assert libraries == [str(machine / "scratch" / "lib"), str(machine / "site" / "nvidia_pytriton.libs"), "/elsewhere"]
     assert [path.name for path in Path(libraries[0]).iterdir()] == ["libpython.so.1.0"]
     assert found.environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
-    assert set(filter(os.path.isabs, sys.path)) <= set(found.environment["PYTHONPATH"].split(os.pathsep))
 
 
 @pytest.mark.parametrize(
