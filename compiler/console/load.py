@@ -125,8 +125,8 @@ def show_measurement(found: Measurement) -> None:
     merged = f"  merged {found.server.merged:.1f}" if found.server else ""
     errors = "".join(f"  {count} {name}" for name, count in summary.errors.items())
     click.echo(f"  {found.what:>20}  {summary.achieved:>9,.0f}/s  {times} ms{merged}{errors}")
-    if found.client_limits:
-        click.echo(f"  {'':>20}  the client used {found.client_cpu:.0%} of a processor: it may be what limits")
+    if found.doubt:
+        click.echo(f"  {'':>20}  {found.doubt}")
 
 
 def show_load(result: Mapping[str, Any]) -> None:

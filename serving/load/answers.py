@@ -52,7 +52,8 @@ class Summary:
     """A measurement of `seconds`.
 
     Attributes:
-        offered: requests a second that were to be sent; None in a closed loop.
+        offered: requests a second that were to be sent on average; None in a closed loop.
+        due: requests a second that were due; random arrivals are not exactly so many.
         achieved: right answers a second.
         late_ms: p99 of how long after they were due requests were sent: a client that is behind.
         errors: how many requests had each outcome that is not right.
@@ -60,6 +61,7 @@ class Summary:
 
     seconds: float
     offered: float | None
+    due: float
     achieved: float
     answered: int
     mean_ms: float
@@ -81,6 +83,7 @@ def summarize(answers: Sequence[Answer], start: float, end: float, offered: floa
     return Summary(
         seconds=end - start,
         offered=offered,
+        due=len(counted) / (end - start),
         achieved=done / (end - start),
         answered=len(right),
         mean_ms=math.fsum(right) / len(right) if right else math.inf,

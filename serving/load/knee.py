@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from .answers import Summary
 
 KEPT_UP = 0.95
-"""Share of the offered rate that has to be answered rightly for the service to keep up."""
+"""Share of the requests that are due that has to be answered rightly for the service to keep up."""
 
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.15)
 """Rates of a sweep, in terms of the throughput of a closed loop that is never idle."""
 
 
 def keeps_up(found: Summary) -> bool:
-    """Whether nearly all that was offered was answered rightly, in the time of the measurement."""
-    return found.offered is None or found.achieved >= KEPT_UP * found.offered
+    """Whether nearly all that was due was answered rightly, in the time of the measurement."""
+    return found.offered is None or found.achieved >= KEPT_UP * found.due
 
 
 def knee(curve: Sequence[Summary]) -> int | None:

@@ -44,11 +44,6 @@ class Plan:
     deadline_s: float = 10.0
     seed: int = 0
 
-    @property
-    def measurements(self) -> int:
-        """How many there are."""
-        return len(self.clients) + len(self.rates) + len(SHARES) * self.sweep
-
 
 @dataclasses.dataclass(frozen=True)
 class ServerSide:
@@ -83,9 +78,13 @@ class Measurement:
         return f"{self.summary.offered:,.0f} requests/s"
 
     @property
-    def client_limits(self) -> bool:
-        """Whether the client may be what was measured, not the server."""
-        return self.client_cpu > BUSY or (self.clients is None and self.summary.late_ms > LATE_MS)
+    def doubt(self) -> str:
+        """Why the client may be what was measured, and not the server; empty where it is not."""
+        if self.client_cpu > BUSY:
+            return f"the client used {self.client_cpu:.0%} of a processor, and may be what limits"
+        if self.clients is None and self.summary.late_ms > LATE_MS:
+            return f"1 % of the requests were sent more than {self.summary.late_ms:.1f} ms late: the client is behind"
+        return ""
 
 
 Tell = Callable[[Measurement], None]

@@ -73,7 +73,7 @@ def _measured(found: Measurement) -> dict[str, Any]:
         "late_ms": summary.late_ms,
         "server": found.server and dataclasses.asdict(found.server),
         "client_cpu": found.client_cpu,
-        "client_limits": found.client_limits,
+        "doubt": found.doubt,
     }
 
 
