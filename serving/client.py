@@ -93,7 +93,7 @@ class Client:
 
         Args:
             request_id: comes back with errors, and stands in the server's log where it logs requests.
-            deadline_s: seconds in all; the server rejects the call once they have passed while it waits.
+            deadline_s: seconds in all; a server that bounds its queue drops the call once they have passed there.
             priority: 1 is the highest, where the server has levels; 0 is its default.
             outputs: names of those that are wanted; all where none is given.
 

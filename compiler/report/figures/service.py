@@ -48,7 +48,7 @@ def service_plot(rates: Sequence[Mapping[str, Any]], knee: float | None, own_ms:
     at = None if knee is None else x.place(knee)
     if at is not None:
         lines.append(Line(at, 18, at, HEIGHT, "guide"))
-    legend = [Entry("p50", "plain"), Entry("p99", "front")]
+    legend = [Entry("p50", "plain", "circle"), Entry("p99", "front", "circle")]
     if any(not rate["keeps_up"] for rate in points):
         legend.append(Entry("does not keep up", "wrong", "cross"))
     if own_ms:
