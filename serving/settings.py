@@ -72,7 +72,7 @@ class Serving:
     def stalls(self) -> bool:
         """Whether Triton may let a request wait for half a second although the model is idle.
 
-        Its batcher sleeps for up to 500 ms unless it is woken. Where the queue is bounded it fetches no batch ahead, and
+        Its batcher sleeps for up to 500 ms unless it is woken. Where the queue is bounded it fetches none ahead, and
         a request that comes just before the only instance is free again does not wake it. Seen on Triton 2.51 with one
         client, for one request in a few hundred; never without bounds, nor with two instances.
         """

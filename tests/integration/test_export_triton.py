@@ -14,7 +14,6 @@ import torch
 from click.testing import CliRunner
 
 pytest.importorskip("tritonclient.grpc")
-pytest.importorskip("pytriton", reason="no Triton Inference Server")
 
 import enginesmith
 from enginesmith.cli import cli
