@@ -17,6 +17,7 @@ TARGETS = {
     "onnxruntime-cpu": "onnxruntime_cpu:OnnxRuntimeCpu",
     "onnxruntime-cuda": "onnxruntime_cuda:OnnxRuntimeCuda",
     "openvino": "openvino:OpenVINO",
+    "pipeline": "pipeline:Pipeline",
     "tensorrt": "tensorrt:TensorRT",
     "tensorrt-rtx": "tensorrt_rtx:TensorRTRTX",
     "torch-inductor": "torch_inductor:TorchInductor",
