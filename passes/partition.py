@@ -12,7 +12,8 @@
 
 Constants, and what is computed from constants alone, belong to no stage: each stage has its own copy. An axis may be
 dynamic across a cut. Refused: cuts inside of branches and loop bodies, which stay whole; cuts at tensors that arrays
-cannot hold, or whose size is known only when they are computed; more stages than places to cut at.
+cannot hold, or whose size is known only when they are computed; more stages than places to cut at. What the runtime
+fuses to one kernel is cut only where there are no other places.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Partition(Pass):
             memory_bytes=None if self.memory_mib is None else self.memory_mib << 20,
             slack=self.slack,
             link_bytes_ms=LINK_GB_S * 1e6 if on_gpu else None,
+            avoided=times.fused(line.labels),
         )
         pieces = choose(line, times.along(line.labels), self.stages, limits)
         nodes = list(varying(graph))

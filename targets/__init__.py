@@ -25,6 +25,9 @@ TARGETS = {
 }
 """Name of a target: module in this package and class."""
 
+COMPOSED = frozenset(("pipeline",))
+"""Targets whose engines are made of other targets' engines."""
+
 
 def is_known(name: str) -> bool:
     """Whether there is a target of that name, ours or the user's."""

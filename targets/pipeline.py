@@ -139,7 +139,7 @@ class Pipeline(Target):
         infos = list(self._built(request, stages, plan))
         details = {
             "stages": [
-                {"device": self._device(self._inner, number) or "cpu", "inputs": list(link.inputs),
+                {"device": self._device(self._inner, number), "inputs": list(link.inputs),
                  "outputs": list(link.outputs), **info.details}
                 for number, (link, info) in enumerate(zip(plan.links, infos, strict=True))
             ]
@@ -194,9 +194,9 @@ class Pipeline(Target):
 
         inner = self._inner if options is None else get_target(self._inner.name, options)
         device = self._device(inner, number)
-        if device.startswith("cuda:"):
+        if device != "cpu" and "device_id" in inner.options():
             return dataclasses.replace(inner, device_id=int(device.removeprefix("cuda:")))  # type: ignore[call-arg]
-        if getattr(inner, "threads", 0) is None and "cpu" in inner.capabilities.devices:
+        if getattr(inner, "threads", 0) is None and device == "cpu":
             from ..compiler.machine.environment import cores
 
             return dataclasses.replace(inner, threads=max(1, cores() // self.stages))  # type: ignore[call-arg]
@@ -207,21 +207,21 @@ class Pipeline(Target):
         return parse_inner(self.of)
 
     def _device(self, inner: Target, number: int) -> str:
-        """``cuda:N``, or empty for the CPU.
+        """``cuda:N`` or ``cpu``.
 
         Raises:
             RecipeError: a device that the stages' target does not run on.
         """
-        on_gpu = "device_id" in inner.options()
+        on_gpu, chooses = "cpu" not in inner.capabilities.devices, "device_id" in inner.options()
         if not self.devices:
-            return f"cuda:{number}" if on_gpu else ""
+            return f"cuda:{number if chooses else 0}" if on_gpu else "cpu"
         text = self.devices[number if len(self.devices) > 1 else 0]
         kind, _, index = text.partition(":")
-        if kind == ("cuda" if on_gpu else "cpu") and (index.isdecimal() if on_gpu else not index):
-            return text if on_gpu else ""
-        raise RecipeError(
-            f"{inner.name} does not run on {text!r}", expected="cuda:0, cuda:1, ..." if on_gpu else "cpu", found=text
-        )
+        known = kind == "cuda" and index.isdecimal() and (chooses or index == "0") if on_gpu else text == "cpu"
+        if not known:
+            expected = ("cuda:0, cuda:1, ..." if chooses else "cuda:0") if on_gpu else "cpu"
+            raise RecipeError(f"stages of {inner.name} do not run on {text!r}", expected=expected)
+        return text
 
     def _built(self, request: BuildRequest, stages: Sequence[Stage], plan: Plan) -> Iterator[EngineInfo]:
         values: dict[str, np.ndarray] = dict(request.sample)
@@ -249,6 +249,23 @@ class Pipeline(Target):
         own = EngineInfo.read(folder)
         target = self.stage_target(number, own.options)
         return target.runner(folder, dataclasses.replace(own, options=target.options()))
+
+
+def staged(target: Target, stages: int | None, devices: str | None, micro_batch: int | None) -> Target:
+    """A pipeline of a target, where it builds from a graph and is none already; else the target itself.
+
+    Raises:
+        RecipeError: devices or micro-batches, and no stages.
+    """
+    if stages is None:
+        for name, given in (("stage_devices", devices), ("micro_batch", micro_batch)):
+            if given is not None:
+                raise RecipeError(f"{name} is given, and no stages", found=given, hint="say how many: --stages 2")
+        return target
+    if target.name == Pipeline.name or target.capabilities.consumes != "graph":
+        return target
+    names = tuple(filter(None, (devices or "").replace(" ", "").split(",")))
+    return Pipeline(of=_joined(str(target)), stages=stages, devices=names, micro_batch=micro_batch)
 
 
 def parse_inner(text: str) -> Target:

@@ -48,12 +48,19 @@ class Times:
         how: what gave them, for people.
         lacking: why they were not measured; empty where they were.
         shapes: of tensors, as they were then.
+        layers: which nodes the runtime computes as one: a number by label.
     """
 
     ms: Mapping[str, float]
     how: str
     lacking: str = ""
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def fused(self, labels: Sequence[str]) -> frozenset[int]:
+        """Positions of a line that are within a layer."""
+        layers = [self.layers.get(name) for name in labels]
+        return frozenset(p for p in range(1, len(labels)) if layers[p] is not None and layers[p] == layers[p - 1])
 
     def along(self, labels: Sequence[str]) -> list[float]:
         """Of the nodes of a line."""
@@ -71,18 +78,21 @@ def measured(graph: Graph, target: Target, precision: str, signature: Signature,
         return _estimated(graph, signature, ceilings_of(device), profile)
     work = _Works(graph, signature, profile.shapes)
     taken: dict[str, float] = collections.defaultdict(float)
+    layers: dict[str, int] = {}
     named = 0.0
-    for layer, nodes in zip(profile.layers, nodes_of(graph, profile.layers), strict=True):
+    grouped = zip(profile.layers, nodes_of(graph, profile.layers), strict=True)
+    for number, (layer, nodes) in enumerate(grouped):
         owners = list(dict.fromkeys(work.owner(node) for node in nodes))
         named += layer.ms if owners else 0.0
         weights = np.array([work.ms(node) for node in owners]) + 1e-9
         for node, part in zip(owners, weights / weights.sum(), strict=True):
             taken[label(node)] += layer.ms * float(part)
+            layers[label(node)] = number
     total = sum(layer.ms for layer in profile.layers)
     if not total or named < NAMED_SHARE * total:
         reason = f"{target.name} names the nodes of {named / total if total else 0:.0%} of its time only"
         return _estimated(graph, signature, ceilings_of(device), reason)
-    return Times(dict(taken), f"measured by {profile.how}", shapes=profile.shapes)
+    return Times(dict(taken), f"measured by {profile.how}", shapes=profile.shapes, layers=layers)
 
 
 def estimated(graph: Graph, signature: Signature) -> Times:
@@ -111,6 +121,9 @@ def _profile(
     state = target.availability()
     if not (state.build and state.run):
         return state.reason
+    graph = graph.clone()
+    for node in graph.nodes():
+        node.name = label(node)  # runtimes make up names for those that have none
     with tempfile.TemporaryDirectory(prefix="enginesmith-") as name:
         folder = Path(name) / "engine"
         folder.mkdir()

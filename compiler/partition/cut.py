@@ -10,6 +10,7 @@ Both are found stage by stage: f(s, p) = min over q < p of max(f(s - 1, q), time
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -47,11 +48,13 @@ class Limits:
         memory_bytes: of a stage; None for no limit.
         slack: share by which a stage may be slower than the best cut's slowest, where fewer bytes pass.
         link_bytes_ms: bytes that pass in a millisecond; None where passing takes no time.
+        avoided: positions within what the runtime computes as one; cut at only where nothing else is possible.
     """
 
     memory_bytes: int | None = None
     slack: float = 0.05
     link_bytes_ms: float | None = None
+    avoided: frozenset[int] = frozenset()
 
 
 def choose(line: Line, times_ms: Sequence[float], stages: int, limits: Limits) -> list[Piece]:
@@ -63,6 +66,13 @@ def choose(line: Line, times_ms: Sequence[float], stages: int, limits: Limits) -
     Raises:
         GraphError: there are not so many places to cut at, or the stages do not fit.
     """
+    if limits.avoided:
+        with contextlib.suppress(GraphError):
+            return _choose(line, times_ms, stages, limits)
+    return _choose(line, times_ms, stages, dataclasses.replace(limits, avoided=frozenset()))
+
+
+def _choose(line: Line, times_ms: Sequence[float], stages: int, limits: Limits) -> list[Piece]:
     measure = _Measure(line, np.asarray(times_ms, float), limits)
     open_places = np.flatnonzero(np.isfinite(measure.sent)[1 : len(line)]) + 1
     if stages - 1 > len(open_places):
@@ -99,7 +109,7 @@ class _Measure:
             size = math.inf if crossing.reason else float(crossing.size_bytes or 0)
             self.sent[crossing.first + 1 : crossing.last + 1] += size
             self._alive[max(crossing.first, 0) : crossing.last + 1] += float(crossing.size_bytes or 0)
-        self.sent[0] = 0.0
+        self.sent[[0, *limits.avoided]] = [0.0, *(math.inf for _ in limits.avoided)]
         self._memory = self._memories() if count else []
 
     def stage_ms(self, end: int) -> np.ndarray:
