@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .stages.plan import FILE, Cutter, Link, Plan
 
 if TYPE_CHECKING:
     from ..compiler.partition.split import Stage
+    from .cuda.onnxruntime import DeviceRunner
 
 STAGES = "stages"
 """Folder of an engine that holds those of its stages, numbered from 0."""
@@ -159,7 +160,12 @@ class Pipeline(Target):
                 runner = self._stage_runner(directory / plan.links[number].folder, number)
                 opened.callback(runner.close)
                 runners.append(runner)
+            chained = self._chained(directory, plan, runners)
             opened.pop_all()
+        if chained:
+            from .cuda.chain import ChainRunner
+
+            return ChainRunner(plan, chained, cutter)
         return FlowRunner(plan, runners, cutter)
 
     def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
@@ -222,6 +228,19 @@ class Pipeline(Target):
             expected = ("cuda:0, cuda:1, ..." if chooses else "cuda:0") if on_gpu else "cpu"
             raise RecipeError(f"stages of {inner.name} do not run on {text!r}", expected=expected)
         return text
+
+    def _chained(self, directory: Path, plan: Plan, runners: Sequence[Runner]) -> Sequence[DeviceRunner]:
+        """The runners where their stages can pass values from GPU to GPU; empty where they go by the host.
+
+        Buffers on GPUs are made beforehand, so the shapes of what passes have to follow from those of the inputs.
+        """
+        if self._inner.name != "onnxruntime-cuda":
+            return ()
+        for link in plan.links:
+            signature = EngineInfo.read(directory / link.folder).signature
+            if any("?" in spec.shape for spec in signature.outputs):
+                return ()
+        return cast("Sequence[DeviceRunner]", runners)
 
     def _built(self, request: BuildRequest, stages: Sequence[Stage], plan: Plan) -> Iterator[EngineInfo]:
         values: dict[str, np.ndarray] = dict(request.sample)

@@ -115,9 +115,7 @@ def ceilings_of(device: str) -> Ceilings | None:
         return None
 
 
-def _profile(
-    graph: Graph, target: Target, precision: str, signature: Signature, sample: Arrays
-) -> Profile | str:
+def _profile(graph: Graph, target: Target, precision: str, signature: Signature, sample: Arrays) -> Profile | str:
     state = target.availability()
     if not (state.build and state.run):
         return state.reason

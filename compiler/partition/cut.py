@@ -165,7 +165,7 @@ class _Measure:
 
 
 def _solve(measure: _Measure, stages: int, bound_ms: float) -> tuple[list[int], float]:
-    """The places of the best cut and its value: the bottleneck where there is no bound yet, else the bytes within it."""
+    """The places of the best cut and its value: the bottleneck, or the bytes where there is a bound."""
     count = len(measure.line)
     seeking = not math.isfinite(bound_ms)
     best = np.concatenate([[0.0], np.full(count, math.inf)])

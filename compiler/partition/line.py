@@ -152,12 +152,14 @@ def _values(main: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _bytes(value: ir.Value, shape: tuple[int, ...] | None) -> int | None:
-    if value.dtype is None or value.dtype == ir.DataType.STRING:
+    if value.dtype is None or value.dtype == ir.DataType.STRING or value.shape is None:
         return None
-    axes = shape if value.shape is None else tuple(value.shape)
-    if axes is None or not all(isinstance(axis, int) for axis in axes):
-        axes = shape
-    return None if axes is None else math.ceil(math.prod(int(axis) for axis in axes) * value.dtype.itemsize)
+    sizes = [axis for axis in value.shape if isinstance(axis, int)]
+    if len(sizes) < len(value.shape):
+        if shape is None:
+            return None
+        sizes = list(shape)
+    return math.ceil(math.prod(sizes) * float(value.dtype.itemsize))
 
 
 def _reason(value: ir.Value, size: int | None) -> str:

@@ -40,7 +40,9 @@ def mark(node: ir.Node, stage: int) -> None:
 
 def marked(graph: Graph) -> int:
     """In how many stages the nodes of a graph are; 0 where they are not marked."""
-    return 1 + max((int(node.metadata_props[STAGE]) for node in graph.model.graph if STAGE in node.metadata_props), default=-1)
+    return 1 + max(
+        (int(node.metadata_props[STAGE]) for node in graph.model.graph if STAGE in node.metadata_props), default=-1
+    )
 
 
 def split(graph: Graph, signature: Signature) -> list[Stage]:
@@ -76,7 +78,9 @@ def split(graph: Graph, signature: Signature) -> list[Stage]:
     specs = _Specs(graph, signature)
     found = []
     for number in range(count):
-        outputs = [value for node in main if stages.get(node) == number for value in node.outputs if value in wanted[number]]
+        outputs = [
+            value for node in main if stages.get(node) == number for value in node.outputs if value in wanted[number]
+        ]
         own = specs.signature(list(taken[number]), outputs)
         piece = _piece(graph, [v.name or "" for v in taken[number]], [v.name or "" for v in outputs])
         found.append(Stage(piece, own))
@@ -142,9 +146,14 @@ class _Specs:
     def _spec(self, value: ir.Value, axes: dict[str, AxisRange]) -> TensorSpec:
         name = value.name or ""
         if spec := self._known.get(name):
-            axes |= {axis: self._signature.axes[axis] for axis in spec.shape if axis in self._signature.axes}  # type: ignore[index]
+            named = [axis for axis in spec.shape if isinstance(axis, str) and axis in self._signature.axes]
+            axes |= {axis: self._signature.axes[axis] for axis in named}
             return spec
-        dtype = {"FLOAT": "float32", "DOUBLE": "float64"}.get(value.dtype.name, value.dtype.name.lower()) if value.dtype else ""
+        dtype = (
+            {"FLOAT": "float32", "DOUBLE": "float64"}.get(value.dtype.name, value.dtype.name.lower())
+            if value.dtype
+            else ""
+        )
         plain = self._plain.get(name) or ()
         shape = tuple(self._axis(name, place, axis, axes) for place, axis in enumerate(plain))
         return TensorSpec(name, dtype, shape)
@@ -152,7 +161,7 @@ class _Specs:
     def _axis(self, name: str, place: int, plain: int | str | None, axes: dict[str, AxisRange]) -> int | str:
         if isinstance(plain, int):
             return plain
-        if plain in self._signature.axes:
+        if plain is not None and plain in self._signature.axes:
             axes[plain] = self._signature.axes[plain]
             return plain
         sizes = [(self._at[point].get(name) or {place: None})[place] for point in ("min", "opt", "max")]

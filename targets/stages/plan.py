@@ -7,12 +7,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ...compiler.signature import Signature
 from ...errors import DataError
+
+
+class Sized(Protocol):
+    """Memory of a known size."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes."""
+
 
 FILE = "pipeline.json"
 FILL = 4
@@ -68,6 +77,7 @@ class Cutter:
         self._axis = axis
         self._bounds = signature.axes[axis] if axis else None
         self._batched = {spec.name for spec in signature.inputs if spec.shape and spec.shape[0] == axis}
+        self._outputs = {spec.name for spec in signature.outputs}
         self._rows, self._pieces = rows, FILL * stages
         self.reason = _whole(signature, axis)
 
@@ -95,6 +105,21 @@ class Cutter:
             pieces.append(own)
             start += rows
         return pieces
+
+    def batch(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Rows of a call; 1 where it cannot be cut."""
+        return 1 if self.reason else int(shapes[next(iter(self._batched))][0])
+
+    def shape(self, name: str, shape: Sequence[int], rows: int) -> tuple[int, ...]:
+        """The shape of an input or output with that many rows, of whatever batch it is."""
+        return (rows, *shape[1:]) if self._is_cut(name) else tuple(shape)
+
+    def offset(self, name: str, place: Sized, batch: int, start: int) -> int:
+        """Where row `start` of the batch begins in an input or output, in bytes."""
+        return place.size_bytes // batch * start if self._is_cut(name) else 0
+
+    def _is_cut(self, name: str) -> bool:
+        return not self.reason and (name in self._batched or name in self._outputs)
 
     @staticmethod
     def join(outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
