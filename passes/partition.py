@@ -96,7 +96,7 @@ class Partition(Pass):
         if not self.on:
             return estimated(graph, context.signature), False
         from ..compiler.data import random_batch, resized
-        from ..targets.pipeline import parse_inner
+        from ..targets.stages.inner import parse_inner
 
         target, signature = parse_inner(self.on), context.signature
         first = next(iter(context.samples), None) if context.samples is not None else None

@@ -14,6 +14,7 @@ from ..errors import BuildError, DataError, RecipeError
 from ._onnxruntime import OPSET
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .profile import Profile
+from .stages.inner import device_of, joined, parse_inner
 from .stages.plan import FILE, Cutter, Link, Plan
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Pipeline(Target):
                 found=", ".join(self.devices),
             )
         for number in range(self.stages):
-            self._device(inner, number)
+            device_of(inner, self.devices, number)
         precisions = tuple(p for p in inner.capabilities.precisions if not p.endswith("bf16"))
         can = dataclasses.replace(inner.capabilities, precisions=precisions)
         object.__setattr__(self, "capabilities", can)  # what the stages' target can
@@ -92,7 +93,7 @@ class Pipeline(Target):
 
     def lowering(self, precision: str) -> tuple[str, ...]:
         """That of the stages' target, and then the cut."""
-        options = {"stages": self.stages, "on": _joined(self.of), "precision": precision, "slack": self.slack}
+        options = {"stages": self.stages, "on": joined(self.of), "precision": precision, "slack": self.slack}
         if self.memory_mib is not None:
             options["memory_mib"] = self.memory_mib
         text = ",".join(f"{name}={value}" for name, value in options.items())
@@ -140,7 +141,7 @@ class Pipeline(Target):
         infos = list(self._built(request, stages, plan))
         details = {
             "stages": [
-                {"device": self._device(self._inner, number), "inputs": list(link.inputs),
+                {"device": device_of(self._inner, self.devices, number), "inputs": list(link.inputs),
                  "outputs": list(link.outputs), **info.details}
                 for number, (link, info) in enumerate(zip(plan.links, infos, strict=True))
             ]
@@ -157,7 +158,7 @@ class Pipeline(Target):
         with ExitStack() as opened:
             runners = []
             for number in range(self.stages):
-                runner = self._stage_runner(directory / plan.links[number].folder, number)
+                runner = self.stage_runner(directory / plan.links[number].folder, number)
                 opened.callback(runner.close)
                 runners.append(runner)
             chained = self._chained(directory, plan, runners)
@@ -180,7 +181,7 @@ class Pipeline(Target):
             if isinstance(profile, str):
                 return profile
             found.append(profile)
-            runner = self._stage_runner(folder, number)
+            runner = self.stage_runner(folder, number)
             try:
                 values |= runner.run(taken)
             finally:
@@ -199,7 +200,7 @@ class Pipeline(Target):
         from . import get_target
 
         inner = self._inner if options is None else get_target(self._inner.name, options)
-        device = self._device(inner, number)
+        device = device_of(inner, self.devices, number)
         if device != "cpu" and "device_id" in inner.options():
             return dataclasses.replace(inner, device_id=int(device.removeprefix("cuda:")))  # type: ignore[call-arg]
         if getattr(inner, "threads", 0) is None and device == "cpu":
@@ -211,23 +212,6 @@ class Pipeline(Target):
     @property
     def _inner(self) -> Target:
         return parse_inner(self.of)
-
-    def _device(self, inner: Target, number: int) -> str:
-        """``cuda:N`` or ``cpu``.
-
-        Raises:
-            RecipeError: a device that the stages' target does not run on.
-        """
-        on_gpu, chooses = "cpu" not in inner.capabilities.devices, "device_id" in inner.options()
-        if not self.devices:
-            return f"cuda:{number if chooses else 0}" if on_gpu else "cpu"
-        text = self.devices[number if len(self.devices) > 1 else 0]
-        kind, _, index = text.partition(":")
-        known = kind == "cuda" and index.isdecimal() and (chooses or index == "0") if on_gpu else text == "cpu"
-        if not known:
-            expected = ("cuda:0, cuda:1, ..." if chooses else "cuda:0") if on_gpu else "cpu"
-            raise RecipeError(f"stages of {inner.name} do not run on {text!r}", expected=expected)
-        return text
 
     def _chained(self, directory: Path, plan: Plan, runners: Sequence[Runner]) -> Sequence[DeviceRunner]:
         """The runners where their stages can pass values from GPU to GPU; empty where they go by the host.
@@ -257,16 +241,19 @@ class Pipeline(Target):
             info = dataclasses.replace(info, name=f"stage {number}", options=self._inner.options())
             info.write(folder)
             request.log(f"stage {number}: {len(link.inputs)} inputs, {len(link.outputs)} outputs")
-            runner = self._stage_runner(folder, number)
+            runner = self.stage_runner(folder, number)
             try:
                 values |= runner.run(sample)
             finally:
                 runner.close()
             yield info
 
-    def _stage_runner(self, folder: Path, number: int) -> Runner:
+    def stage_runner(self, folder: Path, number: int, device: int | None = None) -> Runner:
+        """Loads the engine of a stage; `device` is the GPU in place of its own."""
         own = EngineInfo.read(folder)
         target = self.stage_target(number, own.options)
+        if device is not None and "device_id" in target.options():
+            target = dataclasses.replace(target, device_id=device)  # type: ignore[call-arg]
         return target.runner(folder, dataclasses.replace(own, options=target.options()))
 
 
@@ -284,30 +271,7 @@ def staged(target: Target, stages: int | None, devices: str | None, micro_batch:
     if target.name == Pipeline.name or target.capabilities.consumes != "graph":
         return target
     names = tuple(filter(None, (devices or "").replace(" ", "").split(",")))
-    return Pipeline(of=_joined(str(target)), stages=stages, devices=names, micro_batch=micro_batch)
-
-
-def parse_inner(text: str) -> Target:
-    """A target from its text, whose options are joined by ``+``; a tuple's items too: those without ``=`` go on with
-    the option before.
-    """
-    from . import parse_target
-
-    name, colon, tail = text.partition(":")
-    if name.endswith(".py"):
-        cls, colon, tail = tail.partition(":")
-        name = f"{name}:{cls}"
-    items: list[str] = []
-    for item in filter(None, tail.replace(",", "+").split("+")):
-        if "=" in item or not items:
-            items.append(item)
-        else:
-            items[-1] += f"+{item}"
-    return parse_target(f"{name}{colon}{','.join(items)}")
-
-
-def _joined(text: str) -> str:
-    return text.replace(",", "+")
+    return Pipeline(of=joined(str(target)), stages=stages, devices=names, micro_batch=micro_batch)
 
 
 def _check_cut(target: Pipeline, request: BuildRequest) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,49 +25,14 @@ import numpy as np
 from ...errors import EngineError
 from ..base import Arrays, Bound
 from ..stages.plan import Cutter, Plan
-from .dlpack import Borrowed, borrow, cuda_device, ort_dtype, require_device
-from .onnxruntime import Buffers, DeviceRunner, empty
-from .stream import Event, Stream
+from .dlpack import Borrowed, borrow, cuda_device, require_device
+from .onnxruntime import DeviceRunner
+from .slots import Call, Inputs, Places, Relay, Row, Slot, StoppedError, fill, new
+from .stream import Stream
 
 SLOTS = 2
 MAX_SHAPES = 8
 """Sizes of micro-batches that get slots, with CUDA graphs of their own; others flow by way of the host."""
-
-Places = Mapping[str, Borrowed]
-
-
-@dataclasses.dataclass
-class Slot:
-    """Room for one micro-batch at one stage.
-
-    Attributes:
-        carried: what later stages want and this one does not read.
-        arrived: on the stream of the stage before, once everything lies here.
-        free: on the stage's own stream, once nothing here is wanted any more.
-    """
-
-    buffers: Buffers
-    carried: Places
-    arrived: Event
-    free: Event
-
-    def place(self, name: str) -> Borrowed:
-        """Where a value lies."""
-        return self.carried[name] if name in self.carried else self.buffers.place(name)
-
-
-Row = tuple[tuple[Slot, ...], ...]
-"""The slots of each stage, for one size of micro-batches."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call on the devices: where its inputs lie on the first, and its results on the last."""
-
-    batch: int
-    inputs: Places
-    sizes: tuple[int, ...]
-    results: Places
 
 
 class ChainRunner:
@@ -152,20 +116,20 @@ class ChainRunner:
         require_device(name, device, stream.device)
         return borrow(name, value, np.dtype(str(value.dtype).removeprefix("torch.")), stream.handle)
 
-    def _sizes(self, placed: Mapping[str, Borrowed | np.ndarray]) -> tuple[int, tuple[int, ...]]:
+    def _sizes(self, placed: Inputs) -> tuple[int, tuple[int, ...]]:
         batch = self._cutter.batch({name: value.shape for name, value in placed.items()})
         return batch, tuple(self._cutter.sizes(batch)) if not self._cutter.reason else (batch,)
 
-    def _fits(self, placed: Mapping[str, Borrowed | np.ndarray]) -> bool:
+    def _fits(self, placed: Inputs) -> bool:
         """Whether there are slots for a call, or room for new ones."""
         _, sizes = self._sizes(placed)
         new = {self._key(placed, rows) for rows in sizes} - self._rows.keys()
         return len(self._rows) + len(new) <= MAX_SHAPES
 
-    def _key(self, placed: Mapping[str, Borrowed | np.ndarray], rows: int) -> object:
+    def _key(self, placed: Inputs, rows: int) -> object:
         return tuple((name, self._cutter.shape(name, value.shape, rows)) for name, value in sorted(placed.items()))
 
-    def _prepare(self, placed: Mapping[str, Borrowed | np.ndarray]) -> Call:
+    def _prepare(self, placed: Inputs) -> Call:
         """A call whose buffers are those of an earlier one of the same shapes, with these inputs in them."""
         key = tuple((name, value.shape) for name, value in sorted(placed.items()))
         if key not in self._calls:
@@ -174,14 +138,14 @@ class ChainRunner:
             self._calls[key] = self._new_call(placed)
         else:
             first = self._runners[0]
-            first.turn(partial(_fill, first.stream, self._calls[key].inputs, placed))
+            first.turn(partial(fill, first.stream, self._calls[key].inputs, placed))
         return self._calls[key]
 
-    def _new_call(self, placed: Mapping[str, Borrowed | np.ndarray]) -> Call:
+    def _new_call(self, placed: Inputs) -> Call:
         first, last = self._runners[0], self._runners[-1]
         batch, sizes = self._sizes(placed)
-        inputs = first.turn(partial(_new, first.stream, {n: (v.shape, v.dtype) for n, v in placed.items()}))
-        first.turn(partial(_fill, first.stream, inputs, placed))
+        inputs = first.turn(partial(new, first.stream, {n: (v.shape, v.dtype) for n, v in placed.items()}))
+        first.turn(partial(fill, first.stream, inputs, placed))
         first.turn(first.stream.synchronize)
         for rows in dict.fromkeys(sizes):
             key = self._key(placed, rows)
@@ -192,7 +156,7 @@ class ChainRunner:
         for name in self._plan.outputs:
             place = row[-1][0].place(name)
             shapes[name] = (self._cutter.shape(name, place.shape, batch), place.dtype)
-        return Call(batch, inputs, sizes, last.turn(partial(_new, last.stream, shapes)))
+        return Call(batch, inputs, sizes, last.turn(partial(new, last.stream, shapes)))
 
     def _new_row(self, inputs: Places, rows: int) -> Row:
         """Slots for micro-batches of that many rows, with their CUDA graphs captured: nothing else runs meanwhile."""
@@ -221,7 +185,7 @@ class ChainRunner:
         for _ in range(2):  # the first captures, the second replays
             buffers.launch()
         stream.synchronize()
-        room = _new(stream, {name: (place.shape, place.dtype) for name, place in carried.items()})
+        room = new(stream, {name: (place.shape, place.dtype) for name, place in carried.items()})
         for name, place in carried.items():  # the stages behind are tried with it
             stream.copy(room[name].address, place.address, place.size_bytes)
         stream.synchronize()
@@ -308,52 +272,6 @@ class ChainRunner:
         return self._cutter.join(pieces)
 
 
-class StoppedError(Exception):
-    """Another stage failed."""
-
-
-class Relay:
-    """Hands slots from thread to thread during a call; what is on the devices is ordered by events."""
-
-    def __init__(self, stages: int, rows: Any) -> None:
-        self._arrived = [queue.SimpleQueue[Slot | None]() for _ in range(stages)]
-        self._free: dict[tuple[int, int], queue.SimpleQueue[Slot | None]] = {}
-        for row in rows:
-            for number, slots in enumerate(row):
-                waiting = self._free[number, id(row)] = queue.SimpleQueue()
-                for slot in slots:
-                    waiting.put(slot)
-
-    def take(self, number: int, row: Row) -> Slot:
-        """A slot of a stage whose last use has been started."""
-        return _got(self._free[number, id(row)])
-
-    def give(self, number: int, row: Row, slot: Slot) -> None:
-        """Gives a slot back."""
-        self._free[number, id(row)].put(slot)
-
-    def send(self, number: int, slot: Slot) -> None:
-        """Tells a stage of a micro-batch on its way."""
-        self._arrived[number].put(slot)
-
-    def receive(self, number: int) -> Slot:
-        """The next micro-batch of a stage."""
-        return _got(self._arrived[number])
-
-    def stop(self) -> None:
-        """Ends the waiting of all threads."""
-        for waiting in (*self._arrived, *self._free.values()):
-            waiting.put(None)
-
-
-def _got(waiting: queue.SimpleQueue[Slot | None]) -> Slot:
-    slot = waiting.get()
-    if slot is None:
-        waiting.put(None)
-        raise StoppedError
-    return slot
-
-
 class ChainBound:
     """Inputs on the first device, for repeated runs."""
 
@@ -382,22 +300,3 @@ class ChainBound:
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs of the last run, on the host."""
         return self._runner.fetch(self._call)
-
-
-def _new(stream: Stream, specs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> dict[str, Borrowed]:
-    """New memory of a device."""
-    found = {}
-    for name, (shape, dtype) in specs.items():
-        value = empty(shape, dtype.type, stream)
-        found[name] = Borrowed(value.data_ptr(), tuple(shape), ort_dtype(value), value)
-    return found
-
-
-def _fill(stream: Stream, places: Places, values: Mapping[str, Borrowed | np.ndarray]) -> None:
-    """Copies inputs to a device; arrays may change as soon as it returns."""
-    for name, value in values.items():
-        if isinstance(value, Borrowed):
-            stream.copy(places[name].address, value.address, value.size_bytes)
-        else:
-            stream.copy(places[name].address, value.ctypes.data, value.nbytes)
-    stream.synchronize()

@@ -14,8 +14,9 @@ from enginesmith.errors import BuildError, DataError, EngineError, RecipeError
 from enginesmith.passes import parse_pass
 from enginesmith.targets import get_target, parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
-from enginesmith.targets.pipeline import parse_inner, staged
+from enginesmith.targets.pipeline import staged
 from enginesmith.targets.stages.flow import FlowRunner
+from enginesmith.targets.stages.inner import parse_inner
 from enginesmith.targets.stages.plan import Cutter, Link, Plan
 
 NET = """g (float[N,8] x) => (float[N,8] early, float[N,8] y) <float[8,8] w, float[8,8] v>

@@ -13,11 +13,10 @@ import pytest
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import DataError, EngineError
-from enginesmith.targets.cuda import chain
+from enginesmith.targets.cuda import chain, slots
 from enginesmith.targets.cuda.chain import ChainRunner
 from enginesmith.targets.cuda.dlpack import Borrowed
 from enginesmith.targets.stages.plan import Cutter, Link, Plan
-
 
 UNFILLED = -77
 
@@ -162,8 +161,8 @@ def last(k, h, x):
 @pytest.fixture
 def chained(monkeypatch):
     """A pipeline of three stages; `delays` are the seconds before each act of their streams."""
-    monkeypatch.setattr(chain, "empty", lambda shape, element_type, stream: Value(shape, element_type))
-    monkeypatch.setattr(chain, "ort_dtype", lambda value: value.array.dtype)
+    monkeypatch.setattr(slots, "empty", lambda shape, element_type, stream: Value(shape, element_type))
+    monkeypatch.setattr(slots, "ort_dtype", lambda value: value.array.dtype)
 
     def make(rows=2, delays=(0, 0, 0), stages=STAGES):
         runners = [Runner(n, *stage, delay) for n, (stage, delay) in enumerate(zip(stages, delays, strict=True))]
