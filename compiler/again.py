@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import EngineError, TargetUnavailableError, UnknownNameError, UsageError
 from ..targets import get_target, parse_target
+from ..targets.base import EngineInfo
 from .bundle import Bundle
 from .data import open_data
 from .engine import check_files
@@ -160,7 +161,8 @@ def _choose(bundle: Bundle, names: Sequence[str]) -> list[EngineRecord]:
         if not names and record.get("dropped"):
             continue
         check_files(bundle.path, record["name"], bundle.manifest)
-        state = get_target(record["target"]).availability()
+        info = EngineInfo.read(bundle.path / "engines" / record["name"])
+        state = get_target(info.target, info.options).availability()
         if state.run:
             chosen.append(
                 EngineRecord(**{"sibling": None, "dropped": "", **record, "status": "ready", "validation": None})

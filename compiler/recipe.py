@@ -124,6 +124,13 @@ class Recipe(BaseModel):
     align: Literal["auto", "8", "16", "32", "64", "128", "off"] | None = None
     """Build each engine with dimensions grown to a multiple too, and drop it where it is not faster; auto: the multiple
     that the target's Tensor Cores take. The ladder tries that by itself, unless it is off."""
+    stages: int | None = Field(default=None, ge=2)
+    """Cut each engine that is built from a graph into this many stages of a pipeline, for models that one GPU does not
+    hold, and for throughput: each target then stands for pipeline:of=TARGET."""
+    stage_devices: Annotated[str | None, Flag(metavar="cuda:0,cuda:1")] = None
+    """Devices of the stages, one for each. Default: GPUs 0, 1, ... where the target runs on GPUs, else the CPU."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Rows of a batch that flow through the stages together. Default: a batch is cut into four a stage."""
     require: tuple[str, ...] = ()
     """Target without whose engine the compile fails (exit code 4)."""
     passes: Annotated[tuple[str, ...], Flag("pass", metavar="NAME[:OPTION=VALUE,...]")] = ("simplify", "dedupe")

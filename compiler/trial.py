@@ -131,7 +131,7 @@ def benchmark_engines(
         for engine in engines
         if engine["status"] == "ready"
     }
-    candidates, skipped = _baselines(recipe, model, engines)
+    candidates, skipped = _baselines(folder, recipe, model, engines)
     candidates += [Candidate(name, runner) for name, runner in runners.items()]
     if not candidates:
         return None
@@ -277,7 +277,7 @@ def verdict(
 
 
 def _baselines(
-    recipe: Recipe, model: Model | None, engines: Sequence[EngineRecord]
+    folder: Path, recipe: Recipe, model: Model | None, engines: Sequence[EngineRecord]
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Candidates in torch, and the reason where there can be none."""
     from .benchmark.baselines import torch_baselines
@@ -290,13 +290,15 @@ def _baselines(
         return [], {}
     if model is None or model.module is None:
         return [], dict.fromkeys(asked, "there is no torch module: the model is ONNX, or was given in Python")
-    device = "cuda" if _any_on_gpu(engines) else "cpu"
+    device = "cuda" if _any_on_gpu(folder, engines) else "cpu"
     candidates = torch_baselines(model, device=device, compiled="torch.compile" in asked)
     return [candidate for candidate in candidates if candidate.name in asked], {}
 
 
-def _any_on_gpu(engines: Sequence[EngineRecord]) -> bool:
-    ready = [get_target(engine["target"]) for engine in engines if engine["status"] == "ready"]
+def _any_on_gpu(folder: Path, engines: Sequence[EngineRecord]) -> bool:
+    names = [engine["name"] for engine in engines if engine["status"] == "ready"]
+    infos = [EngineInfo.read(folder / "engines" / name) for name in names]
+    ready = [get_target(info.target, info.options) for info in infos]
     return any("cuda" in target.capabilities.devices and "cpu" not in target.capabilities.devices for target in ready)
 
 

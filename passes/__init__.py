@@ -19,6 +19,7 @@ PASSES = {
     "fuse-embeddings": "fuse_embeddings:FuseEmbeddings",
     "fuse-transformer": "fuse_transformer:FuseTransformer",
     "opset": "opset:Opset",
+    "partition": "partition:Partition",
     "pin": "pin:Pin",
     "precision": "precision:Precision",
     "prune": "prune:Prune",

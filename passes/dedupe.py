@@ -21,7 +21,7 @@ from ..compiler.graph.identity import attribute_digest, tensor_digest
 from ..compiler.graph.verifier import subgraphs
 from .base import Context, Pass, PassResult, Refusal
 
-_RANDOM = frozenset(
+RANDOM = frozenset(
     ("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 )
 _PURE_DOMAINS = frozenset(("", "ai.onnx.ml"))
@@ -109,4 +109,4 @@ def _is_pure(model: ir.Model, function: ir.Function) -> bool:
 
 
 def _is_pure_node(node: ir.Node) -> bool:
-    return node.domain in _PURE_DOMAINS and node.op_type not in _RANDOM and not any(subgraphs(node))
+    return node.domain in _PURE_DOMAINS and node.op_type not in RANDOM and not any(subgraphs(node))

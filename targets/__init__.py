@@ -17,12 +17,16 @@ TARGETS = {
     "onnxruntime-cpu": "onnxruntime_cpu:OnnxRuntimeCpu",
     "onnxruntime-cuda": "onnxruntime_cuda:OnnxRuntimeCuda",
     "openvino": "openvino:OpenVINO",
+    "pipeline": "pipeline:Pipeline",
     "tensorrt": "tensorrt:TensorRT",
     "tensorrt-rtx": "tensorrt_rtx:TensorRTRTX",
     "torch-inductor": "torch_inductor:TorchInductor",
     "torchscript": "torchscript:TorchScript",
 }
 """Name of a target: module in this package and class."""
+
+COMPOSED = frozenset(("pipeline",))
+"""Targets whose engines are made of other targets' engines."""
 
 
 def is_known(name: str) -> bool:

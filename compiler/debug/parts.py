@@ -80,11 +80,11 @@ def part(graph: Graph, inputs: Arrays, outputs: Sequence[str]) -> Graph:
     for name, array in inputs.items():
         _as_input(main, values[name], array)
     main.outputs.extend(_as_output(main, values[name]) for name in outputs)
-    _drop_unused(main)
+    drop_unused(main)
     return copy
 
 
-def _drop_unused(main: ir.Graph) -> None:
+def drop_unused(main: ir.Graph) -> None:
     """Keeps what leads to the outputs. For onnx_ir's own pass, uses in the branches of a node that goes still count."""
     used, todo = set(main.outputs), list(main.outputs)
     nodes: set[ir.Node] = set()

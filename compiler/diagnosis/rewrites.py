@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ...targets import TARGETS, parse_target
+from ...targets import COMPOSED, TARGETS, parse_target
 from ...targets.base import Target
 from ..alignment.plan import make_plan, products_by_dim
 from ..graph.work import Work, is_weighted
@@ -64,7 +64,7 @@ def _others(situation: Situation) -> list[Target]:
     device = situation.roof.ceilings.device
     found = []
     for name in TARGETS:
-        if name == situation.target.name:
+        if name == situation.target.name or name in COMPOSED:
             continue
         target = parse_target(name)
         if target.capabilities.devices == (device,) and target.capabilities.consumes == "graph":

@@ -12,6 +12,9 @@ import onnx_ir as ir
 MARK = "enginesmith.float32"
 """Metadata of a node that stays in float32, see `precision.keep`. It counts, as engines are built by it."""
 
+STAGE = "enginesmith.stage"
+"""Metadata of a node that tells in which stage of a pipeline it runs, from 0, see `passes.partition`. It counts too."""
+
 _KEPT = "enginesmith.sha256"
 
 
@@ -58,7 +61,8 @@ def _digest(graph: ir.Graph, describe: Callable[[ir.Value], object]) -> str:
         attributes = [(key, attribute_digest(attribute)) for key, attribute in sorted(node.attributes.items())]
         names = [v.name if v is not None else None for v in node.inputs], [v.name for v in node.outputs]
         marked = (MARK,) if MARK in node.metadata_props else ()
-        parts.append(repr((node.name, node.op_identifier(), *names, attributes, *marked)))
+        stage = (f"{STAGE}={node.metadata_props[STAGE]}",) if STAGE in node.metadata_props else ()
+        parts.append(repr((node.name, node.op_identifier(), *names, attributes, *marked, *stage)))
     return "\n".join(parts)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import EnginesmithError
-from ...targets import TARGETS, parse_target
+from ...targets import COMPOSED, TARGETS, parse_target
 from ...targets.base import Availability, BuildRequest, Target
 from ..progress import Progress
 from ..signature import AxisRange, Signature, TensorSpec
@@ -33,7 +33,7 @@ def diagnose(names: Sequence[str] = (), *, progress: Progress | None = None) -> 
         UnknownNameError: no target of that name.
     """
     progress = progress or Progress()
-    targets = [parse_target(name) for name in names or TARGETS]
+    targets = [parse_target(name) for name in names or (name for name in TARGETS if name not in COMPOSED)]
     found = []
     for number, target in enumerate(targets, start=1):
         progress.stage(target.name, number, len(targets))

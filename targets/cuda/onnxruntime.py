@@ -59,6 +59,10 @@ class DeviceRunner:
         placed = {name: np.asarray(inputs[name], order="C") for name in self._inputs}
         return DeviceBound(self, self.turn(lambda: self._new_buffers(placed)))
 
+    def buffers(self, placed: Placed) -> Buffers:
+        """Buffers of their own for inputs of these shapes, filled with them. Called within `turn`."""
+        return self._new_buffers(placed)
+
     def reset(self) -> None:
         """A session keeps no state."""
 
@@ -155,7 +159,7 @@ class Buffers:
         self._session = session
         self._stream = stream
         self._binding = session.io_binding()
-        self._inputs = {name: _empty(value.shape, value.dtype.type, stream) for name, value in placed.items()}
+        self._inputs = {name: empty(value.shape, value.dtype.type, stream) for name, value in placed.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
         for name in outputs:
@@ -178,6 +182,11 @@ class Buffers:
                 self._stream.copy(target, value.address, value.size_bytes)
             else:
                 self._stream.copy(target, value.ctypes.data, value.nbytes)
+
+    def place(self, name: str) -> Borrowed:
+        """Where an input or output lies."""
+        value = self._inputs[name] if name in self._inputs else self._outputs[name]
+        return Borrowed(value.data_ptr(), tuple(value.shape()), ort_dtype(value), value)
 
     def launch(self) -> None:
         """Starts one execution."""
@@ -244,7 +253,7 @@ def _closed() -> EngineError:
     return EngineError("the engine is closed", hint="load it again")
 
 
-def _empty(shape: Sequence[int], element_type: Any, stream: Stream) -> Any:
+def empty(shape: Sequence[int], element_type: Any, stream: Stream) -> Any:
     """New memory of the device, as an OrtValue."""
     import onnxruntime
 
@@ -253,7 +262,7 @@ def _empty(shape: Sequence[int], element_type: Any, stream: Stream) -> Any:
 
 def _copy(value: Any, stream: Stream) -> Any:
     """Starts copying an OrtValue into new memory of the device."""
-    copy = _empty(value.shape(), value.element_type(), stream)
+    copy = empty(value.shape(), value.element_type(), stream)
     stream.copy(copy.data_ptr(), value.data_ptr(), value.tensor_size_in_bytes())
     return copy
 

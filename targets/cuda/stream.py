@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 
+from ...errors import EngineError
 from .driver import call
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for work on the default stream
@@ -50,6 +51,29 @@ class Stream:
         """Starts a copy between two addresses of hosts or devices; the driver knows where they lie."""
         addresses = (ctypes.c_uint64(destination), ctypes.c_uint64(source))
         call("cuMemcpyAsync", *addresses, ctypes.c_size_t(size_bytes), self._stream)
+
+    def reach(self, other: Stream) -> None:
+        """Lets copies between the two devices go directly, where the machine can; elsewhere they go by the host."""
+        able = ctypes.c_int()
+        call("cuDeviceCanAccessPeer", ctypes.byref(able), self.device, other.device)
+        if able.value:
+            with self.current(), contextlib.suppress(EngineError):  # an earlier engine has done it
+                call("cuCtxEnablePeerAccess", other._context, 0)
+
+    def send(self, other: Stream, destination: int, source: int, size_bytes: int) -> None:
+        """Starts a copy, behind the work of this stream, to memory of another stream's device."""
+        if other.device == self.device:
+            self.copy(destination, source, size_bytes)
+            return
+        call(
+            "cuMemcpyPeerAsync",
+            ctypes.c_uint64(destination), other._context, ctypes.c_uint64(source), self._context,
+            ctypes.c_size_t(size_bytes), self._stream,
+        )  # fmt: skip
+
+    def wait(self, event: Event) -> None:
+        """Lets what comes later on this stream wait for an event, of another device too; the host does not."""
+        call("cuStreamWaitEvent", self._stream, event.pointer, 0)
 
     def event(self) -> Event:
         """A new event."""

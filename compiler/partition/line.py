@@ -1,0 +1,172 @@
+"""The nodes of a graph one after the other, and what would have to pass where the line is cut.
+
+    position p          before node p: stages are nodes 0..p-1 and p..
+    crosses p           made before p, or an input of the model, and read at p or behind it; or an output of the model
+
+What depends on no input is not in the line: each stage has its own copy of such constants. A node with branches or a
+body stays whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+
+from ...passes.dedupe import RANDOM
+from ..debug.parts import reads
+from ..graph import Graph
+from ..graph.schemas import MICROSOFT
+from ..graph.selection import label
+from ..graph.verifier import subgraphs
+from ..signature import DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """A tensor that passes from stage to stage, where the line is cut between its first and its last place.
+
+    Attributes:
+        first: place of the node that makes it, -1 for an input of the model.
+        last: place of the last node that reads it; for an output of the model that of the last node.
+        size_bytes: None where it is not known.
+        reason: why it cannot pass; empty where it can.
+    """
+
+    name: str
+    first: int
+    last: int
+    size_bytes: int | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A constant and the places of the nodes that read it, in their order."""
+
+    size_bytes: int
+    places: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What there is to cut.
+
+    Attributes:
+        labels: of the nodes, in their order.
+        whole: labels of nodes with branches or a body.
+    """
+
+    labels: tuple[str, ...]
+    crossings: tuple[Crossing, ...]
+    weights: tuple[Weight, ...]
+    whole: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def line_of(graph: Graph, sized: Graph, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Line:
+    """The line of a graph.
+
+    Args:
+        sized: the same with the shapes at which bytes count, see `cost.at_sizes`.
+        shapes: of tensors, where inference does not find them.
+    """
+    main = graph.model.graph
+    nodes = list(varying(graph))
+    places = {node: place for place, node in enumerate(nodes)}
+    known = {value.name: value for value in _values(sized.model.graph)}
+    last = {value: -1 for value in main.inputs if not value.is_initializer()}
+    for place, node in enumerate(nodes):
+        last.update(dict.fromkeys(reads(node, main), place))
+    for value in main.outputs:
+        last[value] = len(nodes) - 1
+    crossings, constants = [], dict[ir.Value, list[int]]()
+    for value, end in last.items():
+        producer = value.producer()
+        if producer in places or (producer is None and not value.is_initializer()):
+            start = places.get(producer, -1) if producer is not None else -1
+            found = known.get(value.name, value)
+            size = _bytes(found, (shapes or {}).get(value.name or ""))
+            crossings.append(Crossing(value.name or "", start, end, size, "" if start < 0 else _reason(value, size)))
+    for place, node in enumerate(nodes):
+        for weight in _weights(node, main, places):
+            constants.setdefault(weight, []).append(place)
+    weights = tuple(
+        Weight(value.const_value.nbytes, tuple(dict.fromkeys(used)))
+        for value, used in constants.items()
+        if value.const_value is not None
+    )
+    whole = tuple(label(node) for node in nodes if any(True for _ in subgraphs(node)))
+    return Line(tuple(map(label, nodes)), tuple(crossings), weights, whole)
+
+
+def varying(graph: Graph) -> Iterator[ir.Node]:
+    """The nodes of the main graph that depend on its inputs, or on chance, and that its outputs depend on."""
+    main = graph.model.graph
+    needed = _needed(main)
+    moving = {value for value in main.inputs if not value.is_initializer()}
+    for node in main:
+        if node in needed and (not _is_constant(node) or any(value in moving for value in reads(node, main))):
+            moving.update(node.outputs)
+            yield node
+
+
+def _needed(main: ir.Graph) -> set[ir.Node]:
+    found: set[ir.Node] = set()
+    todo = list(main.outputs)
+    while todo:
+        node = todo.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += reads(node, main)
+    return found
+
+
+def _is_constant(node: ir.Node) -> bool:
+    """Whether a node gives the same each time, where its inputs do, and may be computed by several stages."""
+    known = node.domain in ("", MICROSOFT) and node.op_type not in RANDOM
+    return known and not any(output.is_graph_output() for output in node.outputs) and not any(subgraphs(node))
+
+
+def _weights(node: ir.Node, main: ir.Graph, places: Mapping[ir.Node, int]) -> Iterator[ir.Value]:
+    """The constants that a node reads, by way of what is computed from constants alone too."""
+    todo, seen = [node], {node}
+    while todo:
+        for value in reads(todo.pop(), main):
+            producer = value.producer()
+            if producer is None and value.is_initializer():
+                yield value
+            elif producer is not None and producer not in places and producer not in seen:
+                seen.add(producer)
+                todo.append(producer)
+
+
+def _values(main: ir.Graph) -> Iterator[ir.Value]:
+    yield from main.inputs
+    for node in main:
+        yield from node.outputs
+
+
+def _bytes(value: ir.Value, shape: tuple[int, ...] | None) -> int | None:
+    if value.dtype is None or value.dtype == ir.DataType.STRING or value.shape is None:
+        return None
+    sizes = [axis for axis in value.shape if isinstance(axis, int)]
+    if len(sizes) < len(value.shape):
+        if shape is None:
+            return None
+        sizes = list(shape)
+    return math.ceil(math.prod(sizes) * float(value.dtype.itemsize))
+
+
+def _reason(value: ir.Value, size: int | None) -> str:
+    if not isinstance(value.type, ir.TensorType):
+        return f"{value.name!r} is no tensor"
+    dtype = value.type.dtype.name.lower()
+    named = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+    if named not in DTYPES or named == "bfloat16":
+        return f"{value.name!r} is of {named}, which arrays cannot hold"
+    return f"the shape of {value.name!r} is known only when it runs" if size is None else ""
