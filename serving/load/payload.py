@@ -58,7 +58,8 @@ class Payload:
             return True
         reference = expected.astype(np.float32, copy=False).ravel()
         apart = found.astype(np.float32, copy=False).ravel() - reference
-        return bool(apart @ apart <= self.limit**2 * max(reference @ reference, 1e-12 * reference.size))
+        norm = max(float(reference @ reference), 1e-12 * reference.size)
+        return bool(float(apart @ apart) <= self.limit**2 * norm)
 
 
 def from_bundle(model: RemoteModel, bundle: Path, engine: str | None, rows: int) -> Payload:
