@@ -20,7 +20,7 @@ HEADER = '<ir_version: 8, opset_import: ["": 17]>\n'
 QUANTIZE = QuantizeDynamic()
 K, N, HIDDEN = 64, 512, 32
 CLOSE_DB = 34
-"""SNR of products in 8 bits; weights have 7 where the processor lacks VNNI, and one scale for all columns gives 20."""
+"""SNR of products in 8 bits; weights have 7 where the processor lacks VNNI."""
 
 
 def weight(*shape: int, seed: int = 0) -> np.ndarray:
