@@ -15,16 +15,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, EngineError, EnginesmithError, TargetUnavailableError, UsageError
+from ..compiler.machine.ray import connect, reason, require_ray
+from ..errors import DataError, EngineError, EnginesmithError
 from .executors import Done, Tick, tasks_of
 from .executors import Shards as There
 from .job import Choice, Job, Shards, describe, from_json, to_json
 from .layout import Layout
 from .source import Source
 from .workers import ATTEMPTS
-
-LOCAL = "local"
-"""Address that stands for a Ray of one's own, started for the run."""
 
 
 class Actor:
@@ -74,8 +72,7 @@ class OnRay:
         """Connects to Ray, and opens the engine on one of its machines."""
         import ray
 
-        if not ray.is_initialized():
-            self._connect()
+        self._own = connect(self._address)
         gpus = ray.cluster_resources().get("GPU", 0)
 
         def opened(folder: str, choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,30 +140,10 @@ class OnRay:
         if self._own:
             ray.shutdown()
 
-    def _connect(self) -> None:
-        import ray
-
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data does
-        place = {} if self._address == LOCAL else {"address": self._address}
-        try:
-            ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"no Ray answers at {self._address!r}", found=error, hint="`ray status` shows the address of a cluster"
-            ) from error
-        self._own = True
-
 
 def check_ray() -> None:
     """Raises TargetUnavailableError where Ray is not installed."""
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:
-        raise TargetUnavailableError(
-            "--ray needs Ray, which is not installed",
-            found=error,
-            hint="pip install 'enginesmith[ray]'; --gpus and --processes need nothing more",
-        ) from error
+    require_ray("ray.data", "--ray", "--gpus and --processes need nothing more")
 
 
 def _share(actors: int) -> int:
@@ -192,8 +169,7 @@ def _ray_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise EngineError("Ray failed", found=lines[-1], hint="run the same command again: it goes on") from error
+        raise EngineError("Ray failed", found=reason(error), hint="run the same command again: it goes on") from error
 
 
 def _count(attempts: Path) -> int:

@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...compiler.machine.ray import LOCAL, connect, reason, require_ray
 from ...compiler.signature import Signature
-from ...errors import EngineError, TargetUnavailableError, UsageError
+from ...errors import EngineError, UsageError
 from ..base import EngineInfo, Runner
 from .plan import Cutter, Plan
-
-LOCAL = "local"
-"""Address that stands for a Ray of one's own."""
 
 IN_FLIGHT = 8
 """Micro-batches that are under way at a time."""
@@ -103,7 +99,7 @@ class RayPipeline:
         stages = len(self._plan.links)
         self._cutter = Cutter(info.signature, stages, micro_batch or info.options.get("micro_batch"))
         self._timeout_s = timeout_s
-        self._own = _connect(address)
+        self._own = connect(address)
         needs = _needs(info, stages, resources)
         self._actors, self._graph = self._compiled(str(root), name, needs)
 
@@ -174,14 +170,7 @@ class RayPipeline:
 
 def check_ray() -> None:
     """Raises TargetUnavailableError where Ray is not installed."""
-    try:
-        import ray.dag  # noqa: F401
-    except ImportError as error:
-        raise TargetUnavailableError(
-            "a pipeline over machines needs Ray, which is not installed",
-            found=error,
-            hint="pip install 'enginesmith[ray]'; load() runs the stages in one process",
-        ) from error
+    require_ray("ray.dag", "a pipeline over machines", "load() runs the stages in one process")
 
 
 def _engine(bundle: Path, engine: str | None) -> str:
@@ -211,23 +200,6 @@ def _needs(info: EngineInfo, stages: int, resources: Sequence[Mapping[str, Any]]
     return given if len(given) == stages else list(given) * stages
 
 
-def _connect(address: str) -> bool:
-    """Whether Ray was started here, or joined."""
-    import ray
-
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    place = {} if address == LOCAL else {"address": address}
-    try:
-        ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"no Ray answers at {address!r}", found=error, hint="`ray status` shows the address of a cluster"
-        ) from error
-    return True
-
-
 def _drop(waiting: collections.deque[Any], timeout_s: float) -> None:
     """Takes what is under way out of the graph after a failure: its places are needed for the next call."""
     import ray
@@ -247,6 +219,5 @@ def _translated() -> Iterator[None]:
     except ray.exceptions.RayError as error:
         if isinstance(cause := getattr(error, "cause", None), EngineError):
             raise cause from error
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         hint = "close the pipeline and make another"
-        raise EngineError("a stage failed in Ray", found=lines[-1], hint=hint) from error
+        raise EngineError("a stage failed in Ray", found=reason(error), hint=hint) from error
