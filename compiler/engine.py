@@ -225,6 +225,18 @@ def named(manifest: Manifest, engine: str) -> EngineRecord:
     return record
 
 
+def engine_info(bundle: Path, name: str) -> EngineInfo:
+    """The description of an engine, without loading it.
+
+    Raises:
+        EngineMismatchError: it cannot be read.
+    """
+    try:
+        return EngineInfo.read(bundle / "engines" / name)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EngineMismatchError(f"engine {name} of {bundle} cannot be read", found=error) from error
+
+
 def check_files(bundle: Path, engine: str, manifest: Manifest) -> None:
     """Compares an engine's files with their hashes in the manifest.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ..compiler.engine import engine_info
 from ..compiler.manifest import Manifest
-from ..errors import EngineMismatchError, UsageError
+from ..errors import UsageError
 from ..targets.base import EngineInfo
 from .layout import Layout
 
@@ -23,17 +24,14 @@ LEAST_BATCHES = 16
 this time or, where it is not known, than so many batches."""
 
 
-def engine_info(bundle: Path, name: str) -> EngineInfo:
-    """The description of an engine, without loading it.
+def stateless_info(bundle: Path, name: str) -> EngineInfo:
+    """The description of an engine whose rows are independent of each other.
 
     Raises:
         EngineMismatchError: it cannot be read.
         UsageError: it carries state from row to row.
     """
-    try:
-        info = EngineInfo.read(bundle / "engines" / name)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EngineMismatchError(f"engine {name} of {bundle} cannot be read", found=error) from error
+    info = engine_info(bundle, name)
     if info.stateful:
         raise UsageError(
             f"engine {name} carries state from one call to the next, so rows are not independent of each other",

@@ -12,7 +12,7 @@ from ..compiler.progress import Progress
 from ..compiler.storage.files import sha256
 from ..compiler.storage.locks import taking
 from ..errors import DataError, OutputError
-from .choices import batch_of, engine_info, shard_rows_of
+from .choices import batch_of, shard_rows_of, stateless_info
 from .executors import executor
 from .job import Choice, Job
 from .layout import choose_outputs, layout_of
@@ -85,7 +85,7 @@ def run(
         choice = Choice(str(root), engine, "cuda" if gpus else None, tuple(targets))
         with contextlib.closing(executor(choice, gpus=gpus, processes=processes, ray=ray, log=log)) as runs:
             opened = None if record else runs.describe()
-            info = engine_info(root, opened["engine"] if opened else str(engine))
+            info = stateless_info(root, opened["engine"] if opened else str(engine))
             layout = layout_of(info.signature, keep=keep)
             outputs = choose_outputs(info.signature, only, keep)
             source = open_source(str(data), layout)

@@ -20,12 +20,12 @@ from typing import Literal
 
 import numpy as np
 
-from ..compiler.engine import check_files, load, named, ranked, read_manifest
+from ..compiler.engine import check_files, engine_info, load, named, ranked, read_manifest
 from ..compiler.manifest import EngineRecord, Manifest
 from ..compiler.signature import Signature
 from ..compiler.storage.files import appearing_folder, storage_errors
 from ..compiler.validation.reference import Recorded, ReferenceOutputs
-from ..errors import DataError, EngineError, EngineMismatchError, OutputError, UsageError
+from ..errors import DataError, EngineError, OutputError, UsageError
 from ..targets import get_target
 from ..targets.base import EngineInfo
 from .config import MARK, Kind, config, warmup_file
@@ -131,10 +131,7 @@ def _record(bundle: Path, manifest: Manifest, settings: Serving, *, here: bool) 
 
 
 def _info(bundle: Path, record: EngineRecord) -> EngineInfo:
-    try:
-        info = EngineInfo.read(bundle / "engines" / record["name"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EngineMismatchError(f"engine {record['name']} of {bundle} cannot be read", found=error) from error
+    info = engine_info(bundle, record["name"])
     if info.stateful:
         raise UsageError(
             f"engine {info.name} carries state from one call to the next, and requests of many clients would share it",

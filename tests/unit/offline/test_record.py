@@ -18,7 +18,7 @@ from enginesmith.errors import (
     UsageError,
 )
 from enginesmith.offline.batches import Failure
-from enginesmith.offline.choices import batch_of, engine_info, shard_rows_of
+from enginesmith.offline.choices import batch_of, shard_rows_of, stateless_info
 from enginesmith.offline.job import from_json, to_json
 from enginesmith.offline.layout import layout_of
 from enginesmith.offline.meter import Meter, duration, rate_text
@@ -202,9 +202,9 @@ def test_an_engine_with_state_is_refused(tmp_path):
     signature = Signature((TensorSpec("x", "float32", ("batch", 2)),), axes={"batch": AxisRange(1, 4, 8)})
     EngineInfo("e", "onnxruntime-cpu", "fp32", "model.onnx", signature, stateful=True).write(folder)
     with pytest.raises(UsageError, match="engine e carries state from one call to the next"):
-        engine_info(tmp_path, "e")
+        stateless_info(tmp_path, "e")
     with pytest.raises(EngineMismatchError, match=r"engine f of .* cannot be read"):
-        engine_info(tmp_path, "f")
+        stateless_info(tmp_path, "f")
 
 
 @pytest.mark.parametrize(
