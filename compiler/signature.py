@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError, RecipeError
@@ -95,11 +95,7 @@ class Signature:
         Raises:
             DataError: the first thing that does not fit.
         """
-        names = [spec.name for spec in self.inputs]
-        if missing := [name for name in names if name not in inputs]:
-            raise DataError(f"input {missing[0]!r} is missing", expected=", ".join(names), found=_join(inputs))
-        if extra := [name for name in inputs if name not in names]:
-            raise DataError(f"the model has no input {extra[0]!r}", expected=", ".join(names), found=_join(inputs))
+        check_names([spec.name for spec in self.inputs], inputs)
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             array = inputs[spec.name]
@@ -146,6 +142,18 @@ class Signature:
             axes={name: AxisRange(**axis) for name, axis in value["axes"].items()},
             structure=value["structure"],
         )
+
+
+def check_names(names: Sequence[str], inputs: Mapping[str, Any]) -> None:
+    """Checks that inputs have these names and no others.
+
+    Raises:
+        DataError: the first that is missing, or too many.
+    """
+    if missing := [name for name in names if name not in inputs]:
+        raise DataError(f"input {missing[0]!r} is missing", expected=", ".join(names), found=_join(inputs))
+    if extra := [name for name in inputs if name not in names]:
+        raise DataError(f"the model has no input {extra[0]!r}", expected=", ".join(names), found=_join(inputs))
 
 
 def parse_inputs(inputs: Iterable[str], dynamic: Iterable[str] = ()) -> Signature:

@@ -23,6 +23,13 @@ RESTRICTED = "shared-memory,model-repository,logging,trace"
 
 ADMIN_KEY = "enginesmith-admin"
 CLIENT = "pip install 'tritonclient[grpc]'"
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.use_local_subchannel_pool", 1),  # a server that came back is not taken for one still away
+)
+"""Of every client: messages of any size, and a server that was away is soon found again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +124,7 @@ class Endpoint:
         address = ipaddress.ip_address(self.host) if re.fullmatch(r"[\d.]+|.*:.*", self.host) else None
         local = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(str(address), self.host)
         url = f"{_bracketed(local)}:{self.port}"
-        options: list[tuple[str, Any]] = [
-            ("grpc.max_send_message_length", -1),
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 500),
-            ("grpc.use_local_subchannel_pool", 1),  # a server that came back is not taken for one still away
-        ]
+        options: list[tuple[str, Any]] = [*CHANNEL_OPTIONS, ("grpc.max_reconnect_backoff_ms", 500)]
         if not (self.cert and self.key):
             return InferenceServerClient(url, channel_args=options)
         cert, key = self.cert.read_bytes(), self.key.read_bytes()

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..compiler.signature import check_names
 from ..errors import DataError, EngineError, TargetUnavailableError, UsageError
-from .endpoint import CLIENT
+from .endpoint import CHANNEL_OPTIONS, CLIENT
 from .layout import TYPES
 
 DTYPES = {triton: name for name, triton in TYPES.items()}
@@ -64,14 +65,7 @@ class Access:
         return module.secure_channel(self.target, grpc.ssl_channel_credentials(root, key, cert), options=_OPTIONS)
 
 
-_OPTIONS = (
-    ("grpc.lb_policy_name", "round_robin"),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.use_local_subchannel_pool", 1),  # a server that came back is not taken for one still away
-)
+_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.lb_policy_name", "round_robin"), ("grpc.max_reconnect_backoff_ms", 1000)]
 
 
 def stub(channel: Any) -> Any:
@@ -139,11 +133,7 @@ class RemoteModel:
         Raises:
             DataError: the first thing that does not fit.
         """
-        names = [tensor.name for tensor in self.inputs]
-        if missing := [name for name in names if name not in inputs]:
-            raise DataError(f"input {missing[0]!r} is missing", expected=", ".join(names), found=_join(inputs))
-        if extra := [name for name in inputs if name not in names]:
-            raise DataError(f"the model has no input {extra[0]!r}", expected=", ".join(names), found=_join(inputs))
+        check_names([tensor.name for tensor in self.inputs], inputs)
         for tensor in self.inputs:
             tensor.check(inputs[tensor.name])
 
@@ -205,7 +195,3 @@ def _read(path: Path | None) -> bytes | None:
 def _is_address(url: str) -> bool:
     host, colon, port = url.rpartition(":")
     return bool(host and colon) and "/" not in host and port.isdigit()
-
-
-def _join(inputs: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, inputs)) or "nothing"
