@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -15,9 +15,10 @@ from ..errors import EngineError, TargetUnavailableError
 from .config import MARK
 from .endpoint import Endpoint
 from .repository import Repository
+from .server import Server
 from .triton import Triton, find
 
-LIMIT_S = 60.0
+LIMIT_S, STOP_S = 60.0, 15.0
 
 _STUB = """\
 import triton_python_backend_utils as pb_utils
@@ -89,18 +90,13 @@ def _loaded(triton: Triton, repository: Repository, scratch: Path) -> str:
     command = triton.command(
         model.parent, "--exit-on-error", "true", "--disable-auto-complete-config", port=endpoint.port
     )
-    log = scratch / "server.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=triton.environment)
+    prefix = f"enginesmith_check_{os.getpid()}_"
+    command += ["--backend-config", f"python,shm-region-prefix-name={prefix}"]
+    server = Server(command, triton.environment, scratch / "server.log", prefix)
     try:
-        said = _wait(process, log)
+        said = _wait(server, scratch / "server.log")
     finally:
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        server.stop(STOP_S, lambda line: None, impatient=lambda: False, healed=False)
     if problem := _problem(said, repository.name):
         raise EngineError(f"Triton {triton.version} refuses {repository.config}: {problem}")
     return f"{PASSED}, Triton {triton.version}"
@@ -115,10 +111,10 @@ def _of_stub(text: str) -> str:
     return "\n".join(line for line in lines if not line.startswith("parameters") or MARK in line) + "\n"
 
 
-def _wait(process: subprocess.Popen[bytes], log: Path) -> str:
+def _wait(server: Server, log: Path) -> str:
     """What the server logged until it is ready or has ended."""
     deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and server.code is None:
         if "Started GRPCInferenceService" in (said := log.read_text(errors="replace")):
             return said
         time.sleep(0.05)

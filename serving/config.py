@@ -30,8 +30,8 @@ def config(
     platform: str = "",
     file: str = "",
     preferred: Sequence[int] = (),
-    parameters: Mapping[str, str] = {},
-    warmup: Mapping[str, Sequence[int]] = {},
+    parameters: Mapping[str, str] | None = None,
+    warmup: Mapping[str, Sequence[int]] | None = None,
 ) -> str:
     """The text of config.pbtxt.
 
@@ -58,7 +58,7 @@ def config(
         lines.append(_batching(settings, [size for size in preferred if size <= largest]))
     if warmup:
         lines.append(_warmup(signature, warmup, merged))
-    for key, value in {**parameters, MARK: engine}.items():
+    for key, value in {**(parameters or {}), MARK: engine}.items():
         lines.append(f"parameters {{ key: {_text(key)} value {{ string_value: {_text(value)} }} }}")
     return "\n".join(lines) + "\n"
 
