@@ -13,23 +13,20 @@ Exits with 1 where a promise is broken.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _results import command, write
+from _served import served
 from torch import nn
 
 import enginesmith
@@ -94,28 +91,10 @@ def compiled(name: str, folder: Path) -> Path:
     return folder / name
 
 
-@contextlib.contextmanager
-def served(bundle: Path, *options: str) -> Iterator[str]:
-    """The address of a server."""
-    words = [sys.executable, "-m", "enginesmith", "serve", str(bundle), "--port", "0", "--metrics-port", "0", "--json"]
-    process = subprocess.Popen([*words, *options], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-    assert process.stdout is not None
-    text = ""
-    for line in process.stdout:
-        text += line
-        if line == "}\n":
-            break
-    try:
-        yield json.loads(text)["grpc"]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
 def loaded(bundle: Path, options: tuple[str, ...], clients: int, seconds: float) -> dict[str, Any]:
     """A closed loop; every answer is checked."""
-    with served(bundle, *options) as url:
-        words = [sys.executable, "-m", "enginesmith", "load-test", url, "--bundle", str(bundle), "--json"]
+    with served(bundle, *options) as (_, info):
+        words = [sys.executable, "-m", "enginesmith", "load-test", info["grpc"], "--bundle", str(bundle), "--json"]
         words += ["--clients", str(clients), "--duration", str(seconds), "--warmup", str(WARMUP_S)]
         result: dict[str, Any] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     return result["closed"][0]  # type: ignore[no-any-return]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import psutil
 import tritonclient.grpc as triton
 from _results import write
+from _served import served
 from tritonclient.utils import InferenceServerException
 
 from enginesmith.compiler.engine import ranked, read_manifest
@@ -89,35 +89,25 @@ def main() -> None:
     manifest = read_manifest(options.bundle)
     record = ranked(manifest)[0]
     samples = list(ReferenceOutputs(options.bundle / "reference", Signature.from_json(manifest["signature"])))
-    command = [sys.executable, "-m", "enginesmith", "serve", str(options.bundle), "--engine", record["name"]]
-    served = subprocess.Popen([*command, "--json", "--port", "0", "--metrics-port", "0"], stdout=subprocess.PIPE)
-    assert served.stdout is not None
-    lines = iter(served.stdout.readline, b"")
-    text = b""
-    for line in lines:
-        text += line
-        if line == b"}\n":
-            break
-    info = json.loads(text)
     stop = threading.Event()
     limit = limit_of(record)
-    clients = [Client(info["grpc"], info["model"], samples, limit, n, stop) for n in range(options.clients)]
-    watched = dict(processes(psutil.Process(served.pid)))
-    seen: dict[str, dict[str, list[float]]] = {role: {"rss_mb": [], "handles": []} for role in watched}
-    for client in clients:
-        client.start()
-    began = time.monotonic()
-    while time.monotonic() < began + 60 * options.minutes:
-        time.sleep(1)
-        for role, process in watched.items():
-            seen[role]["rss_mb"].append(process.memory_info().rss / 1e6)
-            seen[role]["handles"].append(process.num_fds())
-    took_s = time.monotonic() - began
-    stop.set()
-    for client in clients:
-        client.join(timeout=90)
-    served.terminate()
-    code = served.wait(timeout=90)
+    with served(options.bundle, "--engine", record["name"]) as (process, info):
+        clients = [Client(info["grpc"], info["model"], samples, limit, n, stop) for n in range(options.clients)]
+        watched = dict(processes(psutil.Process(process.pid)))
+        seen: dict[str, dict[str, list[float]]] = {role: {"rss_mb": [], "handles": []} for role in watched}
+        for client in clients:
+            client.start()
+        began = time.monotonic()
+        while time.monotonic() < began + 60 * options.minutes:
+            time.sleep(1)
+            for role, watching in watched.items():
+                seen[role]["rss_mb"].append(watching.memory_info().rss / 1e6)
+                seen[role]["handles"].append(watching.num_fds())
+        took_s = time.monotonic() - began
+        stop.set()
+        for client in clients:
+            client.join(timeout=90)
+    code = process.returncode
 
     latencies_ms = np.array([1e3 * s for client in clients for s in client.latencies_s])
     found: dict[str, Any] = {
