@@ -237,6 +237,13 @@ def engine_info(bundle: Path, name: str) -> EngineInfo:
         raise EngineMismatchError(f"engine {name} of {bundle} cannot be read", found=error) from error
 
 
+def best_batch(info: EngineInfo, manifest: Manifest) -> int | None:
+    """The best batch that was found for an engine, of those that it takes; None where it was not searched."""
+    axis = info.signature.axes.get(info.signature.batch_axis or "")
+    curves = (curve for curve in manifest.get("batches", ()) if curve["engine"] == info.name)
+    return next((best_within(curve, axis.max) for curve in curves if axis), None)
+
+
 def check_files(bundle: Path, engine: str, manifest: Manifest) -> None:
     """Compares an engine's files with their hashes in the manifest.
 
@@ -297,14 +304,7 @@ def _open(
             f"engine {info.name} does not run on {device}", expected=device, found=" or ".join(runs_on)
         )
     check_machine(info, target, _rebuild(root))
-    return Engine(info, target.runner(folder, info), _best_batch(info, manifest))
-
-
-def _best_batch(info: EngineInfo, manifest: Manifest) -> int | None:
-    """The best batch that was found for an engine, of those that it takes; None where it was not searched."""
-    axis = info.signature.axes.get(info.signature.batch_axis or "")
-    curves = (curve for curve in manifest.get("batches", ()) if curve["engine"] == info.name)
-    return next((best_within(curve, axis.max) for curve in curves if axis), None)
+    return Engine(info, target.runner(folder, info), best_batch(info, manifest))
 
 
 def _excluded(record: EngineRecord) -> str:

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..compiler.engine import check_files, engine_info, load, named, ranked, read_manifest
+from ..compiler.engine import best_batch, check_files, engine_info, load, named, ranked, read_manifest
 from ..compiler.manifest import EngineRecord, Manifest
 from ..compiler.signature import Signature
 from ..compiler.storage.files import appearing_folder, storage_errors
@@ -106,7 +106,7 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
             file=model.file if model else "",
             engine=record["name"],
             kind=kind,
-            preferred=settings.preferred or _best_batches(manifest, record),
+            preferred=settings.preferred or ([best] if (best := best_batch(info, manifest)) else []),
             parameters=model.parameters if model else {},
             warmup=_write_warmup(bundle, info.signature, partial / "warmup", merged=found.max_batch > 0),
         )
@@ -165,12 +165,6 @@ def _is_ours(home: Path) -> bool:
         return home.is_dir() and f'key: "{MARK}"' in (home / "config.pbtxt").read_text()
     except (OSError, ValueError):
         return False
-
-
-def _best_batches(manifest: Manifest, record: EngineRecord) -> list[int]:
-    """The batch with the most throughput, where it was searched."""
-    curves = (curve for curve in manifest.get("batches", ()) if curve["engine"] == record["name"])
-    return [curve["best"] for curve in curves if curve["best"] is not None]
 
 
 def _copy_engine(source: Path, version: Path) -> None:

@@ -63,9 +63,14 @@ def test_a_bundle_without_a_record_has_no_warm_up(bundle, tmp_path):
     assert "model_warmup" not in (tmp_path / "models/net/config.pbtxt").read_text()
 
 
+def curve(engine: str, best: int) -> dict:
+    rates = [{"batch": batch, "samples_per_s": 2.0 if batch == best else 1.0, "p99_ms": 1.0} for batch in (1, 2, 4, 8)]
+    return {"engine": engine, "points": rates, "p99_limit_ms": None, "best": best}
+
+
 def test_the_best_batch_of_the_search_is_preferred(bundle, tmp_path):
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["batches"] = [{"engine": "fast", "best": 4}, {"engine": "slow", "best": 2}]
+    manifest["batches"] = [curve("fast", 4), curve("slow", 2)]
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     text = export(bundle, tmp_path / "models", Serving()).config.read_text()
     assert "preferred_batch_size: [4]" in text
