@@ -331,7 +331,8 @@ def _diagnose() -> click.Command:
 
 
 def _run() -> click.Command:
-    from .compiler.console.offline import parse_gpus, run_options
+    from .compiler.console.numbers import parse_numbers
+    from .compiler.console.offline import run_options
 
     def run(bundle: Path, out: str, gpus: str | None, as_json: bool, quiet: bool, **options: Any) -> int:
         from .compiler.console.offline import running, show_outputs
@@ -340,7 +341,9 @@ def _run() -> click.Command:
         try:
             with contextlib.redirect_stdout(sys.stderr), running(quiet) as progress:  # a data function may print
                 log = partial(click.echo, err=True)
-                result = run_data(bundle, out=out, gpus=parse_gpus(gpus), progress=progress, log=log, **options)
+                result = run_data(
+                    bundle, out=out, gpus=parse_numbers("--gpus", gpus), progress=progress, log=log, **options
+                )
         except (KeyboardInterrupt, SystemExit) as interruption:
             click.echo("enginesmith: stopped; the same command goes on where it was", err=True)
             return interruption.code if isinstance(interruption, SystemExit) else 130  # type: ignore[return-value]

@@ -30,7 +30,7 @@ class Serving:
     name: str | None = _option(None, "Name of the model. Default: that of the bundle's folder.")
     max_batch: int | None = _option(None, "Largest batch that requests are merged to. Default: the engine's largest.")
     preferred: tuple[int, ...] = _option(
-        (), "Batches to merge requests to where it can be had; several times. Default: the batch search's best."
+        (), "Batches to merge requests to where it can be had. Default: the batch search's best."
     )
     merge: bool = _option(True, "Merge requests that wait at the same time to one batch.")
     queue_delay_us: int = _option(0, "Microseconds that a request may wait for others to be merged with.")
@@ -42,7 +42,7 @@ class Serving:
     )
     priorities: int = _option(0, "Levels of priority that requests may have, 1 being the highest; 0 for none.")
     instances: int = _option(1, "Copies of the engine, on each GPU where there are any.")
-    gpus: tuple[int, ...] = _option((), "GPU to use, by number; several times. Default: all that the server has.")
+    gpus: tuple[int, ...] = _option((), "GPUs to use, with an instance on each. Default: all that the server has.")
 
     def __post_init__(self) -> None:
         least = {"max_batch": 1, "queue_delay_us": 0, "max_queue": 1, "priorities": 0, "instances": 1}

@@ -119,17 +119,3 @@ def _show_failures(failed: Sequence[dict[str, Any]]) -> None:
         console.print(escape(f"{failure['file']}, {rows}: {failure['reason']}"), soft_wrap=True, highlight=False)
     if len(failed) > SHOWN:
         console.print(f"and {len(failed) - SHOWN} more, in manifest.json", soft_wrap=True)
-
-
-def parse_gpus(text: str | None) -> tuple[int, ...]:
-    """Numbers of GPUs.
-
-    Raises:
-        UsageError: the text holds something else.
-    """
-    from ...errors import UsageError
-
-    try:
-        return tuple(int(number) for number in text.split(",")) if text else ()
-    except ValueError as error:
-        raise UsageError(f"--gpus {text!r} cannot be read", expected="numbers with commas between, as 0,1") from error

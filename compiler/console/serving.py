@@ -14,9 +14,7 @@ import click
 from ...serving.checks import PASSED, Checked, check
 from ...serving.repository import Form, Repository, export
 from ...serving.settings import STALLS, Serving
-
-ONE = {"gpus": "gpu"}
-"""Options that are given once for each of several values, by another name than their field's."""
+from .numbers import parse_numbers
 
 
 def serving_options() -> list[click.Parameter]:
@@ -31,20 +29,27 @@ def serving_of(values: Mapping[str, Any]) -> Serving:
     Raises:
         RecipeError: they make no sense.
     """
-    return Serving(**{field.name: values[field.name] for field in dataclasses.fields(Serving)})
+    given = {field.name: values[field.name] for field in dataclasses.fields(Serving)}
+    for field in dataclasses.fields(Serving):
+        if field.default == ():
+            given[field.name] = parse_numbers(_spelling(field), given[field.name])
+    return Serving(**given)
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Parameter:
-    spelling = "--" + ONE.get(field.name, field.name).replace("_", "-")
-    several = typing.get_origin(hint) is tuple
+    """Several numbers stand in one option, with commas between."""
+    spelling, text = _spelling(field), field.metadata["help"]
+    if typing.get_origin(hint) is tuple:
+        return click.Option([spelling, field.name], metavar="N,...", help=text)
     kind = next(part for part in (typing.get_args(hint) or (hint,)) if part is not types.NoneType)
-    shown = not several and field.default is not None
     if kind is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
     names = [spelling, *(["-e"] if field.name == "engine" else []), field.name]
-    return click.Option(
-        names, type=kind, multiple=several, default=field.default, show_default=shown, help=field.metadata["help"]
-    )
+    return click.Option(names, type=kind, default=field.default, show_default=field.default is not None, help=text)
+
+
+def _spelling(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
 
 
 def export_options() -> list[click.Parameter]:
