@@ -17,6 +17,10 @@ from tritonclient.utils import InferenceServerException
 network = runpy.run_path(str(Path(__file__).parent / "small_bundles.py"))["network"]
 
 
+ON_ITS_WAY_S = 0.25
+"""How long a request may take to reach the server where others use the processors."""
+
+
 def infer_input(x: np.ndarray, name: str = "x", kind: str = "FP32") -> Any:
     return triton.InferInput(name, list(x.shape), kind).set_data_from_numpy(x)
 
@@ -72,6 +76,19 @@ class Load:
 
     def count(self, outcome: str) -> int:
         return sum(answer.outcome == outcome for answer in list(self.answers))
+
+    def unanswered(self, asked_at: float) -> list[Answer]:
+        """Requests that were sent before the server was asked to end, and got no right answer.
+
+        One that was sent just before may have come just after, and is refused then as every later one.
+        """
+        return [
+            answer
+            for answer in list(self.answers)
+            if answer.sent < asked_at - 0.005
+            and answer.outcome != "right"
+            and not ("Server is stopping" in answer.error and answer.sent > asked_at - ON_ITS_WAY_S)
+        ]
 
     def errors(self) -> dict[str, int]:
         return collections.Counter(a.error for a in list(self.answers) if a.outcome == "error")

@@ -32,7 +32,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(bundle, tmp_path_factory):
-    found = Served(bundle, tmp_path_factory.mktemp("served"))
+    found = Served(bundle, tmp_path_factory.mktemp("served"), "--queue-delay-us", "20000")  # so that all is merged
     yield found
     assert found.end() == 0
 
