@@ -129,6 +129,36 @@ def test_an_axis_that_varies_with_the_batch_keeps_its_range(read, context):
     assert (bounds.min, bounds.opt, bounds.max) == (8, 24, 64)
 
 
+SHAPED = """g (float[N,4] x, float[N,8,2] z) => (float[N,8] y) <int64[1] eight = {8}, float[1,1] one = {1}>
+    { n = Shape<start = 0, end = 1>(z) s = Concat<axis = 0>(n, eight) a = Relu(x) b = Neg(a) c = Expand(one, s)
+      d = ReduceSum(b, axis) y = Mul(c, d) }"""
+
+
+@pytest.mark.parametrize(("cut", "taken"), [("b", ["b", "c"]), ("d", ["c", "d"]), ("a", ["a"])])
+def test_shapes_are_looked_at_again_and_do_not_pass(read, context, cut, taken):
+    graph = read(SHAPED.replace("int64[1] eight", "int64[1] axis = {1}, int64[1] eight"))
+    nodes = [node for node in graph.model.graph if label(node) in "abcdy"]
+    order = [label(node) for node in nodes]
+    for node in nodes:
+        mark(node, int(order.index(label(node)) > order.index(cut)) if label(node) != "c" else int(cut == "a"))
+    signature = context(graph).signature
+    stages = split(graph, signature)
+    assert [spec.name for spec in stages[1].signature.inputs] == taken
+    feed = {"x": np.ones((3, 4), np.float32), "z": np.ones((3, 8, 2), np.float32)}
+    np.testing.assert_array_equal(in_stages(graph, signature, feed)[0], whole(graph, feed)[0])
+
+
+def test_a_whole_shape_takes_its_tensor_along(read, context):
+    graph = read("""g (float[N,4] x, float[N,M] z) => (float[N,M] y) <int64[1] axis = {1}>
+        { s = Shape(z) a = Relu(x) b = ReduceSum(a, axis) y = Expand(b, s) }""")
+    assert Partition(stages=3)(graph, context(graph)).modified
+    assert stages_of(graph)[None] == ["s"]
+    signature = context(graph).signature
+    assert [spec.name for spec in split(graph, signature)[2].signature.inputs] == ["b", "z"]
+    feed = {"x": np.ones((3, 4), np.float32), "z": np.ones((3, 5), np.float32)}
+    np.testing.assert_array_equal(in_stages(graph, signature, feed)[0], whole(graph, feed)[0])
+
+
 def test_branches_stay_whole(read, context):
     graph = read("""g (float[N,4] x, bool[1] c) => (float[N,4] y)
         { a = Relu(x) b = If (c) <
