@@ -10,8 +10,8 @@
     choose p1 < p2 < ...    with the fewest bytes, among the cuts whose slowest stage is at most (1 + slack) times the
                             best one's, and whose stages each fit in the memory
 
-Constants, and what is computed from constants alone, belong to no stage: each stage has its own copy. An axis may be
-dynamic across a cut. Refused: cuts inside of branches and loop bodies, which stay whole; cuts at tensors that arrays
+Constants, and what is computed from constants or from shapes alone, belong to no stage: each stage has its own copy.
+An axis may be dynamic across a cut. Refused: cuts inside of branches and loop bodies, which stay whole; cuts at tensors that arrays
 cannot hold, or whose size is known only when they are computed; more stages than places to cut at. What the runtime
 fuses to one kernel is cut only where there are no other places.
 """
