@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from .compiler.recipe import Recipe
     from .offline.results import Outputs
     from .offline.run import run
+    from .serving.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Engine", "Outputs", "Recipe", "__version__", "compare", "compile", "load", "run"]
+__all__ = ["Bundle", "Client", "Engine", "Outputs", "Recipe", "__version__", "compare", "compile", "load", "run"]
 
 _HOMES = {
     "Bundle": ".compiler.bundle",
+    "Client": ".serving.client",
     "Engine": ".compiler.engine",
     "Outputs": ".offline.results",
     "Recipe": ".compiler.recipe",

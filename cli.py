@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": "Compare two bundles or engines, A and B; exit code 1 where B regressed.",
     "export-triton": "Write a bundle as a model repository of Triton Inference Server.",
     "serve": "Serve a bundle by gRPC, merging requests, until SIGTERM or Ctrl-C.",
+    "load-test": "Measure a service: latency and throughput under load, and where it is overloaded.",
     "debug": "Find the node that makes the error of an engine.",
     "diagnose": "Show where the time of a model or bundle goes, what limits it, and what would help.",
     "run": "Run an engine of a bundle over files of inputs, and go on where an earlier run was stopped.",
@@ -247,6 +248,19 @@ def _serve() -> click.Command:
     return click.Command("serve", params=[_BUNDLE, *serve_options()], callback=run)
 
 
+def _load_test() -> click.Command:
+    from .compiler.console.load import load_options
+
+    def run(urls: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
+        from .compiler.console.load import load_test, show_load, show_measurement
+
+        result = load_test(urls, values, lambda found: None if quiet or as_json else show_measurement(found))
+        _show(result, as_json, quiet, lambda: show_load(result))
+        return 1 if result["problems"] else 0
+
+    return click.Command("load-test", params=load_options(), callback=run)
+
+
 def _debug() -> click.Command:
     from .compiler.console.flags import field_options, overrides
 
@@ -402,6 +416,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "compare": _compare,
     "export-triton": _export_triton,
     "serve": _serve,
+    "load-test": _load_test,
     "debug": _debug,
     "diagnose": _diagnose,
     "run": _run,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +14,6 @@ from ..errors import DataError
 from .layout import Layout
 from .parts import Arrays, Part, Rows
 from .plan import BadRows, Piece
-
-T = TypeVar("T")
-
-GROUP_BYTES = 1 << 20
-"""What is read at once, where batches are smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,36 +201,3 @@ def _failures(chunk: _Chunk) -> Iterator[Failure]:
     ):
         rows = [row for _, (row, _) in group]
         yield Failure(chunk.part, chunk.start + rows[0], chunk.start + rows[-1] + 1, reason)
-
-
-def grouped(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
-    """The same batches, small ones together: a thread that wakes up for each would cost more than it reads."""
-    group: list[Batch] = []
-    size = 0
-    for batch in batches:
-        group.append(batch)
-        size += sum(array.nbytes for array in batch.inputs.values())
-        if size >= GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-@contextlib.contextmanager
-def ahead(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
-    """The same items, of which a thread has up to `depth` ready. What it raises is raised where they are read."""
-    end = object()
-    with ThreadPoolExecutor(1, "enginesmith-read") as thread:
-        ready = collections.deque(thread.submit(next, items, end) for _ in range(depth))
-
-        def consume() -> Iterator[T]:
-            while (item := ready.popleft().result()) is not end:
-                ready.append(thread.submit(next, items, end))
-                yield cast("T", item)
-
-        try:
-            yield consume()
-        finally:
-            for future in ready:
-                future.cancel()

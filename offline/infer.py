@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import EngineError, EnginesmithError
-from .batches import Batch, Failure, ahead, grouped
+from .ahead import ahead, grouped
+from .batches import Batch, Failure
 from .parts import Arrays
 from .shards import Shard, write_shard
 

@@ -71,6 +71,8 @@ def rate_text(rate: float) -> str:
 
 def duration(seconds: float) -> str:
     """In the two largest units."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     seconds = round(seconds)
     if seconds >= 86400:
         return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

@@ -7,21 +7,20 @@ import glob
 import hashlib
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..compiler.data import digest
-from ..compiler.sources.guard import first_line, foreign, where
-from ..compiler.sources.user_code import check_call, load_symbol
 from ..compiler.storage.files import sha256
 from ..errors import DataError
 from .arrays import NpyPart, NpzPart
+from .functions import function_parts, polygraphy_parts
 from .layout import Layout
 from .lines import LinesPart, first_line_of
-from .parts import MemoryPart, Part
+from .parts import Part
 
 KINDS: Mapping[str, Callable[..., Part]] = {
     ".npy": NpyPart,
@@ -60,9 +59,9 @@ def open_source(text: str, layout: Layout) -> Source:
     """
     path = Path(text)
     if ".py:" in text and not path.exists():
-        return Source(text, _function(text), files=False, identity={"code_sha256": digest(text), "function": text})
+        return Source(text, function_parts(text), files=False, identity={"code_sha256": digest(text), "function": text})
     if path.suffix == ".json" and path.is_file():
-        return Source(text, _polygraphy(path), files=False, identity={"files": 1, "content_sha256": sha256(path)})
+        return Source(text, polygraphy_parts(path), files=False, identity={"files": 1, "content_sha256": sha256(path)})
     files = _files(text)
     counted: dict[Path, Part] = {}
 
@@ -170,61 +169,3 @@ def _identity(files: list[Path]) -> dict[str, Any]:
         raise DataError(f"{error.filename} cannot be read", found=error.strerror) from error
     kind = "content_sha256" if small else "sizes_and_times_sha256"
     return {"files": len(files), "bytes": sum(fact.st_size for fact in facts), kind: result.hexdigest()}
-
-
-def _function(text: str) -> Callable[[], Iterator[Part]]:
-    file = Path(text.rpartition(":")[0]).absolute()
-
-    def failed(error: BaseException) -> DataError:
-        return DataError(f"the data function failed at {where(error, file)}", found=first_line(error))
-
-    def parts() -> Iterator[Part]:
-        function = load_symbol(text, kind="data function", error=DataError)
-        check_call(function, text, kind="data function", error=DataError)
-        with foreign(failed):
-            made = function()
-        if not isinstance(made, Iterable):
-            raise DataError(
-                f"data function {text!r} gives nothing that can be iterated",
-                expected="dicts of arrays by input name",
-                found=type(made).__name__,
-            )
-        items, count = iter(made), 0
-        while True:
-            with foreign(failed):
-                item = next(items, None)
-            if item is None:
-                return
-            yield _memory_part(item, f"{text}, batch {count}")
-            count += 1
-
-    return parts
-
-
-def _polygraphy(path: Path) -> Callable[[], Iterator[Part]]:
-    def parts() -> Iterator[Part]:
-        from polygraphy.exception import PolygraphyException
-        from polygraphy.json import load_json
-
-        try:
-            feeds = list(load_json(str(path)))
-        except (PolygraphyException, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not a Polygraphy input file", found=error) from error
-        for count, feed in enumerate(feeds):
-            yield _memory_part(feed, f"{path}, batch {count}")
-
-    return parts
-
-
-def _memory_part(item: Any, name: str) -> MemoryPart:
-    if not isinstance(item, Mapping):
-        raise DataError(f"{name} is no dict of arrays by input name", found=type(item).__name__)
-    arrays: dict[str, np.ndarray] = {}
-    for key, value in item.items():
-        try:
-            arrays[str(key)] = np.asarray(value)
-        except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot take
-            raise DataError(f"{name}: {key!r} is no array", found=error) from error
-        if arrays[str(key)].dtype.hasobject:
-            raise DataError(f"{name}: {key!r} holds Python objects", expected="an array of numbers or text")
-    return MemoryPart(name, arrays)

@@ -75,16 +75,23 @@ def _instances(settings: Serving, kind: Kind) -> str:
 
 
 def _batching(settings: Serving, preferred: Sequence[int]) -> str:
-    policy = [f"max_queue_size: {settings.max_queue}", "timeout_action: REJECT", "allow_timeout_override: true"]
-    if settings.timeout_ms is not None:
-        policy.append(f"default_timeout_microseconds: {max(1, round(settings.timeout_ms * 1000))}")
     parts = [f"  preferred_batch_size: {sorted(preferred)}"] if preferred else []
     parts.append(f"  max_queue_delay_microseconds: {settings.queue_delay_us}")
     if settings.priorities:
         middle = (settings.priorities + 1) // 2
         parts.append(f"  priority_levels: {settings.priorities}\n  default_priority_level: {middle}")
-    parts.append("  default_queue_policy { " + " ".join(policy) + " }")
+    if settings.bounds_queue:  # only then: see Serving.stalls
+        parts.append(f"  default_queue_policy {{ {_policy(settings)} }}")
     return "dynamic_batching {\n" + "\n".join(parts) + "\n}"
+
+
+def _policy(settings: Serving) -> str:
+    policy = ["timeout_action: REJECT", "allow_timeout_override: true"]
+    if settings.max_queue is not None:
+        policy.append(f"max_queue_size: {settings.max_queue}")
+    if settings.timeout_ms is not None:
+        policy.append(f"default_timeout_microseconds: {max(1, round(settings.timeout_ms * 1000))}")
+    return " ".join(policy)
 
 
 def _warmup(signature: Signature, shapes: Mapping[str, Sequence[int]], merged: bool) -> str:

@@ -35,7 +35,7 @@ def is_installed() -> bool:
 
 
 def command(
-    bundle: Path, name: str, engine: str | None, max_queue: int, drain_s: float, endpoint: Endpoint
+    bundle: Path, name: str, engine: str | None, max_queue: int | None, drain_s: float, endpoint: Endpoint
 ) -> list[str]:
     """Starts it on an endpoint."""
     options = {
@@ -61,7 +61,7 @@ async def _serve(
     bundle: str,
     name: str,
     engine: str | None,
-    max_queue: int,
+    max_queue: int | None,
     drain_s: float,
     address: str,
     metrics: tuple[int | None, str],

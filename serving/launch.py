@@ -13,7 +13,7 @@ from . import fallback
 from .endpoint import Endpoint
 from .repository import Repository, export
 from .requests import RequestLog
-from .settings import Serving
+from .settings import STALLS, Serving
 from .triton import Triton, find
 
 
@@ -75,6 +75,8 @@ def prepare(
         tell(f"warning: {error.message} ({error.found}); {fallback.NOTE}")
         return launch
     repository = export(bundle, folder / "repository", settings, link=True)
+    if repository.merged and settings.stalls:
+        tell(f"warning: {STALLS}")
     return _triton(triton, repository, endpoint, watching, requests, prefix)
 
 

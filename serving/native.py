@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from ..targets.base import EngineInfo
 
-OURS = ("engine.json", "build.log", "reproduce.sh")
+OURS = ("engine.json", "build.log", "reproduce.sh", "results.json", "accuracy.json")
 """Files of an engine's folder that are no part of the engine."""
 
 

@@ -127,6 +127,7 @@ def _smallest(bundle: Path, signature: Signature) -> Recorded:
 
 
 def limit_of(record: EngineRecord) -> float:
+    """Relative L2 that an engine's outputs may be from the reference's; without end where it was not validated."""
     """How far from the reference an engine's answers may be, by what validation found."""
     validation = record["validation"]
     if validation is None:

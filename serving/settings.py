@@ -8,6 +8,11 @@ from typing import Any
 
 from ..errors import RecipeError
 
+STALLS = (
+    "Triton may let a request wait for half a second now and then where the queue is bounded and the model has one "
+    "instance: take --instances 2, or leave out --max-queue, --timeout-ms and --priorities"
+)
+
 
 def _option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
@@ -29,7 +34,9 @@ class Serving:
     )
     merge: bool = _option(True, "Merge requests that wait at the same time to one batch.")
     queue_delay_us: int = _option(0, "Microseconds that a request may wait for others to be merged with.")
-    max_queue: int = _option(256, "Requests that may wait; more are rejected as UNAVAILABLE.")
+    max_queue: int | None = _option(
+        None, "Requests that may wait; more are rejected as UNAVAILABLE, and those beyond a deadline of their own too."
+    )
     timeout_ms: float | None = _option(
         None, "Milliseconds that a request may wait, where it does not say so itself; then it is rejected."
     )
@@ -55,6 +62,21 @@ class Serving:
             )
         if not self.merge and (given := self._of_the_queue()):
             raise RecipeError(f"{given[0]} needs requests to be merged", expected="it, or --no-merge, but not both")
+
+    @property
+    def bounds_queue(self) -> bool:
+        """Whether requests may be rejected for having to wait, or overtake others."""
+        return self.max_queue is not None or self.timeout_ms is not None or self.priorities > 0
+
+    @property
+    def stalls(self) -> bool:
+        """Whether Triton may let a request wait for half a second although the model is idle.
+
+        Its batcher sleeps for up to 500 ms unless it is woken. Where the queue is bounded it fetches none ahead, and
+        a request that comes just before the only instance is free again does not wake it. Seen on Triton 2.51 with one
+        client, for one request in a few hundred; never without bounds, nor with two instances.
+        """
+        return self.merge and self.bounds_queue and self.instances == 1 and len(self.gpus) < 2
 
     def _of_the_queue(self) -> list[str]:
         """Fields that were changed and that only merging has a use for."""

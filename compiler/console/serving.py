@@ -13,7 +13,7 @@ import click
 
 from ...serving.checks import PASSED, Checked, check
 from ...serving.repository import Form, Repository, export
-from ...serving.settings import Serving
+from ...serving.settings import STALLS, Serving
 
 ONE = {"gpus": "gpu"}
 """Options that are given once for each of several values, by another name than their field's."""
@@ -64,12 +64,13 @@ def export_options() -> list[click.Parameter]:
 
 def export_bundle(bundle: Path, folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Exports, checks, and tells what was written."""
-    repository = export(bundle, folder, serving_of(values), values["form"])
+    settings = serving_of(values)
+    repository = export(bundle, folder, settings, values["form"])
     checked = check(repository) if values["check"] else None
-    return {**_facts(repository), "checks": checked and dataclasses.asdict(checked)}
+    return {**_facts(repository, settings), "checks": checked and dataclasses.asdict(checked)}
 
 
-def _facts(repository: Repository) -> dict[str, Any]:
+def _facts(repository: Repository, settings: Serving) -> dict[str, Any]:
     return {
         "repository": str(repository.path),
         "model": repository.name,
@@ -77,6 +78,7 @@ def _facts(repository: Repository) -> dict[str, Any]:
         "form": repository.form,
         "max_batch": repository.merged,
         "reason": repository.reason,
+        "warning": STALLS if repository.merged and settings.stalls else "",
     }
 
 
@@ -85,6 +87,8 @@ def show_exported(result: Mapping[str, Any]) -> None:
     click.echo(f"{result['repository']}/{result['model']}: {result['engine']}, form {result['form']}")
     merged = f"up to {result['max_batch']}" if result["max_batch"] else f"no: {result['reason'] or 'as asked'}"
     click.echo(f"  requests are merged: {merged}")
+    if result["warning"]:
+        click.echo(f"  warning: {result['warning']}")
     if checks := result["checks"]:
         for field in dataclasses.fields(Checked):
             found = checks[field.name]

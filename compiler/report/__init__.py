@@ -8,16 +8,20 @@ entry of `source`, `data`, `environment` and an engine's `details` is shown unde
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..batch import choice
 from ..manifest import Manifest
 from . import choices, facts, figures, numbers, search, view
 
+if TYPE_CHECKING:
+    import jinja2
+
 _HERE = Path(__file__).parent
 
 
-def render(manifest: Manifest) -> str:
-    """The page. Every text in the manifest is escaped: names of files, nodes and tensors are not to be trusted."""
+def templates() -> jinja2.Environment:
+    """The templates of this folder. Every text is escaped: names of files, nodes and tensors are not to be trusted."""
     import jinja2
     from markupsafe import Markup
 
@@ -30,6 +34,12 @@ def render(manifest: Manifest) -> str:
     )
     shown = (numbers.number, numbers.error, numbers.cosine, numbers.percent, numbers.share, numbers.ratio)
     environment.filters.update({filter_.__name__: filter_ for filter_ in (*shown, numbers.seconds, numbers.size)})
+    environment.globals["css"] = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+    return environment
+
+
+def render(manifest: Manifest) -> str:
+    """The page."""
     benchmark = manifest["benchmark"]
     timings = view.optimum(manifest)
     best = view.best_engine(manifest)
@@ -40,21 +50,24 @@ def render(manifest: Manifest) -> str:
         wrong=view.wrong_engines(manifest["engines"]),
         caption=f"Speed against {benchmark['baseline']} at {view.size_label(timings[0])}; longer is faster",
     ) if benchmark and timings else None  # fmt: skip
-    return environment.get_template("report.html.j2").render(
-        manifest=manifest,
-        view=view,
-        facts=facts.facts,
-        figures=figures,
-        CALLS=choice.CALLS,
-        unmet=choice.unmet,
-        search=search,
-        choices=choices.choices(manifest),
-        css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
-        headline=view.headline(manifest),
-        signature=view.read_signature(manifest),
-        best=best,
-        speed=speed,
-        stages=figures.stage_chart(manifest["stages"]),
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            manifest=manifest,
+            view=view,
+            facts=facts.facts,
+            figures=figures,
+            CALLS=choice.CALLS,
+            unmet=choice.unmet,
+            search=search,
+            choices=choices.choices(manifest),
+            headline=view.headline(manifest),
+            signature=view.read_signature(manifest),
+            best=best,
+            speed=speed,
+            stages=figures.stage_chart(manifest["stages"]),
+        )
     )
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import DataError, EngineError, UnknownNameError, UsageError
-from enginesmith.offline.batches import Reader, ahead
+from enginesmith.offline.ahead import ahead
+from enginesmith.offline.batches import Reader
 from enginesmith.offline.infer import infer
 from enginesmith.offline.layout import choose_outputs, layout_of, zeros
 from enginesmith.offline.parts import MemoryPart

@@ -245,8 +245,9 @@ def test_without_a_total_no_time_is_promised():
 
 
 def test_numbers_for_people():
-    assert [duration(s) for s in (0.4, 59.6, 61, 7322, 90_000)] == [
-        "0 s",
+    assert [duration(s) for s in (0.4, 12.3, 59.6, 61, 7322, 90_000)] == [
+        "0.4 s",
+        "12 s",
         "1 min 0 s",
         "1 min 1 s",
         "2 h 2 min",

@@ -1,0 +1,1 @@
+"""How fast is a service? Load of known shape, and what came of it."""

@@ -1,0 +1,105 @@
+"""`enginesmith serve` under `enginesmith load-test`, and a client of two servers of which one is killed."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("tritonclient.grpc")
+
+import enginesmith
+from enginesmith.cli import cli
+
+TESTS = Path(__file__).parents[1]
+Served = runpy.run_path(str(TESTS / "serving_process.py"))["Served"]
+small = runpy.run_path(str(TESTS / "small_bundles.py"))
+
+pytestmark = pytest.mark.slow
+X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return small["write_bundle"](tmp_path_factory.mktemp("bundle") / "net", {"best": "good"}, times_ms={"best": 0.1})
+
+
+@pytest.fixture(scope="module")
+def served(bundle, tmp_path_factory):
+    found = Served(bundle, tmp_path_factory.mktemp("served"))
+    yield found
+    assert found.end() == 0
+
+
+def load_test(served, bundle, *options):
+    arguments = ["load-test", served.url, "--bundle", str(bundle), "--duration", "1", "--warmup", "0.2", "--json"]
+    ran = CliRunner().invoke(cli, [*arguments, *options], standalone_mode=False)
+    assert ran.stdout, ran.output
+    return ran.return_value, json.loads(ran.stdout)
+
+
+def test_answers_are_checked_and_merging_and_overhead_are_told(served, bundle):
+    code, result = load_test(served, bundle, "--clients", "1,32", "--rate", "30", "--batch", "4")
+    assert code == 0, result["problems"]
+    one, many = result["closed"]
+    assert result["payload"]["checked"]
+    assert not one["errors"]
+    assert not many["errors"]
+    assert one["server"]["merged"] == pytest.approx(4, abs=0.4)
+    assert many["server"]["merged"] > 6
+    assert result["engine"]["p50_ms"] == 0.1
+    assert result["overhead_ms"] == pytest.approx(one["percentiles"][0]["ms"] - 0.1)
+
+
+def test_wrong_answers_are_found(served, bundle, tmp_path):
+    other = small["write_bundle"](tmp_path / "net", {"best": "good"}, times_ms={"best": 0.1})
+    with np.load(other / "reference" / "outputs.npz") as stored:
+        changed = {name: 1.2 * stored[name] for name in stored.files}
+    np.savez(other / "reference" / "outputs.npz", **changed)
+    code, result = load_test(served, other, "--clients", "2")
+    assert code == 1
+    assert "wrong answers at 2 clients" in result["problems"][0]
+
+
+def test_clients_lose_nothing_when_one_of_two_servers_is_killed(served, bundle, tmp_path):
+    other = Served(bundle, tmp_path)
+    answers, errors, stop = [], [], threading.Event()
+
+    def ask(client):
+        try:
+            while not stop.is_set():
+                answers.append(bool(np.allclose(client(x=X)["left"], small["network"](X)["left"], atol=1e-5)))
+        except enginesmith.errors.EnginesmithError as error:
+            errors.append(str(error))
+
+    try:
+        with enginesmith.Client([served.url, other.url], "net", deadline_s=30) as client:
+            threads = [threading.Thread(target=ask, args=(client,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            _wait(lambda: len(answers) > 100)
+            other.server().kill()
+            other.wait_for_log("recovered")
+            count = len(answers)
+            _wait(lambda: len(answers) > count + 100)
+            stop.set()
+            for thread in threads:
+                thread.join()
+    finally:
+        stop.set()
+        other.end()
+    assert not errors
+    assert all(answers)
+
+
+def _wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
