@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.graph.identity import STAGE
 from enginesmith.compiler.graph.selection import label
+from enginesmith.compiler.partition.cost import _extra_ms
 from enginesmith.compiler.partition.cut import Limits, choose
 from enginesmith.compiler.partition.line import Crossing, Line, Weight
 from enginesmith.compiler.partition.split import mark, marked, split
@@ -348,3 +349,17 @@ def test_random_graphs_in_stages_give_what_the_whole_gives(fill, context, text, 
     feed = {name: feed[name] for name in graph.input_names}
     for mine, theirs in zip(in_stages(graph, context(graph).signature, feed), whole(graph, feed), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_what_the_profiler_adds_is_taken_off_again():
+    assert _extra_ms([3.0, 1.0, 2.0], 3.0) == pytest.approx(1.0)
+    assert _extra_ms([4.0, 0.5, 0.5], 3.0) == pytest.approx(1.0)  # no layer takes less than nothing
+    assert _extra_ms([1.0, 1.0], 3.0) == 0.0
+
+
+def test_passing_counts_where_it_takes_longer_than_a_stage():
+    crossings = (Crossing("wide", 1, 2, 8000, ""), Crossing("narrow", 2, 3, 1, ""))
+    line = Line(("a", "b", "c", "d"), crossings, ())
+    assert [p.nodes for p in choose(line, [1, 1, 1, 1], 2, Limits(slack=0.0))] == [(0, 2), (2, 4)]
+    slow = Limits(slack=0.0, link_bytes_ms=1000.0)
+    assert [p.nodes for p in choose(line, [1, 1, 1, 1], 2, slow)] == [(0, 1), (1, 4)]
