@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -234,7 +235,10 @@ def test_unmarked_and_backward_graphs_are_refused(fill, context):
 
 def test_times_are_measured_where_a_target_runs(fill, context):
     graph = fill(CHAIN.replace("64", "512"))  # what takes less than a microsecond has no time
-    result = Partition(stages=2, on="onnxruntime-cpu:threads=1+spinning=false")(graph, context(graph))
+    given = context(graph)
+    outputs = (TensorSpec("y", "float32", ("N", 512)),)
+    given = dataclasses.replace(given, signature=dataclasses.replace(given.signature, outputs=outputs))
+    result = Partition(stages=2, on="onnxruntime-cpu:threads=1+spinning=false")(graph, given)
     assert result.details["times"].startswith("measured by ONNX Runtime")
     assert not result.refusals
 
