@@ -19,6 +19,8 @@ from enginesmith.passes.quantize_dynamic import QuantizeDynamic
 HEADER = '<ir_version: 8, opset_import: ["": 17]>\n'
 QUANTIZE = QuantizeDynamic()
 K, N, HIDDEN = 64, 512, 32
+CLOSE_DB = 34
+"""SNR of products in 8 bits; weights have 7 where the processor lacks VNNI."""
 
 
 def weight(*shape: int, seed: int = 0) -> np.ndarray:
@@ -70,7 +72,7 @@ def test_matmul_takes_int8_columns_and_keeps_its_names(run):
     assert graph.model.graph.initializers["w/scale"].shape == (N,)
     assert "w" not in graph.model.graph.initializers
     assert graph.model.graph.outputs[0].shape == before.model.graph.outputs[0].shape
-    assert snr(before, graph, feed(2, 3, K)) > 38
+    assert snr(before, graph, feed(2, 3, K)) > CLOSE_DB
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_gemm(run, attributes, shape, bias):
     text = f"g (float[5,64] x) => (float[5,512] y) {{ y = Gemm<{attributes}>(x, w, b) }}"
     graph, result, before = run(text, w=weight(*shape), b=weight(*bias, seed=2))
     assert result.changes == {"Gemm quantized": 1}
-    assert snr(before, graph, feed(5, K)) > 35
+    assert snr(before, graph, feed(5, K)) > CLOSE_DB
 
 
 def test_gemm_whose_bias_counts_zero_times_or_is_computed(run):
@@ -89,7 +91,7 @@ def test_gemm_whose_bias_counts_zero_times_or_is_computed(run):
         y = Gemm<beta = 0.0>(x, w, b)  z = Gemm(x, w, c) }"""
     graph, _, before = run(text, w=weight(K, N), b=weight(N))
     assert graph.operators()["Add"] == 1
-    assert snr(before, graph, feed(5, K) | {"c": weight(N)}) > 35
+    assert snr(before, graph, feed(5, K) | {"c": weight(N)}) > CLOSE_DB
 
 
 def test_activations_and_weights_that_nodes_share_are_quantized_once(run):
@@ -100,7 +102,7 @@ def test_activations_and_weights_that_nodes_share_are_quantized_once(run):
     assert sorted(graph.model.graph.initializers) == [
         f"{name}/{part}" for name in "vw" for part in ("quantized", "scale", "zero_point")
     ]
-    assert snr(before, graph, feed(2, K)) > 38
+    assert snr(before, graph, feed(2, K)) > CLOSE_DB
 
 
 def test_tied_embedding_is_untied(run):
@@ -110,7 +112,7 @@ def test_tied_embedding_is_untied(run):
     assert graph.operators()["Transpose"] == 0
     assert graph.model.graph.initializers["w"].dtype == ir.DataType.FLOAT
     assert graph.model.graph.initializers["t/quantized"].shape == (K, 1024)
-    assert snr(before, graph, {"x": np.arange(4)}) > 38
+    assert snr(before, graph, {"x": np.arange(4)}) > CLOSE_DB
 
 
 LSTM = """g (float[T,B,64] x) => (float[T,{d},B,32] y, float[{d},B,32] h) {{
