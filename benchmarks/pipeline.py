@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "fp16"))
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=32)
-    parser.add_argument("--micro-batches", type=int, default=16)
+    parser.add_argument("--micro-batches", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, help="file of the results")
     options = parser.parse_args()

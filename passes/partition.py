@@ -10,10 +10,10 @@
     choose p1 < p2 < ...    with the fewest bytes, among the cuts whose slowest stage is at most (1 + slack) times the
                             best one's, and whose stages each fit in the memory
 
-Constants, and what is computed from constants alone, belong to no stage: each stage has its own copy. An axis may be
-dynamic across a cut. Refused: cuts inside of branches and loop bodies, which stay whole; cuts at tensors that arrays
-cannot hold, or whose size is known only when they are computed; more stages than places to cut at. What the runtime
-fuses to one kernel is cut only where there are no other places.
+Constants, and what is computed from constants or from shapes alone, belong to no stage: each stage has its own copy.
+An axis may be dynamic across a cut. Refused: cuts inside of branches and loop bodies, which stay whole; cuts at tensors
+that arrays cannot hold, or whose size is known only when they are computed; more stages than places to cut at. What the
+runtime fuses to one kernel is cut only where there are no other places.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ..compiler.partition.split import mark, marked
 from ..errors import GraphError, RecipeError
 from .base import Context, Pass, PassResult, Refusal
 
-LINK_GB_S = 100.0
-"""What passes between two GPUs of one host in a second; less over PCIe, more over NVLink."""
+LINK_GB_S = 40.0
+"""What passes between two GPUs of one host in a second over PCIe; more over NVLink."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -261,6 +261,10 @@ class Target(abc.ABC):
         """
         return f"{self.name} does not tell what its layers take"
 
+    def part(self) -> Target:
+        """The target that runs parts of an engine by themselves."""
+        return self
+
     def opset_range(self) -> tuple[int, int] | None:
         """Lowest and highest opset that the version found here parses; None where the target takes no graph."""
         return self.capabilities.opset

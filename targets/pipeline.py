@@ -87,6 +87,10 @@ class Pipeline(Target):
                 return state
         return state
 
+    def part(self) -> Target:
+        """That of the stages."""
+        return self._inner
+
     def opset_range(self) -> tuple[int, int] | None:
         """As the stages' target."""
         return self._inner.opset_range()

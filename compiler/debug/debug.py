@@ -195,7 +195,7 @@ def _threshold(given: float | None, record: EngineRecord, recipe: Recipe, bundle
 def _own_target(bundle: Bundle, record: EngineRecord) -> Target:
     check_files(bundle.path, record["name"], bundle.manifest)
     info = EngineInfo.read(bundle.path / "engines" / record["name"])
-    return get_target(info.target, info.options)
+    return get_target(info.target, info.options).part()
 
 
 def _require(target: Target, engine: str) -> None:

@@ -1,12 +1,15 @@
 """What each node of a line takes: measured by the runtime's profiler, else estimated by a roofline.
 
-A fused layer's time is shared among its nodes by their estimates; so is that of nodes which no layer names, as none.
+Profilers make each layer longer, on GPUs by a launch that blocks. What all layers together take beyond a call without
+the profiler is taken off again, from each layer the same. A fused layer's time is shared among its nodes by their
+estimates; nodes that no layer names take none.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +74,7 @@ def measured(graph: Graph, target: Target, precision: str, signature: Signature,
     """Builds the whole graph on a target and profiles it; estimates where that is not possible, and says why."""
     device = "cuda" if "cpu" not in target.capabilities.devices else "cpu"
     try:
-        profile = _profile(graph, target, precision, signature, sample)
+        profile, call_ms = _profile(graph, target, precision, signature, sample)
     except EnginesmithError as error:
         return _estimated(graph, signature, ceilings_of(device), error.message)
     if isinstance(profile, str):
@@ -80,13 +83,15 @@ def measured(graph: Graph, target: Target, precision: str, signature: Signature,
     taken: dict[str, float] = collections.defaultdict(float)
     layers: dict[str, int] = {}
     named = 0.0
+    extra = _extra_ms([layer.ms for layer in profile.layers], call_ms)
     grouped = zip(profile.layers, nodes_of(graph, profile.layers), strict=True)
     for number, (layer, nodes) in enumerate(grouped):
         owners = list(dict.fromkeys(work.owner(node) for node in nodes))
+        ms = max(layer.ms - extra, 0.0)
         named += layer.ms if owners else 0.0
         weights = np.array([work.ms(node) for node in owners]) + 1e-9
         for node, part in zip(owners, weights / weights.sum(), strict=True):
-            taken[label(node)] += layer.ms * float(part)
+            taken[label(node)] += ms * float(part)
             layers[label(node)] = number
     total = sum(layer.ms for layer in profile.layers)
     if not total or named < NAMED_SHARE * total:
@@ -115,10 +120,13 @@ def ceilings_of(device: str) -> Ceilings | None:
         return None
 
 
-def _profile(graph: Graph, target: Target, precision: str, signature: Signature, sample: Arrays) -> Profile | str:
+def _profile(
+    graph: Graph, target: Target, precision: str, signature: Signature, sample: Arrays
+) -> tuple[Profile | str, float]:
+    """The layers, and the milliseconds of a call without the profiler."""
     state = target.availability()
     if not (state.build and state.run):
-        return state.reason
+        return state.reason, 0.0
     graph = graph.clone()
     for node in graph.nodes():
         node.name = label(node)  # runtimes make up names for those that have none
@@ -129,7 +137,28 @@ def _profile(graph: Graph, target: Target, precision: str, signature: Signature,
         request = BuildRequest(
             graph, no_model, signature, precision, sample, folder, Path(name) / "cache", lambda line: None
         )
-        return target.profile(folder, target.build(request), sample)
+        info = target.build(request)
+        profile = target.profile(folder, info, sample)
+        runner = target.runner(folder, info)
+        try:
+            bound = runner.bind(sample)
+            bound.timed(3)
+            host, device = bound.timed(10)
+        finally:
+            runner.close()
+    return profile, statistics.median(device or host)
+
+
+def _extra_ms(layers_ms: Sequence[float], call_ms: float) -> float:
+    """What the profiler adds to each layer, so that the layers are as long as a call; none becomes shorter than 0."""
+    low, high = 0.0, max(layers_ms, default=0.0)
+    if sum(layers_ms) <= call_ms:
+        return 0.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        beyond = sum(max(ms - middle, 0.0) for ms in layers_ms) > call_ms
+        low, high = (middle, high) if beyond else (low, middle)
+    return low
 
 
 class _Works:

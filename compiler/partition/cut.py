@@ -1,6 +1,6 @@
 """Where to cut a line of nodes: dynamic programming over positions.
 
-    bottleneck(p1 < p2 < ...)   the time of the slowest stage, what it sends among it
+    bottleneck(p1 < p2 < ...)   the time of the slowest stage, or of the slowest passing, as they overlap
     least                       the smallest bottleneck of all cuts whose stages fit in memory
     chosen                      of the cuts with a bottleneck up to (1 + slack) least, the one over which the fewest
                                 bytes pass
@@ -115,7 +115,7 @@ class _Measure:
     def stage_ms(self, end: int) -> np.ndarray:
         """Of the stages q..end for q < end; infinite where one does not fit."""
         sending = 0.0 if self.limits.link_bytes_ms is None or end == len(self.line) else self.sent[end]
-        times = self._until[end] - self._until[:end] + sending / (self.limits.link_bytes_ms or 1.0)
+        times = np.maximum(self._until[end] - self._until[:end], sending / (self.limits.link_bytes_ms or 1.0))
         if self.limits.memory_bytes is not None:
             times = np.where(self._memory[end] <= self.limits.memory_bytes, times, math.inf)
         return np.asarray(times)

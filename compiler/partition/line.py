@@ -3,8 +3,8 @@
     position p          before node p: stages are nodes 0..p-1 and p..
     crosses p           made before p, or an input of the model, and read at p or behind it; or an output of the model
 
-What depends on no input is not in the line: each stage has its own copy of such constants. A node with branches or a
-body stays whole.
+What depends on no input is not in the line, nor on shapes alone: each stage has its own copy of such constants and
+shapes. A node with branches or a body stays whole.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from ..graph.schemas import MICROSOFT
 from ..graph.selection import label
 from ..graph.verifier import subgraphs
 from ..signature import DTYPES
+
+_SHAPES = frozenset(("Shape", "Size"))
+_COUNTS = frozenset((
+    "Add", "Cast", "Concat", "Div", "Equal", "Gather", "Identity", "Max", "Min", "Mod", "Mul", "Neg", "ReduceProd",
+    "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+))  # fmt: skip
+"""What is computed of shapes, and is as small as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +83,13 @@ def line_of(graph: Graph, sized: Graph, shapes: Mapping[str, tuple[int, ...]] | 
         shapes: of tensors, where inference does not find them.
     """
     main = graph.model.graph
-    nodes = list(varying(graph))
+    kinds = Kinds(graph)
+    nodes = kinds.varying
     places = {node: place for place, node in enumerate(nodes)}
     known = {value.name: value for value in _values(sized.model.graph)}
     last = {value: -1 for value in main.inputs if not value.is_initializer()}
     for place, node in enumerate(nodes):
-        last.update(dict.fromkeys(reads(node, main), place))
+        last.update(dict.fromkeys(kinds.sources(node), place))
     for value in main.outputs:
         last[value] = len(nodes) - 1
     crossings, constants = [], dict[ir.Value, list[int]]()
@@ -104,15 +112,58 @@ def line_of(graph: Graph, sized: Graph, shapes: Mapping[str, tuple[int, ...]] | 
     return Line(tuple(map(label, nodes)), tuple(crossings), weights, whole)
 
 
-def varying(graph: Graph) -> Iterator[ir.Node]:
-    """The nodes of the main graph that depend on its inputs, or on chance, and that its outputs depend on."""
-    main = graph.model.graph
-    needed = _needed(main)
-    moving = {value for value in main.inputs if not value.is_initializer()}
-    for node in main:
-        if node in needed and (not _is_constant(node) or any(value in moving for value in reads(node, main))):
-            moving.update(node.outputs)
-            yield node
+class Kinds:
+    """Which nodes of the main graph are in the line; all others have copies in each stage that reads them.
+
+    Attributes:
+        varying: those that depend on values of the inputs, or on chance, and that the outputs depend on.
+        shaped: what depends on shapes alone. It lies on the host, from where it would have to be fetched between GPUs.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._main = main = graph.model.graph
+        needed = _needed(main)
+        moving = {value for value in main.inputs if not value.is_initializer()}
+        self.varying: list[ir.Node] = []
+        self.shaped: set[ir.Value] = set()
+        for node in main:
+            if node not in needed:
+                continue
+            read = set(reads(node, main))
+            if _repeats(node) and not read & (moving | self.shaped):
+                continue
+            if _repeats(node) and (node.op_type in _SHAPES or (node.op_type in _COUNTS and not read & moving)):
+                self.shaped.update(node.outputs)
+            else:
+                moving.update(node.outputs)
+                self.varying.append(node)
+
+    def direct(self, node: ir.Node) -> list[ir.Value]:
+        """What a node reads that is no shape."""
+        return [value for value in dict.fromkeys(reads(node, self._main)) if value not in self.shaped]
+
+    def looked_at(self, node: ir.Node) -> list[ir.Node]:
+        """The nodes that look at the shapes which a node reads, by way of arithmetic too."""
+        found: dict[ir.Node, None] = {}
+        todo = [value.producer() for value in reads(node, self._main) if value in self.shaped]
+        while todo:
+            inner = todo.pop()
+            if inner is None or inner in found:
+                continue
+            if inner.op_type in _SHAPES:
+                found[inner] = None
+            todo += [value.producer() for value in reads(inner, self._main) if value in self.shaped]
+        return list(found)
+
+    def sources(self, node: ir.Node) -> list[ir.Value]:
+        """All tensors that have to be there for a node: what it reads, and what it only wants the shape of."""
+        roots = [value for inner in self.looked_at(node) for value in inner.inputs if value is not None]
+        return list(dict.fromkeys([*self.direct(node), *roots]))
+
+
+def varying(graph: Graph) -> list[ir.Node]:
+    """The nodes of the line."""
+    return Kinds(graph).varying
 
 
 def _needed(main: ir.Graph) -> set[ir.Node]:
@@ -126,7 +177,7 @@ def _needed(main: ir.Graph) -> set[ir.Node]:
     return found
 
 
-def _is_constant(node: ir.Node) -> bool:
+def _repeats(node: ir.Node) -> bool:
     """Whether a node gives the same each time, where its inputs do, and may be computed by several stages."""
     known = node.domain in ("", MICROSOFT) and node.op_type not in RANDOM
     return known and not any(output.is_graph_output() for output in node.outputs) and not any(subgraphs(node))

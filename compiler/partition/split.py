@@ -2,7 +2,7 @@
 
     inputs      what the stage reads of the model's inputs and of earlier stages
     outputs     what it makes that later stages read, and the model's outputs
-    constants   each stage has a copy of those that it reads
+    constants   each stage has a copy of those that it reads, and of arithmetic on shapes
 
 Names stay, so what a stage gives is what a later one takes by the same name. A tensor that skips a stage is no part of
 the skipped stage's graph: the runner keeps it.
@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping
 import onnx_ir as ir
 
 from ...errors import GraphError
-from ..debug.parts import drop_unused, reads
+from ..debug.parts import drop_unused
 from ..graph import Graph
 from ..graph.cost import at_sizes
 from ..graph.identity import STAGE
 from ..graph.selection import label
 from ..signature import AxisRange, Signature, TensorSpec
-from .line import varying
+from .line import Kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Stage:
 
     graph: Graph
     signature: Signature
+
+
+Look = tuple[str, int]
+"""A tensor and its axis."""
 
 
 def mark(node: ir.Node, stage: int) -> None:
@@ -52,16 +56,19 @@ def split(graph: Graph, signature: Signature) -> list[Stage]:
         GraphError: a node bears no mark, or reads what a later stage makes.
     """
     main, count = graph.model.graph, marked(graph)
-    stages = {node: _stage_of(node) for node in varying(graph)}
+    kinds = Kinds(graph)
+    stages = {node: _stage_of(node) for node in kinds.varying}
     made = {value: stage for node, stage in stages.items() for value in node.outputs}
-    given = [value for value in main.inputs if not value.is_initializer()]
+    given = {value for value in main.inputs if not value.is_initializer()}
     taken: list[dict[ir.Value, None]] = [{} for _ in range(count)]
     wanted: list[set[ir.Value]] = [set() for _ in range(count)]
     for node in main:
         if node not in stages:
             continue
         stage = stages[node]
-        for value in _varying_inputs(node, main, made, given):
+        for value in kinds.direct(node):
+            if value not in made and value not in given:
+                continue  # a constant
             source = made.get(value, -1)
             if source > stage:
                 raise GraphError(
@@ -72,6 +79,18 @@ def split(graph: Graph, signature: Signature) -> list[Stage]:
                 taken[stage][value] = None
             if 0 <= source < stage:
                 wanted[source].add(value)
+    looks: list[dict[str, Look]] = [{} for _ in range(count)]
+    for node, stage in stages.items():
+        for looking in kinds.looked_at(node):
+            (root,) = (value for value in looking.inputs if value is not None)
+            if root in taken[stage] or made.get(root, -1) == stage or (root not in made and root not in given):
+                continue
+            if look := _look(looking, root, taken[stage], signature):
+                looks[stage][looking.outputs[0].name or ""] = look
+                continue
+            taken[stage][root] = None
+            if root in made:
+                wanted[made[root]].add(root)
     for value in main.outputs:
         if value in made:
             wanted[made[value]].add(value)
@@ -82,7 +101,7 @@ def split(graph: Graph, signature: Signature) -> list[Stage]:
             value for node in main if stages.get(node) == number for value in node.outputs if value in wanted[number]
         ]
         own = specs.signature(list(taken[number]), outputs)
-        piece = _piece(graph, [v.name or "" for v in taken[number]], [v.name or "" for v in outputs])
+        piece = _piece(graph, [v.name or "" for v in taken[number]], [v.name or "" for v in outputs], looks[number])
         found.append(Stage(piece, own))
     return found
 
@@ -93,19 +112,31 @@ def _stage_of(node: ir.Node) -> int:
     return int(node.metadata_props[STAGE])
 
 
-def _varying_inputs(
-    node: ir.Node, main: ir.Graph, made: Mapping[ir.Value, int], given: Iterable[ir.Value]
-) -> list[ir.Value]:
-    """What a node reads that no stage can have a copy of; by way of constants none such comes."""
-    moving = set(given)
-    return [value for value in dict.fromkeys(reads(node, main)) if value in made or value in moving]
+def _look(looking: ir.Node, root: ir.Value, taken: Iterable[ir.Value], signature: Signature) -> Look | None:
+    """Where else the size of an axis shows that a node looks at: then the tensor itself need not pass."""
+    shape = list(root.shape or ())
+    start, end = (looking.attributes.get_int(name, default) for name, default in (("start", 0), ("end", len(shape))))
+    axes = shape[start:end]
+    if looking.op_type != "Shape" or len(axes) != 1 or str(axes[0]) not in signature.axes:
+        return None
+    for value in taken:
+        for place, axis in enumerate(value.shape or ()):
+            if str(axis) == str(axes[0]):
+                return value.name or "", place
+    return None
 
 
-def _piece(graph: Graph, inputs: list[str], outputs: list[str]) -> Graph:
+def _piece(graph: Graph, inputs: list[str], outputs: list[str], looks: Mapping[str, Look]) -> Graph:
     copy = graph.clone()
     main = copy.model.graph
     values = {value.name: value for value in main.inputs}
     values |= {value.name: value for node in main for value in node.outputs}
+    for name, (other, axis) in looks.items():
+        looking = values[name].producer()
+        assert looking is not None
+        looking.replace_input_with(0, values[other])
+        looking.attributes["start"] = ir.AttrInt64("start", axis)
+        looking.attributes["end"] = ir.AttrInt64("end", axis + 1)
     main.outputs.clear()
     fresh = []
     for name in inputs:

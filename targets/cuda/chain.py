@@ -1,12 +1,12 @@
 """Stages of ONNX Runtime sessions on GPUs of one host: streams, events and copies from GPU to GPU.
 
-    stage s, micro-batch k      wait until k has arrived in a slot of the stage
-                                launch
-                                wait until a slot of stage s + 1 is free, copy to it what later stages want
+    stage s, micro-batch k      wait until k has arrived in a slot of the stage, launch, signal that it is made
+    sending from s              wait until it is made and a slot of stage s + 1 is free, copy what later stages want,
                                 signal that k has arrived there, and that the slot here is free
 
-All of that is put on the stage's stream by a thread of the stage; nothing waits on the host until the last micro-batch
-has been started. Each stage has `SLOTS` slots, so that it computes while the next micro-batch arrives.
+All of that is put on the stage's two streams by a thread of the stage; nothing waits on the host until the last
+micro-batch has been started. Each stage has `SLOTS` slots, so that it computes while one micro-batch arrives and
+another one leaves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .onnxruntime import DeviceRunner
 from .slots import Call, Inputs, Places, Relay, Row, Slot, StoppedError, fill, new
 from .stream import Stream
 
-SLOTS = 2
+SLOTS = 3
 MAX_SHAPES = 8
 """Sizes of micro-batches that get slots, with CUDA graphs of their own; others flow by way of the host."""
 
@@ -41,6 +41,7 @@ class ChainRunner:
     def __init__(self, plan: Plan, runners: Sequence[DeviceRunner], cutter: Cutter) -> None:
         self._plan, self._runners, self._cutter = plan, tuple(runners), cutter
         self._lock = threading.Lock()
+        self._senders = [runner.turn(partial(Stream, runner.stream.device)) for runner in runners[:-1]]
         self._pool = ThreadPoolExecutor(len(runners), thread_name_prefix="stage")
         self._rows: dict[object, Row] = {}
         self._calls: dict[object, Call] = {}
@@ -82,8 +83,9 @@ class ChainRunner:
                 return
             self._closed = True
             self._pool.shutdown()
-            for runner in self._runners:
-                runner.turn(runner.stream.synchronize)
+            self._settle()
+            for sender in self._senders:
+                sender.close()
             self._rows.clear()
             self._calls.clear()
             for runner in self._runners:
@@ -189,11 +191,11 @@ class ChainRunner:
         for name, place in carried.items():  # the stages behind are tried with it
             stream.copy(room[name].address, place.address, place.size_bytes)
         stream.synchronize()
-        free = stream.event()
+        made, free = stream.event(), stream.event()
         if before is None:
-            return Slot(buffers, room, stream.event(), free)
+            return Slot(buffers, room, stream.event(), made, free)
         with before.current():
-            return Slot(buffers, room, before.event(), free)
+            return Slot(buffers, room, before.event(), made, free)
 
     def _settle(self) -> None:
         for runner in self._runners:
@@ -225,6 +227,7 @@ class ChainRunner:
         stream = self._runners[number].stream
         if number == 0:
             slot = relay.take(0, row)
+            stream.wait(slot.free)
             for name in (*self._plan.links[0].inputs, *slot.carried):
                 target = slot.place(name)
                 offset = self._cutter.offset(name, call.inputs[name], call.batch, start)
@@ -238,15 +241,19 @@ class ChainRunner:
                 source = slot.place(name)
                 offset = self._cutter.offset(name, result, call.batch, start)
                 stream.copy(result.address + offset, source.address, source.size_bytes)
+            stream.record(slot.free)
         else:
+            stream.record(slot.made)
             following, other = relay.take(number + 1, row), self._runners[number + 1].stream
-            stream.wait(following.free)
+            sender = self._senders[number]
+            sender.wait(slot.made)
+            sender.wait(following.free)
             for name in (*self._plan.links[number + 1].inputs, *following.carried):
                 source, target = slot.place(name), following.place(name)
-                stream.send(other, target.address, source.address, source.size_bytes)
-            stream.record(following.arrived)
+                sender.send(other, target.address, source.address, source.size_bytes)
+            sender.record(following.arrived)
+            sender.record(slot.free)
             relay.send(number + 1, following)
-        stream.record(slot.free)
         relay.give(number, row, slot)
 
     def _fetch(self, call: Call) -> dict[str, np.ndarray]:

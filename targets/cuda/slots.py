@@ -23,13 +23,15 @@ class Slot:
 
     Attributes:
         carried: what later stages want and this one does not read.
-        arrived: on the stream of the stage before, once everything lies here.
-        free: on the stage's own stream, once nothing here is wanted any more.
+        arrived: on the sending stream of the stage before, once everything lies here.
+        made: on the stage's own stream, once the stage has computed.
+        free: on the stream that works last with the slot, once nothing here is wanted any more.
     """
 
     buffers: Buffers
     carried: Places
     arrived: Event
+    made: Event
     free: Event
 
     def place(self, name: str) -> Borrowed:

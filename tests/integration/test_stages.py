@@ -72,6 +72,8 @@ def test_stages_from_the_command_line(enginesmith, tmp_path):
     measured = enginesmith("bench", bundle, "--rounds", "6", "--slice-s", "0.01", "--baseline", "none", "--json")
     assert {timing["candidate"] for timing in json.loads(measured.out)["timings"]} == {"pipeline-fp32"}
     assert "pipeline" in (bundle / "report.html").read_text()
+    debugged = json.loads(enginesmith("debug", bundle, "--json").out)
+    assert not any("could not be compared" in note for note in debugged["notes"])
     (bundle / "engines/pipeline-fp32/stages/1/model.onnx").write_bytes(b"")
     assert "stages/1/model.onnx changed after it was written" in enginesmith("validate", bundle).err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.graph.identity import STAGE
 from enginesmith.compiler.graph.selection import label
+from enginesmith.compiler.partition.cost import _extra_ms
 from enginesmith.compiler.partition.cut import Limits, choose
 from enginesmith.compiler.partition.line import Crossing, Line, Weight
 from enginesmith.compiler.partition.split import mark, marked, split
@@ -129,6 +131,36 @@ def test_an_axis_that_varies_with_the_batch_keeps_its_range(read, context):
     assert (bounds.min, bounds.opt, bounds.max) == (8, 24, 64)
 
 
+SHAPED = """g (float[N,4] x, float[N,8,2] z) => (float[N,8] y) <int64[1] eight = {8}, float[1,1] one = {1}>
+    { n = Shape<start = 0, end = 1>(z) s = Concat<axis = 0>(n, eight) a = Relu(x) b = Neg(a) c = Expand(one, s)
+      d = ReduceSum(b, axis) y = Mul(c, d) }"""
+
+
+@pytest.mark.parametrize(("cut", "taken"), [("b", ["b", "c"]), ("d", ["c", "d"]), ("a", ["a"])])
+def test_shapes_are_looked_at_again_and_do_not_pass(read, context, cut, taken):
+    graph = read(SHAPED.replace("int64[1] eight", "int64[1] axis = {1}, int64[1] eight"))
+    nodes = [node for node in graph.model.graph if label(node) in "abcdy"]
+    order = [label(node) for node in nodes]
+    for node in nodes:
+        mark(node, int(order.index(label(node)) > order.index(cut)) if label(node) != "c" else int(cut == "a"))
+    signature = context(graph).signature
+    stages = split(graph, signature)
+    assert [spec.name for spec in stages[1].signature.inputs] == taken
+    feed = {"x": np.ones((3, 4), np.float32), "z": np.ones((3, 8, 2), np.float32)}
+    np.testing.assert_array_equal(in_stages(graph, signature, feed)[0], whole(graph, feed)[0])
+
+
+def test_a_whole_shape_takes_its_tensor_along(read, context):
+    graph = read("""g (float[N,4] x, float[N,M] z) => (float[N,M] y) <int64[1] axis = {1}>
+        { s = Shape(z) a = Relu(x) b = ReduceSum(a, axis) y = Expand(b, s) }""")
+    assert Partition(stages=3)(graph, context(graph)).modified
+    assert stages_of(graph)[None] == ["s"]
+    signature = context(graph).signature
+    assert [spec.name for spec in split(graph, signature)[2].signature.inputs] == ["b", "z"]
+    feed = {"x": np.ones((3, 4), np.float32), "z": np.ones((3, 5), np.float32)}
+    np.testing.assert_array_equal(in_stages(graph, signature, feed)[0], whole(graph, feed)[0])
+
+
 def test_branches_stay_whole(read, context):
     graph = read("""g (float[N,4] x, bool[1] c) => (float[N,4] y)
         { a = Relu(x) b = If (c) <
@@ -203,7 +235,10 @@ def test_unmarked_and_backward_graphs_are_refused(fill, context):
 
 def test_times_are_measured_where_a_target_runs(fill, context):
     graph = fill(CHAIN.replace("64", "512"))  # what takes less than a microsecond has no time
-    result = Partition(stages=2, on="onnxruntime-cpu:threads=1+spinning=false")(graph, context(graph))
+    given = context(graph)
+    outputs = (TensorSpec("y", "float32", ("N", 512)),)
+    given = dataclasses.replace(given, signature=dataclasses.replace(given.signature, outputs=outputs))
+    result = Partition(stages=2, on="onnxruntime-cpu:threads=1+spinning=false")(graph, given)
     assert result.details["times"].startswith("measured by ONNX Runtime")
     assert not result.refusals
 
@@ -318,3 +353,17 @@ def test_random_graphs_in_stages_give_what_the_whole_gives(fill, context, text, 
     feed = {name: feed[name] for name in graph.input_names}
     for mine, theirs in zip(in_stages(graph, context(graph).signature, feed), whole(graph, feed), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_what_the_profiler_adds_is_taken_off_again():
+    assert _extra_ms([3.0, 1.0, 2.0], 3.0) == pytest.approx(1.0)
+    assert _extra_ms([4.0, 0.5, 0.5], 3.0) == pytest.approx(1.0)  # no layer takes less than nothing
+    assert _extra_ms([1.0, 1.0], 3.0) == 0.0
+
+
+def test_passing_counts_where_it_takes_longer_than_a_stage():
+    crossings = (Crossing("wide", 1, 2, 8000, ""), Crossing("narrow", 2, 3, 1, ""))
+    line = Line(("a", "b", "c", "d"), crossings, ())
+    assert [p.nodes for p in choose(line, [1, 1, 1, 1], 2, Limits(slack=0.0))] == [(0, 2), (2, 4)]
+    slow = Limits(slack=0.0, link_bytes_ms=1000.0)
+    assert [p.nodes for p in choose(line, [1, 1, 1, 1], 2, slow)] == [(0, 1), (1, 4)]

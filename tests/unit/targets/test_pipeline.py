@@ -31,9 +31,9 @@ def build(fill, context, tmp_path):
 
     def make(text, name="engine"):
         target, graph = parse_target(text), fill(NET)
-        for rewrite in target.lowering("fp32"):
-            parse_pass(rewrite)(graph, context(graph))
         signature = dataclasses.replace(context(graph).signature, outputs=SPECS)
+        for rewrite in target.lowering("fp32"):
+            parse_pass(rewrite)(graph, dataclasses.replace(context(graph), signature=signature))
         folder = tmp_path / name
         folder.mkdir()
         sample = {"x": np.ones((3, 8), np.float32)}
