@@ -1,4 +1,4 @@
-"""`enginesmith serve` under `enginesmith load-test`, and a client of two servers of which one is killed."""
+"""`enginesmith serve` under `enginesmith load-test`, and clients of two servers, of one bundle or of two."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 pytest.importorskip("tritonclient.grpc")
+
+from tritonclient.grpc import service_pb2
 
 import enginesmith
 from enginesmith.cli import cli
@@ -96,6 +98,36 @@ def test_clients_lose_nothing_when_one_of_two_servers_is_killed(served, bundle, 
         other.end()
     assert not errors
     assert all(answers)
+
+
+def test_two_bundles_of_a_model_share_the_traffic_and_are_counted_apart(served, tmp_path):
+    changed = small["write_bundle"](tmp_path / "net", times_ms={"plain": 1.0}, w=2 * small["W"])
+    other = Served(changed, tmp_path, "--probe-s", "600")
+    try:
+        arms = {"old": (enginesmith.Client(served.url, "net"), 0.7), "new": (enginesmith.Client(other.url, "net"), 0.3)}
+        weights = {"old": small["W"], "new": 2 * small["W"]}
+        with enginesmith.Split(arms, experiment="weights") as split:
+            before = _answered(arms["new"][0])
+            futures = {key: split.submit({"x": X}, key=key) for key in range(200)}
+            for key, future in futures.items():
+                outputs, arm = future.result()
+                assert arm == split.arm(key)
+                np.testing.assert_allclose(outputs["left"], small["network"](X, weights[arm])["left"], atol=1e-5)
+            results = split.results()
+            assert _answered(arms["new"][0]) - before == results["new"].calls
+        expected = sum(split.arm(key) == "new" for key in range(200))
+        assert (results["old"].calls, results["new"].calls) == (200 - expected, expected)
+        assert {name for name, found in results.items() if found.errors} == set()
+        assert results["old"].percentiles[0].ms > 20  # its server waits so long for others to merge with
+    finally:
+        assert other.end() == 0
+
+
+def _answered(client):
+    """Requests that a server has answered."""
+    message = service_pb2.ModelStatisticsRequest(name="net")
+    (stats,) = client._stub.ModelStatistics(message).model_stats
+    return stats.inference_stats.success.count
 
 
 def _wait(condition, seconds=60):
