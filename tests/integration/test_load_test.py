@@ -22,6 +22,7 @@ from enginesmith.cli import cli
 TESTS = Path(__file__).parents[1]
 Served = runpy.run_path(str(TESTS / "serving_process.py"))["Served"]
 small = runpy.run_path(str(TESTS / "small_bundles.py"))
+example = runpy.run_path(str(TESTS / "unit" / "compiler" / "manifest_example.py"))["example"]
 
 pytestmark = pytest.mark.slow
 X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
@@ -29,7 +30,16 @@ X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return small["write_bundle"](tmp_path_factory.mktemp("bundle") / "net", {"best": "good"}, times_ms={"best": 0.1})
+    """With everything in its manifest that a report is made of."""
+    found = small["write_bundle"](tmp_path_factory.mktemp("bundle") / "net", {"best": "good"}, times_ms={"best": 0.1})
+    manifest = json.loads((found / "manifest.json").read_text())
+    whole = {**example(), **manifest, "source": example()["source"]}
+    whole["engines"] = [{**example()["engines"][0], **manifest["engines"][0], "validation": None}]
+    timing = manifest["benchmark"]["timings"][0]
+    one = {**example()["benchmark"]["timings"][0], **timing, "sizes": {"batch": 4}, "speed_up": None}
+    whole["benchmark"] = {**example()["benchmark"], "timings": [one]}
+    (found / "manifest.json").write_text(json.dumps(whole))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +67,16 @@ def test_answers_are_checked_and_merging_and_overhead_are_told(served, bundle):
     assert many["server"]["merged"] > 6
     assert result["engine"]["p50_ms"] == 0.1
     assert result["overhead_ms"] == pytest.approx(one["percentiles"][0]["ms"] - 0.1)
+
+
+def test_a_result_that_is_recorded_stands_in_the_bundle_and_its_report(served, bundle):
+    for clients in ("1", "2"):  # the second takes the place of the first
+        load_test(served, bundle, "--clients", clients, "--batch", "4", "--record")
+    (record,) = json.loads((bundle / "manifest.json").read_text())["services"]
+    assert (record["served"], record["payload"]["rows"], record["closed"][0]["clients"]) == ("best", 4, 2)
+    report = (bundle / "report.html").read_text()
+    assert "best, 4 rows a request" in report
+    assert "2 clients" in report
 
 
 def test_wrong_answers_are_found(served, bundle, tmp_path):
