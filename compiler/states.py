@@ -65,14 +65,21 @@ def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str
 def made_up(
     signature: Signature, batch: Mapping[str, np.ndarray], generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """A random batch with tokens of the whole vocabulary, rows of different lengths, and caches filled in part."""
+    """A random batch with tokens of the whole vocabulary, rows of different lengths, and caches filled up to `past`."""
     rows, length = batch[IDS].shape
+    room = max_length(signature)
+    past = generator.integers(0, room - length + 1, rows)
+    filled = np.arange(room) < past[:, None]
     return {
-        **batch,
+        **{name: array if name not in signature.states else _up_to(array, filled) for name, array in batch.items()},
         IDS: generator.integers(0, vocabulary(signature) or 2, (rows, length)).astype(batch[IDS].dtype),
-        PAST: generator.integers(0, max_length(signature) - length + 1, rows).astype(batch[PAST].dtype),
+        PAST: past.astype(batch[PAST].dtype),
         COUNT: generator.integers(1, length + 1, rows).astype(batch[COUNT].dtype),
     }
+
+
+def _up_to(cache: np.ndarray, filled: np.ndarray) -> np.ndarray:
+    return np.where(filled[:, None, : cache.shape[2], None], cache, 0).astype(cache.dtype)
 
 
 def in_the_middle(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

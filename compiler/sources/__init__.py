@@ -227,9 +227,7 @@ def _load_folder(
     require_transformers(path)
     from .decoders import causal
 
-    return causal.load(
-        causal.open_folder(path), _options(decoding), device=device, identity="folder", folder=path
-    )
+    return causal.load(causal.open_folder(path), _options(decoding), device=device, identity="folder", folder=path)
 
 
 def _options(decoding: Mapping[str, Any]) -> DecoderOptions:

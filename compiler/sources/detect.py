@@ -45,7 +45,9 @@ def detect(path: Path) -> Kind:
         )
     if path.is_dir():
         raise _refused(
-            path, "a folder without config.json", "give a folder as transformers' save_pretrained writes it, or a factory"
+            path,
+            "a folder without config.json",
+            "give a folder as transformers' save_pretrained writes it, or a factory",
         )
     with path.open("rb") as stream:
         head = stream.read(1024)

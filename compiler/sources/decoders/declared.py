@@ -34,7 +34,9 @@ def with_states(model: Model) -> Model:
         )
     for name, rank in ((IDS, 2), (PAST, 1), (COUNT, 1)):
         if named[name].dtype != "int64" or len(named[name].shape) != rank:
-            raise RecipeError(f"input {name!r} of the decoder is of another kind", expected=_kind(rank), found=named[name])
+            raise RecipeError(
+                f"input {name!r} of the decoder is of another kind", expected=_kind(rank), found=named[name]
+            )
     caches = [spec for spec in signature.inputs if spec.name not in CALL]
     if not caches:
         raise SourceError(

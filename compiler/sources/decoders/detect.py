@@ -10,8 +10,8 @@ from ....errors import SourceError
 
 if TYPE_CHECKING:
     import torch
-    from typing_extensions import TypeIs
     from transformers import PreTrainedModel
+    from typing_extensions import TypeIs
 
 
 def is_causal(module: torch.nn.Module) -> TypeIs[PreTrainedModel]:
