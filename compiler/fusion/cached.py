@@ -128,6 +128,8 @@ class CachedFuser:
             return "its heads are not known"
         if size(value.past, 3) != width or size(value.past, 1) != shared:
             return f"keys have a width of {width}, values one of {size(value.past, 3)}"
+        if width % 8:
+            return f"a width of {width} is no multiple of 8, which GroupQueryAttention asks for"
         if last is None or last.op_type != "Transpose" or _perm(last) != (0, 2, 1, 3):
             return "its heads are put together in another way"
         return Cached(softmax, query, key, value, scale, heads, shared, width, last)
