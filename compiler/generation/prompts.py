@@ -29,7 +29,7 @@ def rows_of(prompts: Any) -> list[np.ndarray]:
         raise DataError(
             "there are no prompts", expected="token numbers, or a list of them for each prompt", found="none"
         )
-    if all(np.ndim(item) == 0 for item in given):
+    if all(np.isscalar(item) for item in given):
         given = [given]
     return [_row(number, item) for number, item in enumerate(given)]
 
@@ -54,6 +54,14 @@ def check(signature: Signature, rows: Sequence[np.ndarray], new_tokens: int) -> 
             hint=f"give fewer, or compile with --decoder batch={len(rows)}",
         )
     for number, row in enumerate(rows):
+        wrong = row[(row < 0) | (row >= known)] if known is not None else row[row < 0]
+        if len(wrong):
+            raise DataError(
+                f"prompt {number} holds a token that the model does not know",
+                expected=f"0 to {known - 1}" if known is not None else "0 or more",
+                found=int(wrong[0]),
+                hint="was it made by another tokenizer?",
+            )
         if len(row) > room:
             raise DataError(
                 f"prompt {number} is longer than the cache",
@@ -67,14 +75,6 @@ def check(signature: Signature, rows: Sequence[np.ndarray], new_tokens: int) -> 
                 expected=f"at most {room} tokens together",
                 found=f"{len(row)} and {new_tokens}",
                 hint=f"ask for at most {room - len(row)}, or compile with a larger --decoder max_length",
-            )
-        wrong = row[(row < 0) | (row >= known)] if known is not None else row[row < 0]
-        if len(wrong):
-            raise DataError(
-                f"prompt {number} holds a token that the model does not know",
-                expected=f"0 to {known - 1}" if known is not None else "0 or more",
-                found=int(wrong[0]),
-                hint="was it made by another tokenizer?",
             )
 
 

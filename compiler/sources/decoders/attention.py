@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 
 from ....errors import SourceError
 
@@ -65,4 +64,8 @@ def attend(
     return output.transpose(1, 2), None
 
 
-transformers.AttentionInterface.register(NAME, attend)
+def register() -> None:
+    """Makes it known to transformers by its name."""
+    import transformers
+
+    transformers.AttentionInterface.register(NAME, attend)

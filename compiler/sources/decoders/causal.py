@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import transformers
 
 from ....errors import RecipeError, SourceError
 from ...difference import relative_l2
@@ -17,6 +16,9 @@ from .. import Model, module
 from ..guard import first_line, foreign, quiet
 from .module import Decoder, widths
 from .options import DecoderOptions
+
+if TYPE_CHECKING:
+    import transformers
 
 DEFAULT_LENGTH = 1024
 SAME = 1e-4
@@ -29,6 +31,8 @@ def open_folder(path: Path) -> transformers.PreTrainedModel:
     Raises:
         SourceError: the folder holds no causal language model, or not all of its weights.
     """
+    import transformers
+
     hint = "a folder as save_pretrained writes it: config.json and .safetensors"
     with (
         foreign(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from ....errors import SourceError
 from . import attention
+
+if TYPE_CHECKING:
+    import transformers
 
 
 class Decoder(torch.nn.Module):
@@ -147,6 +149,7 @@ def _own(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """A copy that shares the weights, with our attention, and experts that can be captured."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     own: transformers.PreTrainedModel = copy.deepcopy(model, shared)
+    attention.register()
     own.set_attn_implementation(attention.NAME)
     if own.config.get_text_config()._attn_implementation != attention.NAME:
         raise SourceError(
