@@ -22,7 +22,7 @@ from ..compiler.fusion.check import Check
 from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened
 from ..compiler.graph.equality import inputs_at_two_sizes
-from .base import Context, Pass, PassResult
+from .base import Context, Pass, PassResult, Refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FuseAttention(Pass):
         """Fuses in place; what the check refuses stays."""
         states = context.signature.states
         if not states:
-            return PassResult(modified=False)
+            return PassResult(modified=False, refusals=(Refusal("the model has no caches to attend over"),))
         check = Check(
             flattened(graph),
             lambda work, left_out: CachedFuser(work, states, left_out),
