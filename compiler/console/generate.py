@@ -59,7 +59,11 @@ def generate_text(
     tokenizer = open_tokenizer(bundle) if text is not None else None
     prompt = list(tokenizer.encode(text).ids) if tokenizer is not None else list(parse_numbers("--ids", ids))
     ends = parse_numbers("--stop", stop) if stop is not None else ends_of(bundle)
-    write = (lambda part: click.echo(part, nl=False)) if show else (lambda part: None)
+
+    def write(part: str) -> None:
+        if show:
+            click.echo(part, nl=False)
+
     writer = Writer(tokenizer, write) if tokenizer is not None else None
     times = [time.perf_counter()]
 

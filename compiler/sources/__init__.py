@@ -190,9 +190,10 @@ def _load_module(
 
         if is_causal(made):
             from .decoders import causal
+            from .weights import load_weights, read_weights
 
             if weights is not None:
-                module.load_weights(made, module.read_weights(weights), weights)
+                load_weights(made, read_weights(weights), weights)
             return causal.load(made, _options(decoding), device=device, identity=identity, folder=None)
     loaded = module.load(
         made, weights=weights, inputs=inputs, constants=constants, sample=sample, device=device, identity=identity

@@ -58,7 +58,7 @@ def attend(
         scores = torch.matmul(query, key.transpose(2, 3)) * scale + attention_mask
         output = torch.matmul(torch.softmax(scores, dim=-1), value)
     else:
-        grouped = query.unflatten(1, (key.shape[1], shared))
+        grouped = query.reshape(query.shape[0], key.shape[1], shared, query.shape[2], query.shape[3])
         scores = torch.matmul(grouped, key.unsqueeze(2).transpose(3, 4)) * scale + attention_mask.unsqueeze(2)
         output = torch.matmul(torch.softmax(scores, dim=-1), value.unsqueeze(2)).flatten(1, 2)
     return output.transpose(1, 2), None

@@ -42,7 +42,8 @@ def open_folder(path: Path) -> transformers.PreTrainedModel:
         ),
         quiet(),
     ):
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        auto: Any = transformers
+        model, loaded = auto.AutoModelForCausalLM.from_pretrained(
             path,
             local_files_only=True,
             trust_remote_code=False,
@@ -50,6 +51,7 @@ def open_folder(path: Path) -> transformers.PreTrainedModel:
             dtype=torch.float32,
             output_loading_info=True,
         )
+    opened: transformers.PreTrainedModel = model
     for key in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, loaded[key])):
             raise SourceError(
@@ -57,7 +59,7 @@ def open_folder(path: Path) -> transformers.PreTrainedModel:
                 expected="a tensor for each of the model",
                 found=f"{len(wrong)} {key.partition('_')[0]}: {', '.join(wrong[:3])}",
             )
-    return model
+    return opened
 
 
 def load(
@@ -69,7 +71,7 @@ def load(
         SourceError: it computes something else with static caches.
         RecipeError: a cache longer than what the model was made for.
     """
-    model.eval().to(device)
+    model.train(False).to(device)
     length = _length(model, options)
     decoder = Decoder(model, length).eval()
     with foreign(lambda error: _failed(model, error)):
@@ -109,14 +111,16 @@ def _length(model: transformers.PreTrainedModel, options: DecoderOptions) -> int
 
 
 def _signature(layers: list[tuple[tuple[int, int], tuple[int, int]]], length: int, batch: int) -> Signature:
+    rows: str | int = "batch" if batch > 1 else 1
     caches = [
-        TensorSpec(f"{kind}.{layer}", "float32", ("batch", sizes[which][0], length, sizes[which][1]))
+        TensorSpec(f"{kind}.{layer}", "float32", (rows, sizes[which][0], length, sizes[which][1]))
         for which, kind in enumerate(("key", "value"))
         for layer, sizes in enumerate(layers)
     ]
-    tokens = TensorSpec("ids", "int64", ("batch", "time"))
-    numbers = [TensorSpec(name, "int64", ("batch",)) for name in ("past", "count")]
+    tokens = TensorSpec("ids", "int64", (rows, "time"))
+    numbers = [TensorSpec(name, "int64", (rows,)) for name in ("past", "count")]
     axes = {"batch": AxisRange(1, 1, batch), "time": AxisRange(1, 1, length)}
+    axes = {name: axis for name, axis in axes.items() if name in tokens.shape}
     return Signature(inputs=(tokens, *numbers, *caches), axes=axes)
 
 

@@ -31,7 +31,8 @@ class Decoder(torch.nn.Module):
         self.model = _own(model)
         self.max_length = max_length
         self._last = _Last()
-        head = self.model.get_output_embeddings()
+        own: Any = self.model
+        head = own.get_output_embeddings()
         if head is None:
             raise SourceError(f"{type(model).__name__} has no output embeddings", expected="a causal language model")
         head.register_forward_pre_hook(self._last.pick)

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from enginesmith.compiler.generation.generate import check_decoder
+from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import load_model
 from enginesmith.compiler.sources.decoders.causal import open_folder
 from enginesmith.compiler.sources.decoders.detect import is_causal
@@ -86,6 +89,23 @@ def test_the_signature_pairs_caches():
     assert model.stop == (1,)
 
 
+def test_one_row_alone_is_no_dynamic_axis():
+    signature = load_model(llama(), decoder={"batch": 1}).signature
+    assert {spec.shape[0] for spec in (*signature.inputs, *signature.outputs)} == {1}
+    assert list(signature.axes) == ["time"]
+    check_decoder(signature)
+
+
+def test_weights_may_be_given_beside_a_factory(tmp_path):
+    torch.manual_seed(1)
+    trained = llama()
+    save_file(trained.state_dict(), tmp_path / "trained.safetensors")
+    model = load_model(llama(), weights=tmp_path / "trained.safetensors")
+    with torch.no_grad():
+        expected = trained.eval()(torch.tensor([[3, 1, 4]])).logits[:, -1].numpy()
+    assert call(model, [3, 1, 4], 0)[0] == pytest.approx(expected, abs=1e-4)
+
+
 def test_of_multi_head_latent_attention_the_latent_is_cached():
     model = load_model(deepseek())
     shapes = {spec.name: spec.shape for spec in model.signature.inputs}
@@ -109,8 +129,6 @@ def test_nothing_is_read_or_written_outside_of_a_cache():
 
 
 def test_a_model_whose_inputs_are_declared_has_no_cache():
-    from enginesmith.compiler.signature import parse_inputs
-
     model = load_model(llama(), inputs=parse_inputs(["input_ids:1x4:int64"]), arguments={"use_cache": False})
     assert [spec.name for spec in model.signature.inputs] == ["input_ids"]
     assert not model.signature.states
