@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def test_a_limit_that_is_missed(url, options, problem):
         (["-m", "double", "-b", "bundle", "--data", "x.npz"], "requests come from a bundle or from data"),
         (["-m", "double", "-b", "nowhere"], "nowhere is not a bundle"),
         (["-m", "double", "--data", "nowhere.npz"], "nowhere.npz cannot be read"),
+        (["-m", "double", "--record"], "there is no bundle to keep the result in"),
     ],
 )
 def test_options_that_cannot_be_used(url, options, message):
@@ -105,6 +107,14 @@ def test_options_that_cannot_be_used(url, options, message):
     assert ran.return_value == 2, ran.output
     assert message in ran.output
     assert "Traceback" not in ran.output
+
+
+def test_a_bundle_that_cannot_be_written_is_an_error_before_anything_is_measured(url, double, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+    ran = run(url, "-m", "double", "-b", str(tmp_path), "--record")
+    assert ran.return_value == 2
+    assert f"{tmp_path} cannot be written" in ran.output
+    assert not double.requests
 
 
 def test_a_server_that_refuses_the_requests(url, double):
