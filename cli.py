@@ -33,6 +33,7 @@ COMMANDS = {
     "debug": "Find the node that makes the error of an engine.",
     "diagnose": "Show where the time of a model or bundle goes, what limits it, and what would help.",
     "run": "Run an engine of a bundle over files of inputs, and go on where an earlier run was stopped.",
+    "generate": "Go on with a text by the language model of a bundle, and write it as it comes.",
     "inspect": "Show inputs, sizes, operators and precisions of a model, bundle or engine.",
     "doctor": "Build and run a one-node model on every target, and say why one cannot.",
     "cache": "Look into the cache, keep it small, check it, carry it to another machine.",
@@ -353,6 +354,19 @@ def _run() -> click.Command:
     return click.Command("run", params=[_BUNDLE, *run_options()], callback=run)
 
 
+def _generate() -> click.Command:
+    from .compiler.console.generate import generate_options
+
+    def run(bundle: Path, as_json: bool, quiet: bool, **options: Any) -> int:
+        from .compiler.console.generate import generate_text
+
+        result = generate_text(bundle, show=not (as_json or quiet), **options)
+        _show(result, as_json, quiet, lambda: None)
+        return 0
+
+    return click.Command("generate", params=[_BUNDLE, *generate_options()], callback=run)
+
+
 def _inspect() -> click.Command:
     from .compiler.console.flags import field_options, overrides
 
@@ -423,6 +437,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "debug": _debug,
     "diagnose": _diagnose,
     "run": _run,
+    "generate": _generate,
     "inspect": _inspect,
     "doctor": _doctor,
     "cache": _cache,

@@ -3,7 +3,7 @@
 The loop reads a batch, runs it and keeps the outputs, and writes them at the end; `run` reads ahead, writes whole
 shards with their hashes, and notes each. Rounds are interleaved, in random order, and a ratio is the median of those of
 the rounds. Loading the engine is left out of both. With --ray the same rows go through Ray Data as well: the start of
-Ray is left out, that of its actors is in it, and so is that of the second process where there are two.
+Ray is left out, that of its actors is in it.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--ray", action="store_true", help="through Ray Data too; needs the extra [ray]")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +127,7 @@ def main() -> int:
             for way, share in results[name]["of_the_loop"].items():
                 rate = statistics.median(results[name]["rows_per_s"][way])
                 print(f"{name}: {way} {rate:.1f} rows/s, {share:.3f} of the loop's")
-    write("offline", {"limit": LIMIT, "cases": results})
+    write("offline", {"limit": LIMIT, "cases": results}, arguments.out)
     return int(any(case["of_the_loop"]["run"] < LIMIT for case in results.values() if case["heavy"]))
 
 

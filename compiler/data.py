@@ -19,10 +19,13 @@ import numpy as np
 
 from ..errors import DataError
 from .signature import Signature
+from .states import completed, made_up
 from .storage.files import sha256
 
 Batch = dict[str, np.ndarray]
 RANDOM_BATCHES = 8
+RANDOM_CALLS = 2
+"""Of a decoder, whose caches are large."""
 
 
 class Samples(Protocol):
@@ -69,8 +72,9 @@ class Data:
             DataError: a batch that does not fit the signature or holds NaN or Inf; no batch at all.
         """
         count = 0
-        for count, batch in enumerate(self._read(), start=1):
+        for count, given in enumerate(self._read(), start=1):
             try:
+                batch = completed(self._signature, given) if self._signature.states else given
                 self._check(batch)
             except DataError as error:
                 error.message = f"{self.description}, batch {count}: {error.message}"
@@ -201,7 +205,7 @@ def _array(value: Any, what: str) -> np.ndarray:
 
 def _random(signature: Signature, seed: int) -> Iterator[Batch]:
     generator = np.random.default_rng(seed)
-    for _ in range(RANDOM_BATCHES):
+    for _ in range(RANDOM_CALLS if signature.states else RANDOM_BATCHES):
         yield random_batch(signature, generator)
 
 
@@ -212,7 +216,7 @@ def random_batch(signature: Signature, generator: np.random.Generator, sizes: Ma
         dtype = np.dtype(signature.input(name).dtype)
         values = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
         batch[name] = np.asarray(values, dtype=dtype)
-    return batch
+    return made_up(signature, batch, generator) if signature.states else batch
 
 
 def resized(signature: Signature, sample: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> Batch:

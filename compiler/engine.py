@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -170,6 +170,47 @@ class Engine:
                 )
         self._signature.check(inputs)
         return self._open_runner().run(inputs)
+
+    def generate(
+        self,
+        ids: Any,
+        max_new_tokens: int = 128,
+        *,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Iterable[int] = (),
+        seed: int = 0,
+        stream: Callable[[int, int], Any] | None = None,
+    ) -> list[list[int]]:
+        """Goes on with prompts, token by token; of engines of language models that were compiled with their cache.
+
+        Args:
+            ids: tokens of a prompt, or of several, which may differ in length.
+            max_new_tokens: after so many a row ends.
+            do_sample: draw tokens by chance; else each is the most likely one.
+            temperature: logits are divided by it before tokens are drawn.
+            top_k: draw from so many of the likeliest tokens only.
+            top_p: draw from the likeliest tokens that together have this probability only.
+            stop: tokens at which a row ends; the token itself is its last.
+            seed: of what is drawn. Rows do not depend on each other.
+            stream: takes the number of a row and its next token, as soon as it is known.
+
+        Returns:
+            the new tokens of each row.
+
+        Raises:
+            DataError: prompts that do not fit the engine.
+            RecipeError: an option that is out of range.
+            EngineError: the engine has no cache, fails, or gives logits that are no numbers.
+        """
+        from .generation.generate import generate
+
+        return generate(
+            self._open_runner(), self._signature, ids, max_new_tokens=max_new_tokens, do_sample=do_sample,
+            temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed, stream=stream,
+        )  # fmt: skip
 
     def reset(self) -> None:
         """Returns an engine that carries state between calls to its first state."""

@@ -37,6 +37,7 @@ from .storage.cache import Cache
 from .storage.files import appearing_folder
 from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, local_modules, still_hold
 from .storage.memory import release
+from .text import keep_text
 from .trial import TORCH_BASELINES, benchmark_engines, load, load_budget, load_metric, validate_engines, verdict
 from .validation.reference import ReferenceOutputs
 from .variants import Variant, make_variants, not_lowered, not_written, without_effect
@@ -209,6 +210,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 environment=dict(job.machine),
                 files={},
             )
+            keep_text(model, folder)
             write_bundle(folder, manifest, recipe)
         if is_repeatable(recipe) and all(engine["status"] != "failed" for engine in engines):
             job.cache.put(

@@ -20,7 +20,9 @@ from .batch.latency import parse_latency
 from .budget import Budget
 from .extensions import anchored
 from .ladder.objective import Objective
+from .options import build
 from .pruning.goal import parse_goal
+from .sources.decoders.options import DecoderOptions
 from .validation.metrics import resolve_tolerance
 
 PATHS = ("model", "weights", "data", "calibration_data", "metric")
@@ -69,7 +71,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: Annotated[str, Flag(argument=True)] = ""
-    """Model: file.py:factory, TorchScript archive, .pt2 program or ONNX file."""
+    """Model: file.py:factory, TorchScript archive, .pt2 program, ONNX file, or folder of transformers."""
     weights: Annotated[str | None, Flag(None, "-w")] = None
     """Weights for file.py:factory: a state_dict as .pt/.pth, or .safetensors."""
     arguments: Annotated[dict[str, Any], Flag("argument", metavar="KEY=VALUE")] = Field(default_factory=dict)
@@ -78,6 +80,9 @@ class Recipe(BaseModel):
     """Input, for instance image:1x3x224x224 or ids:1x128:int64."""
     dynamic: Annotated[tuple[str, ...], Flag(metavar="NAME:AXIS=MIN..OPT..MAX")] = ()
     """Dynamic axis of an input, for instance image:0=1..8..64."""
+    decoder: Annotated[dict[str, Any], Flag(metavar="OPTION=VALUE")] = Field(default_factory=dict)
+    """Option of a language model's cache: max_length=1024, the tokens that it holds, or batch=8, the most rows that are
+    generated at the same time."""
     data: Annotated[str | None, Flag(None, "--load-inputs")] = None
     """Samples: .npz by input name, .npy, folder of .npz, Polygraphy .json, or file.py:function."""
     calibration_data: Annotated[str | None, Flag(None, "--calibration-data-path")] = None
@@ -214,6 +219,12 @@ class Recipe(BaseModel):
     @classmethod
     def _budget_is_known(cls, text: str | None) -> str | None:
         return None if text is None else str(Budget.parse(text))
+
+    @pydantic.field_validator("decoder")
+    @classmethod
+    def _decoder_is_known(cls, options: dict[str, Any]) -> dict[str, Any]:
+        build(DecoderOptions, options, "decoder")
+        return options
 
     @pydantic.field_validator("p99")
     @classmethod

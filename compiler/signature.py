@@ -62,12 +62,15 @@ class Signature:
         structure: how the flat outputs nest: None for a single tensor, a name for a tensor, a list or tuple
             (``{"tuple": [...]}``, ``{"list": [...]}``) or ``{"dict": {key: ...}}`` of structures, in which None
             stands for None.
+        states: output that takes the place of an input in the next call, by the name of the input: the cache of a
+            decoder (see states.py). Both have the same shape, and may lie in one buffer.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...] = ()
     axes: Mapping[str, AxisRange] = dataclasses.field(default_factory=dict)
     structure: Any = None
+    states: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name."""
@@ -131,6 +134,7 @@ class Signature:
             "outputs": [dataclasses.asdict(s) for s in self.outputs],
             "axes": {name: dataclasses.asdict(axis) for name, axis in self.axes.items()},
             "structure": self.structure,
+            **({"states": dict(self.states)} if self.states else {}),
         }
 
     @classmethod
@@ -141,6 +145,7 @@ class Signature:
             outputs=tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in value["outputs"]),
             axes={name: AxisRange(**axis) for name, axis in value["axes"].items()},
             structure=value["structure"],
+            states=value.get("states", {}),
         )
 
 

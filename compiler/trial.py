@@ -18,6 +18,7 @@ from .data import open_data, resized
 from .manifest import Benchmark, EngineRecord, OutputMetrics, Timing
 from .recipe import Recipe
 from .signature import Signature, parse_inputs
+from .states import in_the_middle
 from .storage.memory import release
 from .validation.metrics import resolve_tolerance
 from .validation.reference import ReferenceOutputs
@@ -55,6 +56,7 @@ def load(recipe: Recipe, module: torch.nn.Module | None = None) -> Model:
         arguments=recipe.arguments,
         device=recipe.reference_device,
         sample=open_data(recipe.data, inputs, seed=recipe.seed).first() if inputs and recipe.data else None,
+        decoder=recipe.decoder,
     )
 
 
@@ -188,7 +190,8 @@ def sized(signature: Signature, sample: Mapping[str, np.ndarray], sizes: Mapping
 
     first = next((spec.shape[0] for spec in signature.inputs if spec.shape), 1)
     batch = sizes[signature.batch_axis] if signature.batch_axis else int(first)
-    return SizedInputs(sizes, batch, resized(signature, sample, sizes))
+    inputs = resized(signature, sample, sizes)
+    return SizedInputs(sizes, batch, in_the_middle(signature, inputs) if signature.states else inputs)
 
 
 def load_metric(recipe: Recipe) -> MetricFunction | None:

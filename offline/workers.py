@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..compiler.machine.environment import cores
@@ -78,9 +79,15 @@ class Processes:
                 worker.kill()
 
     def describe(self) -> dict[str, Any]:
-        """What `job.describe` says of the engine, which all take from now on."""
+        """What `job.describe` says of the engine, which all take from now on. All are open then."""
         found = self._open(self._places[0], described=True)
         self._choice = dataclasses.replace(self._choice, engine=found["engine"], verify=False)
+        with ThreadPoolExecutor(len(self._places)) as pool:
+            try:
+                list(pool.map(self._open, self._places[1:]))
+            except BaseException:
+                self.close()  # or the pool would wait until the others are open
+                raise
         return found
 
     def run(
@@ -123,7 +130,9 @@ class Processes:
         """The record of a shard; None at the end of the data."""
         shard, spans = task
         for attempt in itertools.count(1):
-            worker = self._workers.get(place.name) or self._opened(place)
+            if place.name not in self._workers:
+                self._open(place)
+            worker = self._workers[place.name]
             try:
                 answer = worker.call("run", timeout_s=FOREVER_S, job=job, shard=shard, spans=spans)
                 break
@@ -138,11 +147,7 @@ class Processes:
         record: dict[str, Any] | None = answer.get("record")
         return record
 
-    def _opened(self, place: Place) -> Worker:
-        self._open(place, described=False)
-        return self._workers[place.name]
-
-    def _open(self, place: Place, *, described: bool) -> dict[str, Any]:
+    def _open(self, place: Place, *, described: bool = False) -> dict[str, Any]:
         variables = [f"{name}={value}" for name, value in place.environment.items()]
         with self._lock:
             if self._over:

@@ -16,6 +16,7 @@ PASSES = {
     "align": "align:Align",
     "cast": "cast:Cast",
     "dedupe": "dedupe:Dedupe",
+    "fuse-attention": "fuse_attention:FuseAttention",
     "fuse-embeddings": "fuse_embeddings:FuseEmbeddings",
     "fuse-transformer": "fuse_transformer:FuseTransformer",
     "opset": "opset:Opset",

@@ -11,6 +11,7 @@ from typing import ClassVar
 from ..compiler.difference import relative_l2
 from ..errors import BuildError, RecipeError, TargetUnavailableError
 from ._onnxruntime import MINIMUM, OPSET, HostRunner, Optimization, Session, examine, require_onnxruntime
+from ._onnxruntime_states import StatesRunner, shares_buffers
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .profile import Profile
 
@@ -83,8 +84,8 @@ class OnnxRuntimeCpu(Target):
         return Availability(build=True, run=True, versions={"onnxruntime": onnxruntime.__version__})
 
     def rewrites(self, precision: str) -> tuple[str, ...]:
-        """Attention, and embedding tables; quantization takes what they leave."""
-        return ("fuse-transformer:scheme=onnxruntime-cpu", "fuse-embeddings")
+        """Attention, with and without a cache, and embedding tables; quantization takes what they leave."""
+        return ("fuse-attention", "fuse-transformer:scheme=onnxruntime-cpu", "fuse-embeddings")
 
     def tunings(self, precision: str) -> tuple[Tuning, ...]:
         """Threads first; spinning and the level of optimization stay, as less was never faster."""
@@ -127,6 +128,8 @@ class OnnxRuntimeCpu(Target):
         if info.requires:
             return info
         details = examine(request.directory / info.entry, self._session(), request.sample, request.cache)
+        if info.signature.states:
+            details["in_place"] = shares_buffers(request.directory / info.entry, info.signature.states)
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
         return dataclasses.replace(info, versions=self.versions(), details=details)
 
@@ -137,6 +140,8 @@ class OnnxRuntimeCpu(Target):
         require_onnxruntime("cpu")
         check_machine(info, self)
         session = self._session(optimized=self.optimized_model).open(directory / info.entry)
+        if info.details.get("in_place"):
+            return StatesRunner(session, info.signature)
         return HostRunner(session, [spec.name for spec in info.signature.outputs])
 
     def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:

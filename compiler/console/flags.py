@@ -105,7 +105,7 @@ def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
             fields["model"] = value
         elif name == "provider":
             fields["targets"] = tuple(PROVIDERS[provider] for provider in value)
-        elif name in ("arguments", "pruning", "quantization", "tolerances"):
+        elif name in ("arguments", "decoder", "pruning", "quantization", "tolerances"):
             fields[name] = _assignments(name, value)
         elif name == "keep":
             fields[name] = {high: tuple(node for other, node in value if other == high) for high, _ in value}

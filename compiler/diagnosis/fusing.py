@@ -21,10 +21,13 @@ STEPS = 8
 
 def fusing(situation: Situation) -> Iterator[Action | None]:
     """The rewrites that the target gains by, where the engine still has what they fuse."""
+    attention = "fuse-attention" if situation.info.signature.states else "fuse-transformer"
     for text in situation.target.rewrites(situation.info.precision):
         name, _ = split(text)
-        groups = attentions(situation) if name == "fuse-transformer" else embeddings(situation)
-        what = "attention" if name == "fuse-transformer" else "tables"
+        if name not in (attention, "fuse-embeddings"):
+            continue
+        groups = attentions(situation) if name == attention else embeddings(situation)
+        what = "attention" if name == attention else "tables"
         savings = {layer: saved for group in groups for layer, saved in _saved(situation, group).items()}
         count = sum(len(group) for group in groups)
         yield action(f"--pass {text}", f"{len(groups)} times {what}: {count} layers read and write in between", savings)

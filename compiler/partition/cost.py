@@ -8,6 +8,7 @@ estimates; nodes that no layer names take none.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import statistics
 import tempfile
@@ -19,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...errors import EngineError, EnginesmithError
-from ...targets.base import BuildRequest, Target
+from ...targets.base import BuildRequest, EngineInfo, Target
 from ...targets.profile import Profile
 from ..diagnosis.ceilings import Ceilings, ceilings
 from ..diagnosis.mapping import nodes_of
@@ -130,6 +131,15 @@ def _profile(
     graph = graph.clone()
     for node in graph.nodes():
         node.name = label(node)  # runtimes make up names for those that have none
+    with engine(graph, target, precision, signature, sample) as (folder, info):
+        return target.profile(folder, info, sample), timed(target, folder, info, sample)[0]
+
+
+@contextlib.contextmanager
+def engine(
+    graph: Graph, target: Target, precision: str, signature: Signature, sample: Arrays
+) -> Iterator[tuple[Path, EngineInfo]]:
+    """Builds a graph on a target, in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="enginesmith-") as name:
         folder = Path(name) / "engine"
         folder.mkdir()
@@ -137,16 +147,20 @@ def _profile(
         request = BuildRequest(
             graph, no_model, signature, precision, sample, folder, Path(name) / "cache", lambda line: None
         )
-        info = target.build(request)
-        profile = target.profile(folder, info, sample)
-        runner = target.runner(folder, info)
-        try:
-            bound = runner.bind(sample)
-            bound.timed(3)
-            host, device = bound.timed(10)
-        finally:
-            runner.close()
-    return profile, statistics.median(device or host)
+        yield folder, target.build(request)
+
+
+def timed(target: Target, folder: Path, info: EngineInfo, inputs: Arrays) -> tuple[float, Arrays]:
+    """Milliseconds of a call, on the device where it tells, and the outputs."""
+    runner = target.runner(folder, info)
+    try:
+        outputs = runner.run(inputs)
+        bound = runner.bind(inputs)
+        bound.timed(3)
+        host, device = bound.timed(10)
+    finally:
+        runner.close()
+    return statistics.median(device or host), outputs
 
 
 def _extra_ms(layers_ms: Sequence[float], call_ms: float) -> float:

@@ -67,11 +67,16 @@ class Patch:
             self._patcher.graph.model.opset_imports.setdefault(MICROSOFT, 1)
         return tuple(values)
 
-    def apply(self, *results: ir.Value) -> None:
-        """Puts the new nodes in; `results` take over the outputs of the old node that have a name, and their names."""
+    def apply(self, *results: ir.Value, also: Sequence[ir.Node] = ()) -> None:
+        """Puts the new nodes in; `results` take over the outputs of the old node that have a name, and their names.
+
+        Args:
+            also: further nodes that go, whose outputs come behind those of the old one.
+        """
         graph = self._patcher.graph.model.graph
-        outputs = [value for value in self._old.outputs if value.name]
-        ir.convenience.replace_nodes_and_values(graph, self._old, [self._old], self._new, outputs, results)
+        old = [self._old, *also]
+        outputs = [value for node in old for value in node.outputs if value.name]
+        ir.convenience.replace_nodes_and_values(graph, self._old, old, self._new, outputs, results)
 
 
 def _unused(wanted: str, taken: set[str | None]) -> str:

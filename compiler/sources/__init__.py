@@ -19,6 +19,8 @@ from ..signature import Signature
 if TYPE_CHECKING:
     import torch
 
+    from .decoders.options import DecoderOptions
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -34,6 +36,8 @@ class Model:
         fingerprint: hash of code, weights and factory arguments, part of the cache's key.
         parameter_bytes: size of the weights.
         stateful: whether it carries state from one call to the next, which `reference.reset` clears.
+        tokenizer: tokenizer.json of a language model that has one.
+        stop: tokens that end a text.
     """
 
     kind: Literal["module", "torchscript", "exported-program", "onnx"]
@@ -44,6 +48,8 @@ class Model:
     fingerprint: str
     parameter_bytes: int
     stateful: bool = False
+    tokenizer: Path | None = None
+    stop: tuple[int, ...] = ()
 
     def without_weights(self) -> Model:
         """What is known about the model. It cannot run any more; its weights are freed where nobody else holds them."""
@@ -79,9 +85,13 @@ def load_model(
     arguments: Mapping[str, Any] | None = None,
     device: str = "cpu",
     sample: Mapping[str, np.ndarray] | None = None,
+    decoder: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Model:
     """Loads a model from whatever names it: ``file.py:factory``, a module, or a file of TorchScript, .pt2 or ONNX.
+
+    A folder of transformers, and a causal language model of transformers whose inputs are not declared, is loaded with
+    its cache (see states.py).
 
     Args:
         source: what the user gave.
@@ -93,6 +103,7 @@ def load_model(
             tensors.
         device: where the reference runs; ONNX runs on the CPU always.
         sample: real inputs, for models that refuse random ones.
+        decoder: options of the cache of a language model; a module with these has to have one.
         log: takes what the user's code prints.
 
     Raises:
@@ -101,9 +112,10 @@ def load_model(
         UnknownNameError: a factory or an input that does not exist.
     """
     constants = dict(arguments or {})
+    decoding = dict(decoder or {})
     if not isinstance(source, (str, Path)):
         _no_dynamic(dynamic)
-        return _load_object(source, weights, inputs, constants, sample, device)
+        return _load_object(source, weights, inputs, constants, sample, device, decoding)
     if ".py:" in str(source):
         from . import module
 
@@ -113,9 +125,10 @@ def load_model(
         file, _, factory = str(source).rpartition(":")
         code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         identity = f"{code}{factory}{sorted(constants.items())!r}"
-        return module.load(
-            made, weights=weights, inputs=inputs, constants={}, sample=sample, device=device, identity=identity
-        )
+        return _load_module(made, weights, inputs, {}, sample, device, identity, decoding)
+    if (Path(source) / "config.json").is_file():
+        return _load_folder(Path(source), weights, inputs, dynamic, constants, device, decoding)
+    _no_decoder(decoding, f"{Path(source).name}")
     return _load_file(Path(source), weights, inputs, dynamic, constants, sample, device, log)
 
 
@@ -137,6 +150,7 @@ def _load_object(
     constants: Mapping[str, Any],
     sample: Mapping[str, np.ndarray] | None,
     device: str,
+    decoding: Mapping[str, Any],
 ) -> Model:
     import torch
 
@@ -145,24 +159,91 @@ def _load_object(
         from . import torchscript
 
         _no_weights(weights, "a ScriptModule")
+        _no_decoder(decoding, "a ScriptModule")
         return torchscript.load(source, inputs=inputs, constants=constants, sample=sample, device=device)
     if isinstance(source, torch.nn.Module):
-        from . import module
-
-        return module.load(
-            source,
-            weights=weights,
-            inputs=inputs,
-            constants=constants,
-            sample=sample,
-            device=device,
-            identity=repr(sorted(constants.items())),
-        )
+        identity = repr(sorted(constants.items()))
+        return _load_module(source, weights, inputs, constants, sample, device, identity, decoding)
     raise SourceError(
         "the model is of a type that cannot be loaded",
         expected="a path, file.py:factory, or a torch.nn.Module",
         found=f"{type(source).__module__}.{type(source).__qualname__}",
     )
+
+
+def _load_module(
+    made: torch.nn.Module,
+    weights: Path | None,
+    inputs: Signature | None,
+    constants: Mapping[str, Any],
+    sample: Mapping[str, np.ndarray] | None,
+    device: str,
+    identity: str,
+    decoding: Mapping[str, Any],
+) -> Model:
+    """A module: with its cache where it is a causal language model whose inputs are not declared."""
+    from . import module
+
+    undeclared = inputs is None or not inputs.inputs
+    if undeclared and type(made).__module__.split(".")[0] != "torch":
+        from .decoders.detect import is_causal
+
+        if is_causal(made):
+            from .decoders import causal
+            from .weights import load_weights, read_weights
+
+            if weights is not None:
+                load_weights(made, read_weights(weights), weights)
+            return causal.load(made, _options(decoding), device=device, identity=identity, folder=None)
+    loaded = module.load(
+        made, weights=weights, inputs=inputs, constants=constants, sample=sample, device=device, identity=identity
+    )
+    if not decoding:
+        return loaded
+    from .decoders.declared import with_states
+
+    return with_states(loaded)
+
+
+def _load_folder(
+    path: Path,
+    weights: Path | None,
+    inputs: Signature | None,
+    dynamic: Sequence[str],
+    constants: Mapping[str, Any],
+    device: str,
+    decoding: Mapping[str, Any],
+) -> Model:
+    """A folder of transformers."""
+    _no_weights(weights, f"{path.name}, which holds its own")
+    _check_device(device)
+    if inputs is not None or dynamic or constants:
+        raise RecipeError(
+            f"{path.name} takes no inputs, dynamic axes and arguments: its cache decides them",
+            expected="--decoder max_length=1024 --decoder batch=8",
+            hint="to compile it without its cache, write a factory that loads it, and declare its inputs",
+        )
+    from .decoders.detect import require_transformers
+
+    require_transformers(path)
+    from .decoders import causal
+
+    return causal.load(causal.open_folder(path), _options(decoding), device=device, identity="folder", folder=path)
+
+
+def _options(decoding: Mapping[str, Any]) -> DecoderOptions:
+    from ..options import build
+    from .decoders.options import DecoderOptions
+
+    return build(DecoderOptions, decoding, "decoder")
+
+
+def _no_decoder(decoding: Mapping[str, Any], what: str) -> None:
+    if decoding:
+        raise RecipeError(
+            f"--decoder does not go with {what}, a model without a cache",
+            expected="a folder of transformers, or a factory that gives a causal language model",
+        )
 
 
 def _load_file(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import onnx_file
+from .decoders.detect import require_transformers
 from .detect import detect
 from .exported_program import open_program, program_inputs
 from .flat import Parameter, python_parameters
@@ -28,6 +29,8 @@ def describe(source: str) -> dict[str, Any]:
     if ".py:" in source:
         return _module(source)
     path = Path(source)
+    if (path / "config.json").is_file():
+        return _folder(path)
     kind = detect(path)
     if kind == "onnx":
         return onnx_file.describe(path)
@@ -35,8 +38,18 @@ def describe(source: str) -> dict[str, Any]:
     return {**readers[kind](path), "size_bytes": path.stat().st_size}
 
 
+def _folder(path: Path) -> dict[str, Any]:
+    require_transformers(path)
+    from .decoders.causal import open_folder
+
+    return {**_described(open_folder(path)), "kind": "folder of transformers"}
+
+
 def _module(source: str) -> dict[str, Any]:
-    module = load_factory(source, {}, discard)
+    return _described(load_factory(source, {}, discard))
+
+
+def _described(module: torch.nn.Module) -> dict[str, Any]:
     leaves = (type(part).__name__ for part in module.modules() if not list(part.children()))
     return {
         "kind": "module",

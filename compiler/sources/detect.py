@@ -12,7 +12,8 @@ from ...errors import SourceError
 Kind = Literal["torchscript", "exported-program", "onnx", "weights"]
 
 ACCEPTED = (
-    "file.py:factory with --weights, a TorchScript archive (.pt, .jit), an exported program (.pt2), or ONNX (.onnx)"
+    "file.py:factory with --weights, a TorchScript archive (.pt, .jit), an exported program (.pt2), ONNX (.onnx), or a "
+    "folder of transformers"
 )
 
 MAGIC = (
@@ -44,7 +45,9 @@ def detect(path: Path) -> Kind:
         )
     if path.is_dir():
         raise _refused(
-            path, "a folder", "write a factory that loads it, for instance with transformers' from_pretrained"
+            path,
+            "a folder without config.json",
+            "give a folder as transformers' save_pretrained writes it, or a factory",
         )
     with path.open("rb") as stream:
         head = stream.read(1024)

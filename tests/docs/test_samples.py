@@ -21,6 +21,7 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 DIGITS = SAMPLES / "digits"
 CHARACTERS = SAMPLES / "characters"
 RECOMMENDATION = SAMPLES / "recommendation"
+TEXT = SAMPLES / "text"
 
 
 def module(path: Path) -> ModuleType:
@@ -172,7 +173,13 @@ def test_recommendation_becomes_an_engine_that_ranks_as_well(tmp_path: Path, mon
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*/recipe.yaml")), ids=lambda path: path.parent.name)
 def test_recipes_name_files_passes_and_targets_that_exist(path: Path) -> None:
     recipe = read_recipe(path)
-    named = [recipe.model.partition(":")[0], recipe.weights, recipe.data, (recipe.metric or "").partition(":")[0]]
+    model = Path(recipe.model.partition(":")[0])
+    named = [
+        model / "config.json" if model.is_dir() else model,
+        recipe.weights,
+        recipe.data,
+        (recipe.metric or "").partition(":")[0],
+    ]
     assert all(Path(name).is_file() for name in named if name)
     for text in recipe.passes:
         assert str(parse_pass(text)) == text
@@ -182,7 +189,7 @@ def test_recipes_name_files_passes_and_targets_that_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.rglob("*.safetensors")), ids=lambda path: path.name)
 def test_checkpoints_are_small(path: Path) -> None:
-    assert path.stat().st_size < 1_000_000
+    assert path.stat().st_size < (5_000_000 if TEXT in path.parents else 1_000_000)
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in SAMPLES.iterdir() if path.is_dir()), ids=lambda p: p.name)
@@ -190,3 +197,33 @@ def test_a_page_names_every_file_of_its_folder(folder: Path) -> None:
     page = (folder / "README.md").read_text()
     files = {path.name for path in folder.iterdir() if path.is_file()} - {"README.md"}
     assert files == set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
+
+
+def test_text_is_as_good_as_its_page_says() -> None:
+    from enginesmith.compiler.sources.decoders.causal import open_folder
+
+    model = open_folder(TEXT / "gpt").eval()
+    with np.load(TEXT / "test.npz", allow_pickle=False) as file:
+        ids, following = file["ids"], file["next"]
+    page = " ".join((TEXT / "README.md").read_text().split())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{parameters:,} parameters" in page
+    assert f"{len(ids)} windows of 64 tokens" in page
+    text = torch.from_numpy(ids.reshape(-1)[: ids.size // 128 * 128].reshape(-1, 128))  # the windows stand in a row
+    with torch.inference_mode():
+        logits = model(text).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+    assert f"a perplexity of {float(loss.exp()):.2f} a token" in page
+    right = module(TEXT / "metric.py").accuracy({"logits": logits[:, 63].numpy()}, {"next": text[:, 64].numpy()})
+    assert right.shape == (len(text),)
+    assert np.array_equal(following[:-1], ids[1:, 0])
+
+
+def test_the_folder_of_text_is_small_and_has_a_tokenizer() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    assert sum(path.stat().st_size for path in (TEXT / "gpt").iterdir()) < 5e6
+    tokenizer = tokenizers.Tokenizer.from_file(str(TEXT / "gpt/tokenizer.json"))
+    text = "The \N{EURO SIGN} is a currency.\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    with np.load(TEXT / "test.npz", allow_pickle=False) as file:
+        assert " the " in tokenizer.decode(file["ids"].reshape(-1).tolist())

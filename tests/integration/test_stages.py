@@ -105,7 +105,7 @@ def test_a_large_model_in_stages(name, tmp_path, monkeypatch):
     texts = [f"{key}:{'x'.join(map(str, array.shape))}:{array.dtype}" for key, array in inputs.items()]
     bundle = enginesmith.compile(
         getattr(source, name)(), tmp_path / "bundle", inputs=texts, dynamic=[f"{key}:0=1..5..8" for key in inputs],
-        targets=TARGETS, precisions=["fp32"], benchmark=False, max_samples=1,
+        targets=TARGETS[:2], precisions=["fp32"], benchmark=False, max_samples=1,
     )  # fmt: skip
     assert bundle.passed
     found = outputs_of(bundle.path, inputs)

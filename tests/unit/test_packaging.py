@@ -23,7 +23,10 @@ TARGETS = [path for path in sorted((ROOT / "targets").rglob("*.py")) if path.ste
 RUNTIME = [
     "enginesmith",
     "enginesmith.errors",
-    *(f"enginesmith.compiler.{name}" for name in ("engine", "machine.environment", "manifest", "options", "signature")),
+    *(
+        f"enginesmith.compiler.{name}"
+        for name in ("engine", "generation.generate", "machine.environment", "manifest", "options", "signature")
+    ),
     *(".".join(("enginesmith", *path.relative_to(ROOT).with_suffix("").parts)) for path in TARGETS),
 ]
 """What loading an engine may import."""
@@ -117,7 +120,12 @@ def test_loading_an_engine_needs_numpy_only() -> None:
 def test_every_module_imports_without_the_optional_packages() -> None:
     within_a_server = "enginesmith.serving.backend.model"
     names = [name for name in modules() if name not in ("enginesmith.__main__", within_a_server)]
-    assert failed_imports(names, "name in ('onnxruntime', 'ray', 'tensorrt', 'tensorrt_rtx')") == {}
+    assert (
+        failed_imports(
+            names, "name in ('onnxruntime', 'ray', 'tensorrt', 'tensorrt_rtx', 'tokenizers', 'transformers')"
+        )
+        == {}
+    )
 
 
 def test_a_blocked_import_is_noticed() -> None:

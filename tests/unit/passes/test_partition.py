@@ -19,7 +19,7 @@ from enginesmith.compiler.partition.cut import Limits, choose
 from enginesmith.compiler.partition.line import Crossing, Line, Weight
 from enginesmith.compiler.partition.split import mark, marked, split
 from enginesmith.compiler.signature import TensorSpec
-from enginesmith.errors import GraphError, RecipeError
+from enginesmith.errors import BuildError, GraphError, RecipeError
 from enginesmith.passes import parse_pass
 from enginesmith.passes.partition import Partition
 
@@ -233,14 +233,37 @@ def test_unmarked_and_backward_graphs_are_refused(fill, context):
         split(graph, context(graph).signature)
 
 
-def test_times_are_measured_where_a_target_runs(fill, context):
-    graph = fill(CHAIN.replace("64", "512"))  # what takes less than a microsecond has no time
+def wide(fill, context):
+    """A graph whose nodes take longer than a microsecond, which would be no time, and its context."""
+    graph = fill(CHAIN.replace("64", "512"))
     given = context(graph)
     outputs = (TensorSpec("y", "float32", ("N", 512)),)
-    given = dataclasses.replace(given, signature=dataclasses.replace(given.signature, outputs=outputs))
+    return graph, dataclasses.replace(given, signature=dataclasses.replace(given.signature, outputs=outputs))
+
+
+def test_times_are_measured_where_a_target_runs(fill, context):
+    graph, given = wide(fill, context)
     result = Partition(stages=2, on="onnxruntime-cpu:threads=1+spinning=false")(graph, given)
     assert result.details["times"].startswith("measured by ONNX Runtime")
+    assert 1 <= result.details["cuts_timed"] <= 4
     assert not result.refusals
+
+
+def test_stages_that_cannot_be_built_leave_the_first_cut(fill, context, monkeypatch):
+    from enginesmith.passes import partition
+
+    def measure(*place):
+        def fail(pieces):
+            raise BuildError("the builder hung")
+
+        return fail
+
+    monkeypatch.setattr(partition, "measure_on", measure)
+    graph, given = wide(fill, context)
+    result = Partition(stages=2, on="onnxruntime-cpu")(graph, given)
+    assert result.refusals[-1].reason == "no stages were built and timed: the builder hung"
+    assert result.details["cuts_timed"] == 0
+    assert marked(graph) == 2
 
 
 def test_times_are_estimated_where_none_runs(fill, context, monkeypatch):

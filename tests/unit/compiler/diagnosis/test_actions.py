@@ -225,6 +225,9 @@ def test_attention_in_one_kernel_moves_no_scores(fill, cpu):
     fused = 4 * inside
     assert found["saves_ms"] == pytest.approx(2 * (apart - fused) / 1e6, rel=0.02)
     assert made(fusing, situation(fill, cpu)) == {}, "there is no attention"
+    signature = dataclasses.replace(given.info.signature, states={"past": "present"})
+    cached = dataclasses.replace(given, info=dataclasses.replace(given.info, signature=signature))
+    assert list(made(fusing, cached)) == ["--pass fuse-attention"]
 
 
 def test_tables_that_are_read_side_by_side(fill, cpu):

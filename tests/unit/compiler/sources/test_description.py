@@ -4,6 +4,7 @@ import onnx
 import onnx.parser
 import pytest
 import torch
+import transformers
 
 from enginesmith.compiler.sources import describe_source
 from enginesmith.errors import SourceError
@@ -66,3 +67,12 @@ def test_anything_else(tmp_path):
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(SourceError, match="a text file"):
         describe_source(str(tmp_path / "notes.txt"))
+
+
+def test_a_folder_of_transformers(tmp_path):
+    config = transformers.GPT2Config(vocab_size=7, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    found = describe_source(str(tmp_path))
+    assert (found["kind"], found["class"]) == ("folder of transformers", "GPT2LMHeadModel")
+    assert found["modules"]["LayerNorm"] == 3
+    assert set(found["precisions"]) == {"float32"}

@@ -78,7 +78,7 @@ def test_what_is_no_model_is_named(tmp_path, name, content, match):
 
 
 def test_a_folder_is_no_model(tmp_path):
-    with pytest.raises(SourceError, match=r"(?s)a folder.*write a factory"):
+    with pytest.raises(SourceError, match=r"(?s)a folder without config.json.*save_pretrained"):
         detect(tmp_path)
 
 

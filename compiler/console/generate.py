@@ -1,0 +1,93 @@
+"""The options of `generate`, and what it writes as the tokens come."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...errors import UsageError
+from .numbers import parse_numbers
+
+
+def generate_options() -> list[click.Parameter]:
+    """All options of `generate`."""
+    return [
+        click.Argument(["text"], required=False),
+        click.Option(["--ids"], metavar="N,N,...", help="Prompt as token numbers, in place of a text."),
+        click.Option(
+            ["--max-new-tokens", "-n"], type=click.IntRange(1), default=128, show_default=True, help="Tokens at most."
+        ),
+        click.Option(["--sample", "do_sample"], is_flag=True, help="Draw tokens by chance, not the likeliest always."),
+        click.Option(["--temperature"], type=float, help="Of --sample: below 1 likely tokens become more likely."),
+        click.Option(["--top-k"], type=int, help="Of --sample: draw from so many of the likeliest tokens."),
+        click.Option(
+            ["--top-p"], type=float, help="Of --sample: draw from the likeliest with this probability together."
+        ),
+        click.Option(["--stop"], metavar="N,N", help="Tokens that end the text. Default: those that the model tells."),
+        click.Option(["--seed"], type=int, default=0, show_default=True, help="Seed of --sample."),
+        click.Option(["--engine", "-e"], help="Engine to run. Default: the fastest that runs here."),
+    ]
+
+
+def generate_text(
+    bundle: Path,
+    *,
+    text: str | None,
+    ids: str | None,
+    stop: str | None,
+    engine: str | None,
+    show: bool,
+    **options: Any,
+) -> dict[str, Any]:
+    """Goes on with a text, or with tokens, and writes what comes to stdout where `show`.
+
+    Raises:
+        UsageError: not exactly one of text and tokens is given, or the bundle has no tokenizer.
+    """
+    from ..engine import load
+    from ..generation.tokens import Writer, ends_of, open_tokenizer
+
+    if (text is None) == (ids is None):
+        raise UsageError(
+            "the prompt is given twice" if text is not None else "there is no prompt",
+            expected="a text, or --ids 1,2,3",
+            found="both" if text is not None else "neither",
+        )
+    tokenizer = open_tokenizer(bundle) if text is not None else None
+    prompt = list(tokenizer.encode(text).ids) if tokenizer is not None else list(parse_numbers("--ids", ids))
+    ends = parse_numbers("--stop", stop) if stop is not None else ends_of(bundle)
+
+    def write(part: str) -> None:
+        if show:
+            click.echo(part, nl=False)
+
+    writer = Writer(tokenizer, write) if tokenizer is not None else None
+    times = [time.perf_counter()]
+
+    def stream(row: int, token: int) -> None:
+        times.append(time.perf_counter())
+        if writer is None:
+            write(f"{',' if len(times) > 2 else ''}{token}")
+        elif token not in ends:
+            writer(token)
+
+    with load(bundle, engine) as opened:
+        times[0] = time.perf_counter()
+        (tokens,) = opened.generate([prompt], stop=ends, stream=stream, **options)
+        name = opened.name
+    if writer is not None:
+        writer.close()
+    if show:
+        click.echo()
+    later = times[-1] - times[1]
+    return {
+        "engine": name,
+        "prompt": prompt,
+        "tokens": tokens,
+        "text": writer.text if writer is not None else None,
+        "first_token_ms": (times[1] - times[0]) * 1e3,
+        "token_ms": later * 1e3 / (len(tokens) - 1) if len(tokens) > 1 else None,
+    }

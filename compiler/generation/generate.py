@@ -1,0 +1,110 @@
+"""Prompts in, new tokens out: one call for the prompts, then one for each token of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import numpy as np
+
+from ...errors import EngineError, EngineMismatchError, RecipeError
+from ...targets.base import Runner
+from ..signature import Signature
+from ..states import COUNT, IDS, LOGITS, PAST
+from .choice import Choice
+from .prompts import check, rows_of, side_by_side
+from .sampling import sampling_of
+from .steps import steps_of
+
+Stream = Callable[[int, int], Any]
+"""Takes the number of a row and its next token, as soon as it is known."""
+
+
+def generate(
+    runner: Runner,
+    signature: Signature,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    do_sample: bool,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    stop: Iterable[int],
+    seed: int,
+    stream: Stream | None,
+) -> list[list[int]]:
+    """The new tokens of each row; see `Engine.generate`."""
+    check_decoder(signature)
+    rows = rows_of(prompts)
+    check(signature, rows, max_new_tokens)
+    sampling = sampling_of(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    choices = [Choice(sampling, (seed, row), row=row) for row in range(len(rows))]
+    ends = ends_of(stop)
+    steps = steps_of(runner, signature, len(rows))
+    ids, counts = side_by_side(rows)
+    found: list[list[int]] = [[] for _ in rows]
+    live = list(range(len(rows)))
+    logits = steps(ids, np.zeros_like(counts), counts)
+    past, one = counts.copy(), np.ones_like(counts)
+    last = np.zeros((len(rows), 1), np.int64)
+    while True:
+        for row in live:
+            token = choices[row](logits[row])
+            found[row].append(token)
+            last[row] = token
+            if stream is not None:
+                stream(row, token)
+        live = [row for row in live if found[row][-1] not in ends and len(found[row]) < max_new_tokens]
+        if not live:
+            return found
+        logits = steps(last, past, one)
+        past[live] += 1  # a row that has ended writes its last token again, where nothing reads it
+
+
+def check_decoder(signature: Signature) -> None:
+    """Whether an engine is a decoder.
+
+    Raises:
+        EngineError: it has no cache.
+        EngineMismatchError: its caches are of other shapes than generation needs.
+    """
+    if not signature.states:
+        raise EngineError(
+            "the engine has no cache, so it generates nothing",
+            expected="an engine of a language model that was compiled with its cache",
+            found=", ".join(map(str, signature.inputs)),
+            hint="compile a folder of transformers, or a factory that gives a causal language model, without --input",
+        )
+    shapes = {spec.name: spec.shape for spec in (*signature.inputs, *signature.outputs)}
+    batch = shapes.get(IDS, ("",))[0]
+    for name, output in signature.states.items():
+        shape = shapes.get(name, ())
+        if len(shape) != 4 or shape[0] != batch or not all(isinstance(n, int) for n in shape[1:]):
+            raise EngineMismatchError(
+                f"cache {name!r} of the engine has the wrong shape",
+                expected="(batch, heads, max_length, width)",
+                found=shape or "no such input",
+                hint="compile the model again",
+            )
+        if shapes.get(output) != shape:
+            raise EngineMismatchError(
+                f"cache {name!r} of the engine does not come back as it went in",
+                expected=shape,
+                found=shapes.get(output, "no such output"),
+                hint="compile the model again",
+            )
+    if missing := [name for name in (IDS, PAST, COUNT, LOGITS) if name not in shapes]:
+        raise EngineMismatchError(f"the engine has caches, and no {missing[0]!r}", hint="compile the model again")
+
+
+def ends_of(stop: Iterable[int]) -> Collection[int]:
+    """The tokens that end a row.
+
+    Raises:
+        RecipeError: something else.
+    """
+    ends = frozenset([stop] if isinstance(stop, (int, np.integer)) else stop)
+    if wrong := [end for end in ends if not isinstance(end, (int, np.integer))]:
+        raise RecipeError("stop is no token", expected="token numbers", found=repr(wrong[0]))
+    return frozenset(int(end) for end in ends)

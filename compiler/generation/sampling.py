@@ -1,0 +1,78 @@
+"""Chooses the next token from logits: the most likely, or by chance among the likely ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ...errors import RecipeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Those that are left out get a score of minus infinity, so that they are never drawn.
+
+    Attributes:
+        temperature: the logits are divided by it; below 1 likely tokens become more likely.
+        top_k: so many of the likeliest tokens stay.
+        top_p: of the likeliest tokens so many stay that together they have at least this probability.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise RecipeError(
+                "temperature is out of range", expected="above 0", found=self.temperature,
+                hint="leave sampling out to get the most likely token always",
+            )  # fmt: skip
+        if self.top_k is not None and self.top_k < 1:
+            raise RecipeError("top_k is out of range", expected="1 or more", found=self.top_k)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise RecipeError("top_p is out of range", expected="above 0, up to 1", found=self.top_p)
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Of one row of logits, in float64."""
+        scores = logits.astype(np.float64) / self.temperature
+        if self.top_k is not None and self.top_k < len(scores):
+            least = np.partition(scores, -self.top_k)[-self.top_k]
+            scores = np.where(scores < least, -np.inf, scores)
+        if self.top_p is not None and self.top_p < 1:
+            order = np.argsort(-scores, kind="stable")
+            sums = np.cumsum(_softmax(scores[order]))
+            scores[order[1:][sums[:-1] >= self.top_p]] = -np.inf  # the likeliest stays, whatever its probability
+        return _softmax(scores)
+
+    def draw(self, logits: np.ndarray, generator: np.random.Generator) -> int:
+        """One token of a row of logits."""
+        sums = np.cumsum(self.probabilities(logits))
+        return int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
+
+
+def sampling_of(
+    *, do_sample: bool, temperature: float | None, top_k: int | None, top_p: float | None
+) -> Sampling | None:
+    """The sampling that a caller asks for; None for the most likely token always.
+
+    Raises:
+        RecipeError: a value out of range, or given without `do_sample`.
+    """
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not do_sample:
+        if given:
+            raise RecipeError(
+                f"{next(iter(given))} says how to sample, and sampling is off",
+                expected="do_sample=True beside it",
+                found="do_sample=False",
+            )
+        return None
+    return Sampling(**given)  # type: ignore[arg-type]
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores - scores.max())
+    return np.asarray(powers / powers.sum())

@@ -1,0 +1,71 @@
+"""Attention of a causal language model over static caches, as transformers' models call it.
+
+    scores = scale * q k^T + mask       one product for all heads that share a key, none of which is repeated
+    output = Softmax(scores) v          the mask is minus infinity on what a token must not see
+
+Here k and v are whole caches, (batch, heads of keys, max_length, width), with the new tokens written in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ....errors import SourceError
+
+NAME = "enginesmith"
+"""Of this attention, among those that transformers knows."""
+
+UNKNOWN = ("softcap", "s_aux", "head_mask", "position_bias")
+"""Arguments that change the scores otherwise; each is refused where it is given."""
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Gives (batch, time, heads, width) for queries (batch, heads, time, width) and a mask (batch, 1, time, keys).
+
+    Raises:
+        SourceError: the layer asks for a kind of attention that this is not.
+    """
+    layer = type(module).__name__
+    window = others.get("sliding_window")
+    if window is not None and key.shape[2] > window:
+        raise SourceError(
+            f"{layer} attends within a sliding window of {window} tokens, which a longer cache does not keep",
+            expected=f"a cache of at most {window} tokens",
+            found=f"{key.shape[2]} tokens",
+            hint=f"compile with --decoder max_length={window}",
+        )
+    for name in UNKNOWN:
+        if others.get(name) is not None:
+            raise SourceError(
+                f"{layer} attends with {name!r}, which is not supported",
+                expected="softmax(scale * q k^T + mask) v",
+                hint="compile the model without its cache: declare its inputs with --input",
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    shared = query.shape[1] // key.shape[1]
+    if shared == 1:
+        scores = torch.matmul(query, key.transpose(2, 3)) * scale + attention_mask
+        output = torch.matmul(torch.softmax(scores, dim=-1), value)
+    else:
+        grouped = query.reshape(query.shape[0], key.shape[1], shared, query.shape[2], query.shape[3])
+        scores = torch.matmul(grouped, key.unsqueeze(2).transpose(3, 4)) * scale + attention_mask.unsqueeze(2)
+        output = torch.matmul(torch.softmax(scores, dim=-1), value.unsqueeze(2)).flatten(1, 2)
+    return output.transpose(1, 2), None
+
+
+def register() -> None:
+    """Makes it known to transformers by its name."""
+    import transformers
+
+    transformers.AttentionInterface.register(NAME, attend)

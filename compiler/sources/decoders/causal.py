@@ -1,0 +1,170 @@
+"""Loads causal language models of transformers: from a folder, or as a factory gives them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ....errors import RecipeError, SourceError
+from ...difference import relative_l2
+from ...signature import AxisRange, Signature, TensorSpec
+from .. import Model, module
+from ..guard import first_line, foreign, quiet
+from .module import Decoder, widths
+from .options import DecoderOptions
+
+if TYPE_CHECKING:
+    import transformers
+
+DEFAULT_LENGTH = 1024
+SAME = 1e-4
+"""Relative L2 within which the logits with and without cache are the same: sums in another order."""
+
+
+def open_folder(path: Path) -> transformers.PreTrainedModel:
+    """The model in a folder of transformers, in float32. No code and no pickle in it is run, nothing is fetched.
+
+    Raises:
+        SourceError: the folder holds no causal language model, or not all of its weights.
+    """
+    import transformers
+
+    hint = "a folder as save_pretrained writes it: config.json and .safetensors"
+    with (
+        foreign(
+            lambda error: SourceError(
+                f"model {str(path)!r} cannot be loaded by transformers", expected=hint, found=first_line(error)
+            )
+        ),
+        quiet(),
+    ):
+        auto: Any = transformers
+        model, loaded = auto.AutoModelForCausalLM.from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    opened: transformers.PreTrainedModel = model
+    for key in ("missing_keys", "mismatched_keys"):
+        if wrong := sorted(map(str, loaded[key])):
+            raise SourceError(
+                f"the weights in {str(path)!r} do not fit its config.json",
+                expected="a tensor for each of the model",
+                found=f"{len(wrong)} {key.partition('_')[0]}: {', '.join(wrong[:3])}",
+            )
+    return opened
+
+
+def load(
+    model: transformers.PreTrainedModel, options: DecoderOptions, *, device: str, identity: str, folder: Path | None
+) -> Model:
+    """The model with its cache, checked against itself without one.
+
+    Raises:
+        SourceError: it computes something else with static caches.
+        RecipeError: a cache longer than what the model was made for.
+    """
+    model.train(False).to(device)
+    length = _length(model, options)
+    decoder = Decoder(model, length).eval()
+    with foreign(lambda error: _failed(model, error)):
+        layers = widths(decoder)
+    signature = _signature(layers, length, options.batch)
+    _check(model, decoder, layers)
+    loaded = module.load(
+        decoder,
+        weights=None,
+        inputs=signature,
+        constants={},
+        sample=None,
+        device=device,
+        identity=f"{identity}{length}{options.batch}",
+    )
+    states = {name: f"{name}_out" for name in (spec.name for spec in signature.inputs[3:])}
+    tokenizer = folder / "tokenizer.json" if folder and (folder / "tokenizer.json").is_file() else None
+    return dataclasses.replace(
+        loaded,
+        signature=dataclasses.replace(loaded.signature, states=states),
+        tokenizer=tokenizer,
+        stop=_stop(model),
+    )
+
+
+def _length(model: transformers.PreTrainedModel, options: DecoderOptions) -> int:
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if options.max_length is None:
+        return min(made_for or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    if made_for and options.max_length > made_for:
+        raise RecipeError(
+            f"max_length={options.max_length} is more than {type(model).__name__} was made for",
+            expected=f"at most {made_for} tokens",
+            found=options.max_length,
+        )
+    return options.max_length
+
+
+def _signature(layers: list[tuple[tuple[int, int], tuple[int, int]]], length: int, batch: int) -> Signature:
+    rows: str | int = "batch" if batch > 1 else 1
+    caches = [
+        TensorSpec(f"{kind}.{layer}", "float32", (rows, sizes[which][0], length, sizes[which][1]))
+        for which, kind in enumerate(("key", "value"))
+        for layer, sizes in enumerate(layers)
+    ]
+    tokens = TensorSpec("ids", "int64", (rows, "time"))
+    numbers = [TensorSpec(name, "int64", (rows,)) for name in ("past", "count")]
+    axes = {"batch": AxisRange(1, 1, batch), "time": AxisRange(1, 1, length)}
+    axes = {name: axis for name, axis in axes.items() if name in tokens.shape}
+    return Signature(inputs=(tokens, *numbers, *caches), axes=axes)
+
+
+def _check(
+    model: transformers.PreTrainedModel, decoder: Decoder, layers: list[tuple[tuple[int, int], tuple[int, int]]]
+) -> None:
+    """Compares with the model as it was given: a prompt of two rows, one padded, and the token after; at two sizes."""
+    generator = np.random.default_rng(0)
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    for size in sorted({min(4, decoder.max_length), min(33, decoder.max_length)}):
+        ids = torch.from_numpy(generator.integers(0, vocabulary, (2, size))).to(device)
+        counts = torch.tensor([size - 1, max(size // 2, 1)], device=device)
+        key, value = (
+            [torch.zeros(2, sizes[which][0], decoder.max_length, sizes[which][1], device=device) for sizes in layers]
+            for which in (0, 1)
+        )
+        rows = torch.arange(2, device=device)
+        with torch.no_grad(), foreign(lambda error: _failed(model, error)):
+            expected = model(input_ids=ids, use_cache=False).logits
+            first = decoder(ids[:, :-1], torch.zeros_like(counts), counts, key, value)
+            second = decoder(ids[rows, counts][:, None], counts, torch.ones_like(counts), first["key"], first["value"])
+        for found, at in ((first["logits"], counts - 1), (second["logits"], counts)):
+            difference = relative_l2(found.float().cpu().numpy(), expected[rows, at].float().cpu().numpy())
+            if not difference <= SAME:
+                raise SourceError(
+                    f"{type(model).__name__} computes something else with a static cache",
+                    expected=f"logits within a relative L2 of {SAME:g} of those without, at {size} tokens",
+                    found=f"{difference:.2g}",
+                    hint="its attention is of a kind that is not supported; declare its inputs with --input",
+                )
+
+
+def _stop(model: transformers.PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    settings: Any = getattr(model, "generation_config", None) or model.config
+    ends = getattr(settings, "eos_token_id", None)
+    return tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
+
+
+def _failed(model: torch.nn.Module, error: BaseException) -> SourceError:
+    return SourceError(
+        f"{type(model).__name__} does not run with static caches",
+        expected="a causal language model that keeps keys and values alone",
+        found=first_line(error),
+        hint="compile it without its cache: declare its inputs with --input",
+    )

@@ -1,0 +1,93 @@
+"""The calls of a decoder: a model that keeps what it has seen in caches, which are inputs and outputs of a call.
+
+    logits, *caches = decoder(ids, past, count, *caches)
+
+`ids` (batch, time) are the next tokens of each row, padded on the right; `past` (batch) says how many tokens the row's
+cache holds already, and `count` (batch) how many of its new ones are no padding. A cache has room for all tokens, on
+its third axis: (batch, heads, length, width). `logits` (batch, vocabulary) are those of the token that follows the last
+one of each row. `Signature.states` pairs the caches. Needs NumPy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..errors import DataError
+from .signature import Signature, TensorSpec
+
+IDS, PAST, COUNT, LOGITS = "ids", "past", "count", "logits"
+
+
+def caches(signature: Signature) -> list[TensorSpec]:
+    """The inputs that are caches."""
+    return [signature.input(name) for name in signature.states]
+
+
+def max_length(signature: Signature) -> int:
+    """How many tokens the caches hold."""
+    return min(int(spec.shape[2]) for spec in caches(signature))
+
+
+def vocabulary(signature: Signature) -> int | None:
+    """How many tokens there are; None before the outputs are known."""
+    size = next((spec.shape[-1] for spec in signature.outputs if spec.name == LOGITS), None)
+    return size if isinstance(size, int) else None
+
+
+def empty_caches(signature: Signature, batch: int) -> dict[str, np.ndarray]:
+    """Caches that hold nothing yet, for so many rows."""
+    return {
+        spec.name: np.zeros([batch if isinstance(size, str) else size for size in spec.shape], spec.dtype)
+        for spec in caches(signature)
+    }
+
+
+def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Data of a decoder, which may be tokens alone: whole prompts, with nothing before them."""
+    given = dict(batch)
+    if IDS not in given or given[IDS].ndim != 2:
+        return given
+    rows, length = given[IDS].shape
+    given[IDS] = given[IDS].astype(signature.input(IDS).dtype)
+    given.setdefault(PAST, np.zeros(rows, signature.input(PAST).dtype))
+    given.setdefault(COUNT, np.full(rows, length, signature.input(COUNT).dtype))
+    if missing := [name for name in signature.states if name not in given]:
+        if len(missing) < len(signature.states):
+            raise DataError(
+                f"data hold some of the caches, and not {missing[0]!r}", expected="all of them, or none", found=missing
+            )
+        given.update(empty_caches(signature, rows))
+    return given
+
+
+def made_up(
+    signature: Signature, batch: Mapping[str, np.ndarray], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """A random batch with tokens of the whole vocabulary, rows of different lengths, and caches filled up to `past`."""
+    rows, length = batch[IDS].shape
+    room = max_length(signature)
+    past = generator.integers(0, room - length + 1, rows)
+    filled = np.arange(room) < past[:, None]
+    return {
+        **{name: array if name not in signature.states else _up_to(array, filled) for name, array in batch.items()},
+        IDS: generator.integers(0, vocabulary(signature) or 2, (rows, length)).astype(batch[IDS].dtype),
+        PAST: past.astype(batch[PAST].dtype),
+        COUNT: generator.integers(1, length + 1, rows).astype(batch[COUNT].dtype),
+    }
+
+
+def _up_to(cache: np.ndarray, filled: np.ndarray) -> np.ndarray:
+    return np.where(filled[:, None, : cache.shape[2], None], cache, 0).astype(cache.dtype)
+
+
+def in_the_middle(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The call with caches that are half full, as generation meets them on the average: what is timed."""
+    rows, length = batch[IDS].shape
+    half = min(max_length(signature) // 2, max_length(signature) - length)
+    return {
+        **batch,
+        PAST: np.full(rows, half, batch[PAST].dtype),
+        COUNT: np.full(rows, length, batch[COUNT].dtype),
+    }

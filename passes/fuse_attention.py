@@ -1,0 +1,44 @@
+"""Fuses attention over the static caches of a decoder to com.microsoft's GroupQueryAttention.
+
+    present k, v = Scatter(past k, v; positions; new k, v)
+    Softmax(scale * q k^T + causal mask) v
+    ->  result, present k, v = GroupQueryAttention(q, new k, new v, past k, past v, ...)
+
+The node reads as much of a cache as is filled, where the graph's own products read all of it, and writes new tokens in
+place where past and present share a buffer. Heads may share keys. What it refuses: keys that are computed from a
+compressed cache, keys and values of different widths, masks that are not causal, and all that is no decoder.
+
+Each attention is checked on a sample of the data, or on random inputs: where its result changes by more than rounding,
+it stays as it was, and the refusal says by how much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from ..compiler.fusion.cached import CachedFuser
+from ..compiler.fusion.check import Check
+from ..compiler.graph import Graph
+from ..compiler.graph.editing import flattened
+from ..compiler.graph.equality import inputs_at_two_sizes
+from .base import Context, Pass, PassResult, Refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseAttention(Pass):
+    """Fuses attention over the caches of a decoder into single nodes of ONNX Runtime, each checked numerically."""
+
+    name: ClassVar[str] = "fuse-attention"
+
+    def apply(self, graph: Graph, context: Context) -> PassResult:
+        """Fuses in place; what the check refuses stays."""
+        states = context.signature.states
+        if not states:
+            return PassResult(modified=False, refusals=(Refusal("the model has no caches to attend over"),))
+        check = Check(
+            flattened(graph),
+            lambda work, left_out: CachedFuser(work, states, left_out),
+            list(inputs_at_two_sizes(context)),
+        )
+        return check.apply(graph, {})

@@ -1,0 +1,136 @@
+"""ONNX Runtime on the CPU for engines with states: a cache lies in one buffer, which a call updates in place.
+
+An output that is bound to the buffer of its input makes ONNX Runtime write into it: GroupQueryAttention then writes the
+new keys and values alone, and ScatterElements leaves the copy out. That is right as long as nothing else reads a
+state's input, which `shares_buffers` finds out when the engine is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..compiler.signature import Signature
+from ..compiler.states import COUNT, IDS, LOGITS, PAST, empty_caches
+from ..errors import EngineError
+from ._onnxruntime import HostRunner, failures, to_numpy
+from .base import Arrays, Bound, HostBound
+
+_WRITES = {"ScatterElements": (0,), "ScatterND": (0,), "GroupQueryAttention": (3, 4)}
+"""Operators that leave what is not new where it is, where input and output share a buffer: places of that input."""
+
+
+def shares_buffers(path: Path, states: Mapping[str, str]) -> bool:
+    """Whether each cache of a graph is read by one node alone, which writes the new tokens into it and gives it on."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    for name, output in states.items():
+        readers = [node for node in graph.node if name in node.input]
+        if len(readers) != 1 or output not in readers[0].output or name in {value.name for value in graph.output}:
+            return False
+        (node,) = readers
+        places = [index for index, value in enumerate(node.input) if value == name]
+        if len(places) != 1 or places[0] not in _WRITES.get(node.op_type, ()):
+            return False
+        if node.op_type == "GroupQueryAttention" and node.output[places[0] - 2] != output:
+            return False
+        if any(name in _captured(other) for other in graph.node):
+            return False
+    return True
+
+
+def _captured(node: Any) -> set[str]:
+    """Names that the subgraphs of a node read."""
+    found: set[str] = set()
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for inner in graph.node:
+                found |= {*inner.input, *_captured(inner)}
+    return found
+
+
+class StatesRunner(HostRunner):
+    """A session whose caches stay where they are."""
+
+    def __init__(self, session: Any, signature: Signature) -> None:
+        super().__init__(session, [spec.name for spec in signature.outputs])
+        self._signature = signature
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Outputs by name. The given caches stay as they are: the engine updates copies, in place as always."""
+        return self._call({name: to_numpy(name, value) for name, value in inputs.items()})()
+
+    def bind(self, inputs: Arrays) -> Bound:
+        """The inputs, ready for repeated runs, each of which writes the same tokens into the same caches."""
+        return HostBound(self._call(inputs))
+
+    def _call(self, inputs: Arrays) -> Callable[[], dict[str, np.ndarray]]:
+        states = self._signature.states
+        steps = self.steps(len(inputs[IDS]), {name: np.array(inputs[name], order="C") for name in states})
+        call = (inputs[IDS], inputs[PAST], inputs[COUNT])
+        outputs = {out: steps.caches[name] for name, out in states.items()}
+        return lambda: {LOGITS: steps(*call), **outputs}
+
+    def steps(self, batch: int, caches: Mapping[str, np.ndarray] | None = None) -> Steps:
+        """Calls for so many rows, which share caches: empty ones, or those that are given."""
+        if self._session is None:
+            raise EngineError("the engine is closed", hint="load it again")
+        return Steps(self._session, self._signature, caches or empty_caches(self._signature, batch))
+
+
+class Steps:
+    """Calls one after the other on the same caches. Not for several threads at once; make one for each.
+
+    Attributes:
+        caches: the buffers, by the name of the input.
+    """
+
+    def __init__(self, session: Any, signature: Signature, caches: Mapping[str, np.ndarray]) -> None:
+        import onnxruntime
+
+        self.caches = dict(caches)
+        self._session = session
+        self._states = signature.states
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy  # shares the array's memory
+        self._buffers = {name: self._value(array) for name, array in self.caches.items()}
+        logits = next(spec for spec in signature.outputs if spec.name == LOGITS)
+        rows = len(next(iter(self.caches.values())))
+        self._logits = np.zeros((rows, int(logits.shape[-1])), logits.dtype)
+        self._kept: _Call | None = None
+
+    def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """The logits (batch, vocabulary) that follow; valid until the next call."""
+        if self._kept is None or self._kept.shape != ids.shape:
+            self._kept = self._bound(ids.shape)
+        for array, given in zip(self._kept.arrays, (ids, past, count), strict=True):
+            array[...] = given
+        try:
+            self._session.run_with_iobinding(self._kept.binding)
+        except failures() as problem:
+            raise EngineError(f"ONNX Runtime failed to run the engine: {problem}") from problem
+        return self._logits
+
+    def _bound(self, shape: Sequence[int]) -> _Call:
+        """Inputs of that shape and all outputs, bound to buffers of their own."""
+        arrays = tuple(np.zeros(size, np.int64) for size in (shape, shape[:1], shape[:1]))
+        binding = self._session.io_binding()
+        for name, array in zip((IDS, PAST, COUNT), arrays, strict=True):
+            binding.bind_ortvalue_input(name, self._value(array))
+        for name, buffer in self._buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(self._states[name], buffer)
+        binding.bind_ortvalue_output(LOGITS, self._value(self._logits))
+        return _Call(tuple(shape), arrays, binding)
+
+
+class _Call:
+    """What calls of one shape reuse."""
+
+    def __init__(self, shape: tuple[int, ...], arrays: tuple[np.ndarray, ...], binding: Any) -> None:
+        self.shape = shape
+        self.arrays = arrays
+        self.binding = binding

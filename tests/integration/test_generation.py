@@ -1,0 +1,113 @@
+"""Language models of transformers, compiled with their cache: the same tokens as transformers' own greedy search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import enginesmith
+from enginesmith.targets._onnxruntime_states import StatesRunner
+
+LENGTH = 288
+SIZES = {"vocab_size": 61, "max_position_embeddings": LENGTH, "bos_token_id": None, "eos_token_id": None}
+LLAMA = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8, 2]]
+
+
+def llama() -> transformers.PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, **HEADS))
+
+
+def gpt2() -> transformers.PreTrainedModel:
+    config = transformers.GPT2Config(
+        vocab_size=61, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=4, bos_token_id=None, eos_token_id=None
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def random(make) -> transformers.PreTrainedModel:
+    """With weights so large that tokens differ, and by no near miss."""
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def answers(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    """Transformers' greedy search."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder of transformers and its bundle, whose attention is fused; and a module whose graph is as captured."""
+    root = tmp_path_factory.mktemp("generation")
+    model = random(llama)
+    model.save_pretrained(root / "llama")
+    options = {"precisions": ["fp32"], "targets": ["onnxruntime-cpu:threads=1"], "benchmark": False}
+    fused = enginesmith.compile(
+        root / "llama",
+        root / "fused",
+        decoder={"max_length": LENGTH, "batch": 4},
+        passes=["simplify", "dedupe", "fuse-attention"],
+        **options,
+    )
+    other = random(gpt2)
+    plain = enginesmith.compile(other, root / "plain", decoder={"batch": 4}, **options)
+    return {"llama": (model, fused), "gpt2": (other, plain)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tokens_are_those_of_transformers(compiled, name):
+    model, bundle = compiled[name]
+    assert bundle.passed, bundle.manifest["verdict"]["reasons"]
+    operators = bundle.manifest["engines"][0]["details"]["operators"]
+    assert operators.get("GroupQueryAttention", 0) == (2 if name == "llama" else 0)
+    with bundle.load() as engine:
+        assert isinstance(engine._runner, StatesRunner)  # its caches are updated in place
+        (found,) = engine.generate(PROMPTS[0], 256)
+        assert found == answers(model, PROMPTS[0], 256)
+        assert len(set(found)) > 8
+        together = engine.generate(PROMPTS, 24)
+        assert together == [engine.generate(prompt, 24)[0] for prompt in PROMPTS]
+        assert together == [answers(model, prompt, 24) for prompt in PROMPTS]
+
+
+def test_what_lies_in_a_cache_behind_its_tokens_does_not_matter(compiled):
+    _, bundle = compiled["llama"]
+    with bundle.load() as engine:
+        steps = engine._runner.steps(1)
+        ids, past, count = np.array([PROMPTS[0]]), np.array([0]), np.array([len(PROMPTS[0])])
+        clean = steps(ids, past, count).copy()
+        for cache in steps.caches.values():
+            cache[:, :, len(PROMPTS[0]) :] = 1e6
+        again = steps(ids[:, -1:], count - 1, np.array([1]))
+        assert again == pytest.approx(clean, rel=1e-4, abs=1e-4)
+
+
+def test_the_model_that_was_given_still_runs_by_itself(compiled):
+    model, _ = compiled["gpt2"]
+    assert model.config._attn_implementation != "enginesmith"
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 61)
+
+
+def test_the_bundle_says_which_outputs_are_caches(compiled):
+    _, bundle = compiled["llama"]
+    described = json.loads((bundle.path / "engines/onnxruntime-cpu-fp32/engine.json").read_text())
+    states = described["signature"]["states"]
+    assert states == {f"{kind}.{layer}": f"{kind}.{layer}_out" for kind in ("key", "value") for layer in range(2)}
+    assert json.loads((bundle.path / "text/generation.json").read_text()) == {"stop": []}
+    assert not Path(bundle.path / "text/tokenizer.json").exists()

@@ -1,0 +1,82 @@
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from enginesmith.compiler.data import open_data, random_batch
+from enginesmith.compiler.signature import Signature
+from enginesmith.compiler.states import completed, in_the_middle, made_up, max_length, vocabulary
+from enginesmith.compiler.trial import sized
+from enginesmith.errors import DataError
+
+small = runpy.run_path(str(Path(__file__).parents[2] / "small_decoder.py"))
+
+
+@pytest.fixture
+def signature():
+    return small["signature"]()
+
+
+def test_a_signature_with_states_is_read_back(signature):
+    assert Signature.from_json(signature.to_json()) == signature
+    assert "states" not in Signature(signature.inputs).to_json()  # as bundles of other models always were
+
+
+def test_sizes_are_read_from_the_signature(signature):
+    assert (max_length(signature), vocabulary(signature)) == (16, 11)
+    assert vocabulary(Signature(signature.inputs, states=signature.states)) is None
+
+
+def test_random_calls_fit_into_the_caches_and_leave_the_rest_empty(signature):
+    generator = np.random.default_rng(0)
+    seen = set()
+    for _ in range(20):
+        batch = random_batch(signature, generator, {"batch": 3, "time": 4})
+        signature.check(batch)
+        assert (batch["past"] + 4 <= 16).all()
+        assert ((batch["count"] >= 1) & (batch["count"] <= 4)).all()
+        for row, past in enumerate(batch["past"]):
+            assert batch["key"][row, :, :past].all()
+            assert not batch["key"][row, :, past:].any()
+        seen |= {*batch["ids"].flatten().tolist()}
+    assert seen == set(range(11))
+
+
+def test_tokens_alone_are_prompts(signature):
+    batch = completed(signature, {"ids": np.ones((2, 5), np.int32), "next": np.zeros(2)})
+    signature.check({name: array for name, array in batch.items() if name != "next"})
+    assert batch["past"].tolist() == [0, 0]
+    assert batch["count"].tolist() == [5, 5]
+    assert not batch["key"].any()
+    assert batch["next"].shape == (2,)
+
+
+def test_data_of_a_decoder_may_be_tokens_alone(signature, tmp_path):
+    np.savez(tmp_path / "test.npz", ids=np.arange(8).reshape(2, 4), next=np.array([4, 8]))
+    batches = list(open_data(str(tmp_path / "test.npz"), signature).labelled())
+    assert [batch["ids"].tolist() for batch in batches] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert [batch["next"].tolist() for batch in batches] == [[4], [8]]
+    assert batches[0]["key"].shape == (1, 2, 16, 8)
+
+
+def test_some_of_the_caches_are_not_enough(signature):
+    key = np.zeros((1, 2, 16, 8), np.float32)
+    with pytest.raises(DataError, match=r"(?s)data hold some of the caches, and not 'value'.*all of them, or none"):
+        completed(signature, {"ids": np.zeros((1, 2), np.int64), "key": key})
+
+
+def test_other_data_are_left_to_the_check(signature):
+    with pytest.raises(DataError, match="the wrong rank"):
+        signature.check(
+            completed(signature, {**random_batch(signature, np.random.default_rng(0)), "ids": np.zeros(3, int)})
+        )
+
+
+def test_what_is_timed_are_caches_that_are_half_full(signature):
+    batch = made_up(signature, random_batch(signature, np.random.default_rng(0)), np.random.default_rng(0))
+    middle = in_the_middle(signature, batch)
+    assert middle["past"].tolist() == [8]
+    timed = sized(signature, batch, {"batch": 2, "time": 12})
+    assert timed.arrays["past"].tolist() == [4, 4]
+    assert timed.arrays["count"].tolist() == [12, 12]

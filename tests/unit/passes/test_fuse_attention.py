@@ -1,0 +1,148 @@
+import runpy
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from enginesmith.compiler.fusion.cached import CachedFuser
+from enginesmith.compiler.graph import Graph
+from enginesmith.compiler.graph.probe import run
+from enginesmith.compiler.quantization.patch import Patch
+from enginesmith.compiler.signature import Signature
+from enginesmith.passes import parse_pass
+from enginesmith.passes.base import Context
+
+small = runpy.run_path(str(Path(__file__).parents[2] / "small_decoder.py"))
+
+
+def graph(text=small["GRAPH"]):
+    made = Graph.from_proto(small["model"](text))
+    made.infer()
+    return made
+
+
+def fused(text=small["GRAPH"]):
+    made = graph(text)
+    return made, parse_pass("fuse-attention")(made, Context(small["signature"]()))
+
+
+def test_attention_over_a_cache_becomes_one_node():
+    made, result = fused()
+    assert result.changes == {"attention over a cache fused": 1}
+    assert result.refusals == ()
+    operators = made.operators()
+    assert operators["com.microsoft::GroupQueryAttention"] == 1
+    assert not operators.keys() & {"Softmax", "ScatterElements", "Where", "LessOrEqual"}
+    assert made.output_names == ("logits", "key_out", "value_out")
+    (node,) = (node for node in made.model.graph if node.op_type == "GroupQueryAttention")
+    assert [value.name for value in node.inputs[3:5]] == ["key", "value"]
+    assert [value.name for value in node.outputs[1:]] == ["key_out", "value_out"]
+    assert node.attributes["scale"].as_float() == 0.5
+
+
+@pytest.mark.parametrize(("past", "length"), [((0, 0), 5), ((3, 11), 1), ((7,), 4)])
+def test_numbers_stay_equal_whatever_rows_hold(past, length):
+    before, (after, _) = graph(), fused()
+    generator = np.random.default_rng(2)
+    rows = len(past)
+    shape = (rows, small["HEADS"], small["ROOM"], small["WIDTH"])
+    filled = (np.arange(small["ROOM"]) < np.array(past)[:, None])[:, None, :, None]
+    inputs = {
+        "ids": generator.integers(0, small["VOCABULARY"], (rows, length)),
+        "past": np.array(past),
+        "count": np.array([1, length][-rows:]),
+        **{name: np.where(filled, generator.standard_normal(shape), 0).astype(np.float32) for name in ("key", "value")},
+    }
+    expected, found = run(before, inputs), run(after, inputs)
+    for name, array in expected.items():
+        assert found[name] == pytest.approx(array, rel=1e-4, abs=1e-5)
+
+
+def test_twice_changes_nothing():
+    made, _ = fused()
+    before = made.fingerprint()
+    assert not parse_pass("fuse-attention")(made, Context(small["signature"]())).modified
+    assert made.fingerprint() == before
+
+
+def test_a_model_without_caches_stays_as_it_is():
+    made = graph()
+    result = parse_pass("fuse-attention")(made, Context(Signature(small["signature"]().inputs)))
+    assert not result.modified
+    assert [refusal.reason for refusal in result.refusals] == ["the model has no caches to attend over"]
+
+
+def replaced(old, new):
+    assert old in small["GRAPH"]
+    return small["GRAPH"].replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (replaced("masked = Add(scores, mask)", "masked = Mul(scores, mask)"), "its scores are no sum"),
+        (
+            replaced("sums = MatMul(weights, value_out)", "half = Mul(weights, scale)  sums = MatMul(half, value_out)"),
+            "its weights are not multiplied with values alone",
+        ),
+        (
+            replaced("kt = Transpose<perm = [0, 1, 3, 2]>(key_out)",
+                     "kn = Neg(key_out)  kt = Transpose<perm = [0, 1, 3, 2]>(kn)"),
+            "its keys or values are no cache",
+        ),
+        (
+            replaced("value_out = ScatterElements<axis = 2>(value, index, v)",
+                     "same = Add(positions, zero)  spread2 = Unsqueeze(same, axes13)  index2 = Expand(spread2, kshape) "
+                     "value_out = ScatterElements<axis = 2>(value, index2, v)"),
+            "keys and values are written to different positions",
+        ),
+        (
+            replaced("turned = Transpose<perm = [0, 2, 1, 3]>(sums)  joined = Reshape(turned, join)",
+                     "turned = Transpose<perm = [0, 2, 3, 1]>(sums)  joined = Reshape(turned, join)"),
+            "its heads are put together in another way",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_something_else_stays_with_the_reason(text, reason):
+    made, result = fused(text)
+    assert not result.modified
+    (refusal,) = result.refusals
+    assert refusal.node == "softmax"
+    assert refusal.reason.startswith("no attention over a cache to fuse: ")
+    assert reason in refusal.reason
+    assert made.operators()["Softmax"] == 1
+
+
+def test_heads_of_another_width_stay():
+    signature = small["signature"]()
+    made = graph()
+    for value in made.model.graph.inputs:
+        if value.name in ("key", "value"):
+            value.shape = ir.Shape([*value.shape[:3], 4])
+    fuser = CachedFuser(made, signature.states)
+    fuser.run()
+    assert [refusal.reason for refusal in fuser.refusals] == [
+        "no attention over a cache to fuse: a width of 4 is no multiple of 8, which GroupQueryAttention asks for"
+    ]
+
+
+def test_a_mask_that_is_not_causal_is_found_out():
+    _, result = fused(replaced("seen = LessOrEqual(slots, spread)", "seen = Less(slots, length)"))
+    assert not result.modified
+    (refusal,) = result.refusals
+    assert refusal.reason.startswith("attention over a cache stays as it was: fused, tensor 'turned' changes")
+
+
+def test_a_node_that_computes_something_else_is_reverted(monkeypatch):
+    add = Patch.add
+
+    def spoilt(patch, operator, inputs, outputs, attributes=None, **options):
+        if operator == "GroupQueryAttention":
+            attributes = {**attributes, "scale": 0.7}
+        return add(patch, operator, inputs, outputs, attributes, **options)
+
+    monkeypatch.setattr(Patch, "add", spoilt)
+    _, result = fused()
+    assert not result.modified
+    assert "fused, tensor 'turned' changes: relative L2 " in result.refusals[0].reason
