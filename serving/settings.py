@@ -35,7 +35,8 @@ class Serving:
     merge: bool = _option(True, "Merge requests that wait at the same time to one batch.")
     queue_delay_us: int = _option(0, "Microseconds that a request may wait for others to be merged with.")
     max_queue: int | None = _option(
-        None, "Requests that may wait; more are rejected as UNAVAILABLE, and those beyond a deadline of their own too."
+        None,
+        "Requests that may wait, of each priority; more are rejected as UNAVAILABLE, as those beyond their own deadline.",
     )
     timeout_ms: float | None = _option(
         None, "Milliseconds that a request may wait, where it does not say so itself; then it is rejected."
