@@ -325,7 +325,7 @@ def test_the_log_is_cut_before_it_fills_the_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(server, "MAX_LOG_BYTES", 100)
     log = tmp_path / "log"
-    script = "for i in 1 2 3 4 5 6 7 8 9; do echo line number $i of this log; done; sleep 30"
+    script = "for i in 1 2 3 4 5 6 7 8 9; do echo line number $i of this log; sleep 0.1; done; sleep 30"
     made = server.Server(["/bin/sh", "-c", script], {}, log, "enginesmith_test_")
     seen: list[str] = []
     deadline = time.monotonic() + 10
