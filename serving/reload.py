@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from ..compiler.signature import Signature, TensorSpec
+from ..compiler.states import max_length, vocabulary
 from ..compiler.storage.files import exchange
 from ..errors import EngineError
 from .endpoint import Endpoint
@@ -198,6 +199,8 @@ def changed(old: Signature, new: Signature) -> str:
 
     The new one may take more sizes than the old one, and give more outputs.
     """
+    if old.states or new.states:
+        return _another_language_model(old, new)
     before, after = ({spec.name: spec for spec in signature.inputs} for signature in (old, new))
     if added := [name for name in after if name not in before]:
         return f"it takes another input, {str(after[added[0]])!r}"
@@ -214,6 +217,17 @@ def changed(old: Signature, new: Signature) -> str:
             return f"output {spec.name!r} was {_words(old, spec)}, and is {_words(new, found[spec.name])}"
     if (layout(old).max_batch > 0) != (layout(new).max_batch > 0):
         return f"requests were {'' if layout(old).max_batch else 'not '}merged before, and now the opposite holds"
+    return ""
+
+
+def _another_language_model(old: Signature, new: Signature) -> str:
+    """Clients send tokens and get tokens; what the cache is made of is nothing to them."""
+    if not (old.states and new.states):
+        return f"the old one was {'a' if old.states else 'no'} language model, and the new one is the opposite"
+    if vocabulary(old) != vocabulary(new):
+        return f"it knew {vocabulary(old)} tokens, and knows {vocabulary(new)}"
+    if max_length(new) < max_length(old):
+        return f"it had room for {max_length(old)} tokens, and has room for {max_length(new)}"
     return ""
 
 

@@ -36,7 +36,7 @@ class Serving:
     queue_delay_us: int = _option(0, "Microseconds that a request may wait for others to be merged with.")
     max_queue: int | None = _option(
         None,
-        "Requests that may wait, of each priority; more are rejected as UNAVAILABLE, and those beyond a deadline of theirs.",
+        "Requests that may wait, of each priority; more are UNAVAILABLE, and those beyond a deadline of their own too.",
     )
     timeout_ms: float | None = _option(
         None, "Milliseconds that a request may wait, where it does not say so itself; then it is rejected."

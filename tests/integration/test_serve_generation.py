@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import runpy
+import signal
 import threading
 import time
 from pathlib import Path
@@ -105,6 +106,29 @@ def test_a_killed_model_process_is_replaced(served, client):
     served.wait_for_log("recovered: a real inference answers again")
     assert not before & {process.pid for process in served.models()}
     assert list(client.generate(PROMPT, 8)) == small["greedy"](PROMPT, 8)
+
+
+def test_a_reload_lets_texts_come_to_their_end(served):
+    right, over = [], threading.Event()
+
+    def ask():
+        with enginesmith.Client(served.url, served.model, deadline_s=60, retries=0) as client:
+            while not over.is_set():
+                right.append(list(client.generate(PROMPT, 13)) == small["greedy"](PROMPT, 13))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    served.process.send_signal(signal.SIGHUP)
+    try:
+        served.wait_for_log("reloaded: engine")
+        count = len(right)
+        while len(right) < count + 2 and thread.is_alive():
+            time.sleep(0.01)
+    finally:
+        over.set()
+        thread.join()
+    assert len(right) > count
+    assert all(right)
 
 
 def test_sigterm_lets_texts_come_to_their_end(served):

@@ -237,6 +237,30 @@ def test_an_input_that_is_gone():
     assert changed(old, Signature(old.inputs[:1])) == "it has no input 'mask'"
 
 
+def decoder(room: int = 16, tokens: int = 11, heads: int = 2) -> Signature:
+    cache = ("batch", heads, room, 8)
+    return Signature(
+        (TensorSpec("ids", "int64", ("batch", "time")), TensorSpec("key", "float32", cache)),
+        (TensorSpec("logits", "float32", ("batch", tokens)), TensorSpec("key_out", "float32", cache)),
+        {"batch": AxisRange(1, 4, 8), "time": AxisRange(1, 1, 16)},
+        states={"key": "key_out"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (decoder(), decoder(room=32, heads=4), ""),
+        (decoder(), decoder(room=8), "it had room for 16 tokens, and has room for 8"),
+        (decoder(), decoder(tokens=12), "it knew 11 tokens, and knows 12"),
+        (decoder(), described(), "the old one was a language model, and the new one is the opposite"),
+        (described(), decoder(), "the old one was no language model, and the new one is the opposite"),
+    ],
+)
+def test_clients_of_a_language_model_care_for_its_tokens_alone(old, new, problem):
+    assert changed(old, new) == problem
+
+
 class Loads:
     """A server whose processes are told; it has one from the beginning."""
 
