@@ -108,7 +108,7 @@ class _Choice:
 
     def __init__(self, sampling: Sampling | None, seed: int, rows: int) -> None:
         self._sampling = sampling
-        self._generators = [np.random.default_rng([seed, row]) for row in range(rows)]
+        self._generators = [np.random.default_rng([seed, row]) for row in range(rows if sampling else 0)]
         self._step = 0
 
     def __call__(self, logits: np.ndarray, live: Iterable[int]) -> Iterable[tuple[int, int]]:
