@@ -21,9 +21,22 @@ if TYPE_CHECKING:
     from .offline.results import Outputs
     from .offline.run import run
     from .serving.client import Client
+    from .serving.split import Split
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Client", "Engine", "Outputs", "Recipe", "__version__", "compare", "compile", "load", "run"]
+__all__ = [
+    "Bundle",
+    "Client",
+    "Engine",
+    "Outputs",
+    "Recipe",
+    "Split",
+    "__version__",
+    "compare",
+    "compile",
+    "load",
+    "run",
+]
 
 _HOMES = {
     "Bundle": ".compiler.bundle",
@@ -31,6 +44,7 @@ _HOMES = {
     "Engine": ".compiler.engine",
     "Outputs": ".offline.results",
     "Recipe": ".compiler.recipe",
+    "Split": ".serving.split",
     "compare": ".compiler.comparison.comparison",
     "compile": ".compiler.pipeline",
     "load": ".compiler.engine",

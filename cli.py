@@ -28,7 +28,7 @@ COMMANDS = {
     "bench": "Measure the engines of a bundle again, interleaved with a baseline.",
     "compare": "Compare two bundles or engines, A and B; exit code 1 where B regressed.",
     "export-triton": "Write a bundle as a model repository of Triton Inference Server.",
-    "serve": "Serve a bundle by gRPC, merging requests, until SIGTERM or Ctrl-C.",
+    "serve": "Serve a bundle by gRPC, merging requests, until SIGTERM or Ctrl-C; SIGHUP reloads it.",
     "load-test": "Measure a service: latency and throughput under load, and where it is overloaded.",
     "debug": "Find the node that makes the error of an engine.",
     "diagnose": "Show where the time of a model or bundle goes, what limits it, and what would help.",

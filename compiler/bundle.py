@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError, VerdictError
 from .manifest import EngineRecord, Manifest
-from .storage.files import hashes
+from .storage.files import hashes, sha256, storage_errors
+from .storage.locks import taking
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .recipe import Recipe
+
+MANIFEST = "manifest.json"
+WAIT_S = 30.0
+"""How long one who adds to a bundle waits for another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,7 @@ def check_output(path: Path) -> None:
 
 def _is_bundle(path: Path) -> bool:
     try:
-        return "enginesmith" in json.loads((path / "manifest.json").read_text())
+        return "enginesmith" in json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
         return False
 
@@ -105,7 +111,44 @@ def write_bundle(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
     (folder / "recipe.yaml").write_text(recipe.dump())
     write_report(manifest, folder / "report.html")
     manifest["files"] = hashes(folder)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, default=float) + "\n")
+    (folder / MANIFEST).write_text(_text(manifest))
+
+
+@contextmanager
+def amending(folder: Path) -> Iterator[Manifest]:
+    """Yields the manifest of a finished bundle to add to; it is written with its report when the block ends well.
+
+    Processes that do so at the same time wait for each other. Readers find a file as it was, or as it is.
+
+    Raises:
+        UsageError, EngineMismatchError: no bundle, or one of another layout.
+        OutputError, StorageError: it cannot be written.
+    """
+    from .engine import read_manifest
+    from .report import write_report
+
+    with storage_errors(folder), taking(folder / ".amending", wait_s=WAIT_S):
+        manifest = read_manifest(folder)
+        yield manifest
+        with _replacing(folder / "report.html") as partial:
+            write_report(manifest, partial)
+            manifest["files"]["report.html"] = sha256(partial)
+        with _replacing(folder / MANIFEST) as partial:
+            partial.write_text(_text(manifest))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _text(manifest: Manifest) -> str:
+    return json.dumps(manifest, indent=1, default=float) + "\n"
 
 
 def write_reproduction(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from ..errors import (
     DataError,
@@ -17,7 +17,7 @@ from ..errors import (
     UsageError,
 )
 from ..targets import get_target, is_known, parse_target
-from ..targets.base import EngineInfo, Runner
+from ..targets.base import EngineInfo, Runner, Target
 from .batch.choice import best_within
 from .machine.requirements import check_machine, devices
 from .manifest import FORMAT, Benchmark, EngineRecord, Manifest
@@ -25,6 +25,7 @@ from .signature import Signature
 from .storage.files import sha256
 
 Device = Literal["cpu", "cuda"]
+Result = TypeVar("Result")
 
 
 def load(
@@ -60,19 +61,46 @@ def load(
     manifest = read_manifest(root)
     for text in targets:
         parse_target(text)
+    return _first(root, manifest, engine, lambda record: _open(root, record, device, manifest, options), verify=verify)
+
+
+def usable(bundle: Path, engine: str | None = None) -> EngineRecord:
+    """The engine that `load` gives, as far as can be told without loading it: its files, this machine, the runtime.
+
+    Raises:
+        UsageError, UnknownNameError, EngineMismatchError, EngineError: as `load`.
+    """
+
+    def check(record: EngineRecord) -> EngineRecord:
+        info, target = _prepared(bundle, record, None, None)
+        state = target.availability()
+        if not state.run:
+            raise TargetUnavailableError(
+                f"engine {info.name} cannot run here: {state.reason}", hint=state.install or None
+            )
+        return record
+
+    manifest = read_manifest(bundle)
+    return _first(bundle, manifest, engine, check, verify=True)
+
+
+def _first(
+    root: Path, manifest: Manifest, engine: str | None, attempt: Callable[[EngineRecord], Result], *, verify: bool
+) -> Result:
+    """The result of the first attempt that succeeds, the fastest engine first; of the named one where one is."""
     if engine is not None:
         record = named(manifest, engine)
         if verify:
             check_files(root, engine, manifest)
-        return _open(root, record, device, manifest, options)
+        return attempt(record)
     reasons = {record["name"]: _excluded(record) for record in manifest["engines"]}
     for record in ranked(manifest):
         if verify:  # a changed file is never passed over in search of another engine
             check_files(root, record["name"], manifest)
-        opened = _open_or_reason(root, record, device, manifest, options)
-        if isinstance(opened, Engine):
-            return opened
-        reasons[record["name"]] = opened
+        try:
+            return attempt(record)
+        except EngineError as error:
+            reasons[record["name"]] = error.message
     raise EngineError(
         f"no engine of {root} can run here",
         found="; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no engines",
@@ -311,18 +339,17 @@ def check_files(bundle: Path, engine: str, manifest: Manifest) -> None:
             )
 
 
-def _open_or_reason(
-    root: Path, record: EngineRecord, device: Device | None, manifest: Manifest, options: Mapping[str, Any] | None
-) -> Engine | str:
-    try:
-        return _open(root, record, device, manifest, options)
-    except EngineError as error:
-        return error.message
-
-
 def _open(
     root: Path, record: EngineRecord, device: Device | None, manifest: Manifest, options: Mapping[str, Any] | None
 ) -> Engine:
+    info, target = _prepared(root, record, device, options)
+    return Engine(info, target.runner(root / "engines" / record["name"], info), best_batch(info, manifest))
+
+
+def _prepared(
+    root: Path, record: EngineRecord, device: Device | None, options: Mapping[str, Any] | None
+) -> tuple[EngineInfo, Target]:
+    """What opens an engine, once it is seen that it is for this machine."""
     folder = root / "engines" / record["name"]
     try:
         info = EngineInfo.read(folder)
@@ -345,7 +372,7 @@ def _open(
             f"engine {info.name} does not run on {device}", expected=device, found=" or ".join(runs_on)
         )
     check_machine(info, target, _rebuild(root))
-    return Engine(info, target.runner(folder, info), best_batch(info, manifest))
+    return info, target
 
 
 def _excluded(record: EngineRecord) -> str:

@@ -372,12 +372,37 @@ class Stage(TypedDict):
     detail: str
 
 
+class ServiceRecord(TypedDict):
+    """A load test of a service of one engine: what ``enginesmith load-test --json`` gives, and when it was.
+
+    `served` is the engine, `payload` what was sent, in which "rows" are those of a request. `engine` are the engine's
+    own times at that batch as the bundle's benchmark has them, None where it has none, and `overhead_ms` is what a
+    single client waits longer than that at the median. `closed` and `open` are loops, `knee` and `within_p99` rates of
+    the latter.
+    """
+
+    created: str
+    served: str
+    urls: list[str]
+    model: str
+    payload: dict[str, Any]
+    closed: list[dict[str, Any]]
+    open: list[dict[str, Any]]
+    knee: float | None
+    within_p99: float | None
+    limits: dict[str, float | None]
+    engine: dict[str, Any] | None
+    overhead_ms: float | None
+    problems: list[str]
+
+
 class Searches(TypedDict, total=False):
-    """What a compile finds out where it is asked to; None or empty where it was not."""
+    """What a compile, or a load test of its bundle, finds out where it is asked to; None or empty where it was not."""
 
     ladder: Ladder | None
     batches: list[BatchCurve]
     roofline: Roofline | None
+    services: list[ServiceRecord]
 
 
 class Manifest(Searches):

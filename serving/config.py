@@ -47,7 +47,7 @@ def config(
     """
     merged = layout.max_batch > 0
     largest = min(layout.max_batch, settings.max_batch or layout.max_batch)
-    lines = [f"name: {_text(name)}", f"backend: {_text(backend)}"]
+    lines = [f"backend: {_text(backend)}"]
     lines += [f"platform: {_text(platform)}"] if platform else []
     lines += [f"default_model_filename: {_text(file)}"] if file else []
     lines += [f"max_batch_size: {largest}"]
@@ -60,7 +60,12 @@ def config(
         lines.append(_warmup(signature, warmup, merged))
     for key, value in {**(parameters or {}), MARK: engine}.items():
         lines.append(f"parameters {{ key: {_text(key)} value {{ string_value: {_text(value)} }} }}")
-    return "\n".join(lines) + "\n"
+    return naming(name) + "\n".join(lines) + "\n"
+
+
+def naming(name: str) -> str:
+    """The first line, which says the model's name: that of its folder."""
+    return f"name: {_text(name)}\n"
 
 
 def _tensor(field: str, spec: TensorSpec, merged: bool) -> str:

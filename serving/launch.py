@@ -43,14 +43,16 @@ class Launch:
     Attributes:
         what: the server, for people.
         model: name of the model on it.
-        config: a file of the model's; once it is touched the server can load the model again. None where it cannot.
+        engine: that is served; None for the bundle's best.
+        repository: from which the server can load the model again; None where it cannot.
     """
 
     what: str
     model: str
     command: Sequence[str]
     environment: Mapping[str, str]
-    config: Path | None = None
+    engine: str | None = None
+    repository: Repository | None = None
 
 
 def prepare(
@@ -94,6 +96,7 @@ def _triton(
     flags += ["--exit-timeout-secs", str(math.ceil(watching.drain_s))]
     if requests:
         flags += requests.flags()
+    flags += ["--strict-readiness", "false"]  # a model that is tried beside the one that is served is not ready at once
     if not gpus():
         flags += ["--pinned-memory-pool-byte-size", "0", "--allow-gpu-metrics", "false"]
     command = triton.command(
@@ -106,7 +109,7 @@ def _triton(
         http_port=endpoint.http_port,
     )
     what = f"Triton {triton.version} ({triton.origin})"
-    return Launch(what, repository.name, command, triton.environment, repository.config)
+    return Launch(what, repository.name, command, triton.environment, repository.engine, repository)
 
 
 def _fallback(
@@ -116,4 +119,4 @@ def _fallback(
         raise reason
     name = settings.name or bundle.absolute().name
     command = fallback.command(bundle, name, settings.engine, settings.max_queue, watching.drain_s, endpoint)
-    return Launch(f"{fallback.PACKAGE}, without merging", name, command, fallback.environment())
+    return Launch(f"{fallback.PACKAGE}, without merging", name, command, fallback.environment(), settings.engine)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,11 +35,27 @@ class ProbeError(EngineError):
         self.wrong = wrong
 
 
+class Prober(Protocol):
+    """What asks a server."""
+
+    def __call__(self, timeout_s: float) -> None:
+        """Raises ProbeError where no answer comes, or a wrong one."""
+
+    def done(self) -> int:
+        """How many requests were answered; -1 where it cannot be told."""
+
+    def load(self, timeout_s: float) -> None:
+        """Has the server load the model again; raises ProbeError where it cannot."""
+
+    def close(self) -> None:
+        """Asks no more."""
+
+
 class Probe:
     """One recorded sample of a bundle, sent to a model again and again.
 
     Args:
-        model: its name on the server.
+        model: its name on the server; may be changed.
         engine: the one that is served; the bundle's best where None.
 
     Raises:
@@ -50,7 +68,7 @@ class Probe:
         record = next((r for r in manifest["engines"] if r["name"] == engine), None) or next(iter(ranked(manifest)))
         self._sample = _smallest(bundle, Signature.from_json(manifest["signature"]))
         self._limit = limit_of(record)
-        self._model = model
+        self.model = model
         self._numbers = itertools.count()
         self._headers = endpoint.admin_headers
         self.client = endpoint.client()
@@ -62,7 +80,7 @@ class Probe:
 
         number = f"{PROBE_ID}{next(self._numbers)}"
         try:
-            result = self.client.infer(self._model, self._inputs, request_id=number, client_timeout=timeout_s)
+            result = self.client.infer(self.model, self._inputs, request_id=number, client_timeout=timeout_s)
         except InferenceServerException as error:
             status = str(error.status() or "").removeprefix("StatusCode.")
             raise ProbeError(f"{status}: {error.message()}", busy=status in _BUSY) from error
@@ -75,7 +93,7 @@ class Probe:
         from tritonclient.utils import InferenceServerException
 
         try:
-            stats = self.client.get_inference_statistics(self._model, client_timeout=5)
+            stats = self.client.get_inference_statistics(self.model, client_timeout=5)
         except InferenceServerException:
             return -1
         return sum(int(model.inference_count) for model in stats.model_stats)
@@ -89,9 +107,27 @@ class Probe:
         from tritonclient.utils import InferenceServerException
 
         try:
-            self.client.load_model(self._model, headers=self._headers, client_timeout=timeout_s)
+            self.client.load_model(self.model, headers=self._headers, client_timeout=timeout_s)
         except InferenceServerException as error:
             raise ProbeError(error.message()) from error
+
+    def unload(self, timeout_s: float) -> None:
+        """Has the server let go of the model, where it has it, and waits until its memory is free again."""
+        from tritonclient.utils import InferenceServerException
+
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(InferenceServerException):
+            self.client.unload_model(self.model, headers=self._headers, client_timeout=timeout_s)
+            while self._is_unloading(timeout_s) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def _is_unloading(self, timeout_s: float) -> bool:
+        index = self.client.get_model_repository_index(headers=self._headers, client_timeout=timeout_s)
+        return any(model.name == self.model and model.state == "UNLOADING" for model in index.models)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.client.close()
 
 
 def difference(reference: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray | None], limit: float) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..compiler.engine import best_batch, check_files, engine_info, load, named, ranked, read_manifest
+from ..compiler.engine import best_batch, check_files, engine_info, named, ranked, read_manifest, usable
 from ..compiler.manifest import EngineRecord, Manifest
 from ..compiler.signature import Signature
 from ..compiler.storage.files import appearing_folder, storage_errors
@@ -28,13 +29,14 @@ from ..compiler.validation.reference import Recorded, ReferenceOutputs
 from ..errors import DataError, EngineError, OutputError, UsageError
 from ..targets import get_target
 from ..targets.base import EngineInfo
-from .config import MARK, Kind, config, warmup_file
+from .config import MARK, Kind, config, naming, warmup_file
 from .layout import Layout, layout
 from .native import engine_files, native
 from .settings import Serving
 
 Form = Literal["python", "native"]
 VERSION = "1"
+CONFIG = "config.pbtxt"
 SERVE = "serve.json"
 """Beside model.py: which engine to load, from where, how it is put on a GPU, and where modules are looked for first."""
 
@@ -47,12 +49,14 @@ class Repository:
         path: the repository; the model is a folder in it.
         name: of the model.
         engine: that is served.
+        signature: of that engine.
         merged: the largest batch that requests are merged to; 0 where they are not, and why stands in `reason`.
     """
 
     path: Path
     name: str
     engine: str
+    signature: Signature
     merged: int
     reason: str
     form: Form
@@ -60,14 +64,15 @@ class Repository:
     @property
     def config(self) -> Path:
         """The configuration of the model."""
-        return self.path / self.name / "config.pbtxt"
+        return self.path / self.name / CONFIG
 
 
 def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python", *, link: bool = False) -> Repository:
     """Writes a model repository, or one model more into it. It appears as a whole or not at all.
 
     Args:
-        link: leaves the bundle where it is, for a server on this machine. Else the engine is copied.
+        link: for a server on this machine: the engine has to run here, and its files are linked where that can be, so
+            that they stay whatever becomes of the bundle. Else they are copied.
 
     Raises:
         UsageError: no bundle, an engine that cannot be served, settings that it does not take.
@@ -110,20 +115,25 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
             parameters=model.parameters if model else {},
             warmup=_write_warmup(bundle, info.signature, partial / "warmup", merged=found.max_batch > 0),
         )
-        (partial / "config.pbtxt").write_text(text)
+        (partial / CONFIG).write_text(text)
     merged = min(found.max_batch, settings.max_batch or found.max_batch) if settings.merge else 0
-    return Repository(folder, name, record["name"], merged, found.reason, form)
+    return Repository(folder, name, record["name"], info.signature, merged, found.reason, form)
+
+
+def renamed(home: Path, name: str) -> None:
+    """Has the configuration of the model in `home` say another name; the folder keeps its own."""
+    file = home / CONFIG
+    file.write_text(naming(name) + file.read_text().partition("\n")[2])
 
 
 def _record(bundle: Path, manifest: Manifest, settings: Serving, *, here: bool) -> EngineRecord:
     """The engine to serve: the named one, or the best; of those that run on this machine where it is served `here`."""
     if here:
-        with load(bundle, settings.engine) as engine:
-            return named(manifest, engine.name)
+        return usable(bundle, settings.engine)
     if settings.engine is not None:
         record = named(manifest, settings.engine)
-    elif usable := ranked(manifest):
-        record = usable[0]
+    elif candidates := ranked(manifest):
+        record = candidates[0]
     else:
         raise EngineError(f"{bundle} has no engine that may be served", hint="its report says why")
     check_files(bundle, record["name"], manifest)
@@ -162,7 +172,7 @@ def _name(bundle: Path) -> str:
 
 def _is_ours(home: Path) -> bool:
     try:
-        return home.is_dir() and f'key: "{MARK}"' in (home / "config.pbtxt").read_text()
+        return home.is_dir() and f'key: "{MARK}"' in (home / CONFIG).read_text()
     except (OSError, ValueError):
         return False
 
@@ -178,18 +188,28 @@ def _write_python(bundle: Path, version: Path, manifest: Manifest, record: Engin
     name = record["name"]
     target = get_target(record["target"])
     wanted = {
-        "bundle": str(bundle.absolute()) if link else "bundle",
+        "bundle": "bundle",
         "engine": name,
         "gpu_option": "device_id" if "device_id" in target.options() else None,
         "path": [str(Path(entry).absolute()) for entry in sys.path] if link else [],
     }
     (version / SERVE).write_text(json.dumps(wanted, indent=1) + "\n")
     shutil.copyfile(Path(__file__).with_name("backend") / "model.py", version / "model.py")
-    if link:
-        return
-    shutil.copytree(bundle / "engines" / name, version / "bundle" / "engines" / name)
+    shutil.copytree(
+        bundle / "engines" / name,
+        version / "bundle" / "engines" / name,
+        copy_function=_link if link else shutil.copy2,
+    )
     kept = {**manifest, "engines": [record], "files": _files_of(manifest, name)}
     (version / "bundle" / "manifest.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy where there can be none: on another file system, or for another's files."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _files_of(manifest: Manifest, engine: str) -> Mapping[str, str]:

@@ -12,10 +12,12 @@ from .endpoint import Endpoint
 from .janitor import Janitor
 from .launch import Watching, prepare
 from .probe import Probe
+from .reload import Reloader
 from .requests import RequestLog
 from .settings import Serving
-from .signals import stop_signals
-from .supervisor import HOUSEKEEPING_S, Supervisor, Tell
+from .signals import collected
+from .supervisor import HOUSEKEEPING_S, Supervisor
+from .watch import Tell, Watch
 
 
 def serve(
@@ -27,7 +29,7 @@ def serve(
     tell: Tell,
     ready: Callable[[str, str, Endpoint], None],
 ) -> None:
-    """Serves a bundle until SIGTERM or SIGINT.
+    """Serves a bundle until SIGTERM or SIGINT, and what came into its place at SIGHUP.
 
     Args:
         tell: takes one line of the log.
@@ -42,13 +44,17 @@ def serve(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"enginesmith-serve-{os.getpid()}-")))
         janitor = stack.enter_context(Janitor(folder, prefix, watching.drain_s + HOUSEKEEPING_S))
-        stop = stack.enter_context(stop_signals())
+        asked = stack.enter_context(collected())
         endpoint = endpoint.resolved()
         requests = None
         if watching.requests:
             (folder / "requests").mkdir()
             requests = RequestLog(folder / "requests", watching.requests)
         launch = prepare(bundle, folder, settings, endpoint, watching, requests, prefix, tell)
-        probe = Probe(bundle, launch.model, endpoint, settings.engine)
-        supervisor = Supervisor(launch, folder, prefix, watching, probe, janitor, stop, tell, requests)
+        probe = Probe(bundle, launch.model, endpoint, launch.engine)
+        reloads = None
+        if launch.repository:
+            reloads = Reloader(bundle, launch.repository, settings, endpoint, watching)
+        watch = Watch(launch.model, asked, tell, requests)
+        supervisor = Supervisor(launch, folder, prefix, watching, probe, janitor, asked, tell, watch, reloads)
         supervisor.run(lambda: ready(launch.model, launch.what, endpoint))

@@ -43,6 +43,7 @@ class Server:
         self._prefix = prefix
         self._drained = False
         self._models: list[psutil.Process] = []
+        self._leaving: set[psutil.Process] = set()
         log.write_bytes(b"")
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -64,11 +65,17 @@ class Server:
         """Notes which processes run models now, to tell later which of them `died`."""
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.pid).children(recursive=True)
-            self._models = [child for child in children if _runs_model(child)]
+            self._models = [child for child in children if _runs_model(child) and child not in self._leaving]
 
     def died(self) -> int | None:
         """Process id of a model that died since `watch_models`; None where all live."""
         return next((child.pid for child in self._models if _is_dead(child)), None)
+
+    def replace_models(self) -> None:
+        """The models' processes that run now may end: others take their place."""
+        self.watch_models()
+        self._leaving.update(self._models)
+        self._models = []
 
     def kill_models(self) -> None:
         """Ends the models' processes, of which the server sees the end at the next request only."""
@@ -123,7 +130,7 @@ class Server:
         """Ends it and its models at once, and removes what they leave in memory."""
         known = self._models
         self.watch_models()
-        models = {*known, *self._models}
+        models = {*known, *self._models, *self._leaving}
         self._process.kill()
         self._process.wait()
         for child in models:

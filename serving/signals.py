@@ -1,38 +1,65 @@
-"""Signals that ask for an orderly end."""
+"""Signals that ask for an orderly end, or for the bundle to be read anew."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
+_TERMINAL = "/dev/tty"
 
-class StopSignals:
-    """How often a stop was asked for."""
+
+class Signals:
+    """How often a stop was asked for, and whether a reload is."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.reload = False
         self._event = threading.Event()
 
     def add(self) -> None:
-        """Notes one more."""
+        """Notes one more that asks for a stop."""
         self.count += 1
         self._event.set()
 
+    def add_reload(self) -> None:
+        """Notes one that asks for a reload. Several before it begins are one."""
+        self.reload = True
+
     def wait(self, seconds: float) -> bool:
-        """Waits for the first; gives whether it came."""
+        """Waits for the first stop; gives whether it came."""
         return self._event.wait(seconds)
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignals]:
-    """Collects SIGTERM, SIGINT and SIGHUP instead of ending this process; once left, all is as before."""
-    stop = StopSignals()
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: stop.add()) for number in numbers}
+def collected() -> Iterator[Signals]:
+    """Collects SIGTERM and SIGINT, which stop, and SIGHUP, which reloads; once left, all is as before.
+
+    A SIGHUP that comes because the terminal of this process is gone stops as well: nobody could stop it from there.
+    """
+    found, on_terminal = Signals(), _has_terminal()
+
+    def hang_up() -> None:
+        if on_terminal and not _has_terminal():
+            found.add()
+        else:
+            found.add_reload()
+
+    asked = {signal.SIGTERM: found.add, signal.SIGINT: found.add, signal.SIGHUP: hang_up}
+    before = {number: signal.signal(number, lambda number, _: asked[signal.Signals(number)]()) for number in asked}
     try:
-        yield stop
+        yield found
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _has_terminal() -> bool:
+    """Whether this process can be controlled from a terminal."""
+    try:
+        os.close(os.open(_TERMINAL, os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

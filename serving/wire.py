@@ -151,6 +151,26 @@ def request(model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]
     return message
 
 
+def packed_call(channel: Any) -> Any:
+    """The call ModelInfer on messages that were packed before, with answers as they come: nothing but what it takes."""
+    return channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+
+def response(answer: bytes) -> Any:
+    """The message ModelInferResponse of an answer to `packed_call`.
+
+    Raises:
+        EngineError: it is none.
+    """
+    from google.protobuf.message import DecodeError
+    from tritonclient.grpc import service_pb2
+
+    try:
+        return service_pb2.ModelInferResponse.FromString(answer)
+    except DecodeError as error:
+        raise EngineError("a server's answer is no message of the protocol", found=error) from error
+
+
 def arrays(response: Any) -> dict[str, np.ndarray]:
     """The outputs of a message ModelInferResponse by name, each an array of its own memory.
 

@@ -50,6 +50,29 @@ net (float[batch, 4] x) => (float[batch, 3] left, float[batch, 3] right)
 """
 """The same, with products that take far longer and change nothing."""
 
+PATIENT = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[batch, 4] x) => (float[batch, 3] left, float[batch, 3] right)
+<float zero = {0}>
+{
+  largest = ReduceMax<keepdims = 0>(x)
+  rounds = Cast<to = 7>(largest)
+  yes = Constant<value = bool {1}>()
+  worked = Loop<body = work (int64 number, bool go, float[300, 300] before) => (bool on, float[300, 300] after) {
+    on = Identity(go)
+    after = MatMul(before, big)
+  }>(rounds, yes, big)
+  sum = ReduceSum<keepdims = 0>(worked)
+  nothing = Mul(sum, zero)
+  product = MatMul(x, w)
+  scaled = Mul(product, scale)
+  left = Add(scaled, nothing)
+  other = MatMul(x, v)
+  right = Tanh(other)
+}
+"""
+"""The same, with as many products as the largest number in x says: a request decides how long it takes."""
+
 W = np.array([[1, -2, 0.5], [0.25, 3, -1], [2, 1, 0], [-0.5, 0.125, 4]], np.float32)
 V = np.array([[0.3, 0.2, -0.5], [0.1, -0.4, 0.6], [-0.2, 0.7, 0.1], [0.5, -0.1, -0.3]], np.float32)
 CHANGES = ("zeros", "nan", "swapped", "flipped", "scaled")
@@ -82,18 +105,18 @@ def samples(count: int = 3, rows: int = 4) -> list[np.ndarray]:
 def write_engine(
     folder: Path, change: str = "", *, precision: str = "fp32", described: Signature | None = None, w: np.ndarray = W
 ) -> Path:
-    """An engine for ONNX Runtime; `change` makes it wrong or slow."""
+    """An engine for ONNX Runtime; `change` makes it wrong, slow or patient."""
     folder.mkdir(parents=True)
     scale = {"zeros": 0.0, "nan": np.nan, "scaled": 1.2}.get(change, 1.0)
     if change == "flipped":
         w = w.copy()
         w[2, 1] *= -1
-    text = SLOW if change == "slow" else GRAPH
+    text = {"slow": SLOW, "patient": PATIENT}.get(change, GRAPH)
     names = ("right", "left") if change == "swapped" else ("left", "right")
     proto = onnx.parser.parse_model(text.replace("LEFT", names[0]).replace("RIGHT", names[1]))
     arrays = {"w": w, "v": V, "scale": np.float32(scale)}
-    if change == "slow":
-        arrays["big"] = np.zeros((1600, 1600), np.float32)
+    if change in ("slow", "patient"):
+        arrays["big"] = np.zeros((1600, 1600) if change == "slow" else (300, 300), np.float32)
     for name, array in arrays.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array, np.float32), name))
     onnx.save(proto, folder / "model.onnx")

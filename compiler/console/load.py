@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import click
 
-from ...errors import RecipeError, UsageError
+from ...errors import OutputError, RecipeError, UsageError
 from ...serving.client import Client
 from ...serving.load.measure import Measurement, Plan, measure
 from ...serving.load.payload import Payload, from_bundle, from_file, made_up
 from ...serving.load.report import write_report
-from ...serving.load.result import Limits, by_percent, result
+from ...serving.load.result import Limits, by_percent, keep, result
 from ...serving.wire import RemoteModel
 from ..batch.latency import parse_latency
 
@@ -45,6 +46,7 @@ def load_options() -> list[click.Parameter]:
         click.Option(["--min-throughput"], type=positive, help="Fail where no loop has so many answers a second."),
         click.Option(["--seed"], type=int, default=0, show_default=True, help="Of random values and arrivals."),
         click.Option(["--report"], type=file, metavar="FILE", help="Write a page with all of it."),
+        click.Option(["--record"], is_flag=True, help="Keep the result in the bundle, and show it in its report."),
         click.Option(["--tls-root"], type=file, help="PEM file of the roots that the server's certificate comes from."),
         click.Option(["--tls-cert"], type=file, help="PEM file of this client's certificate."),
         click.Option(["--tls-key"], type=file, help="PEM file of its key."),
@@ -64,6 +66,8 @@ def load_test(urls: Sequence[str], values: Mapping[str, Any], tell: Callable[[Me
         raise UsageError("which model is to be asked?", expected="--model NAME, or --bundle with a folder of that name")
     if bundle and values["data"]:
         raise UsageError("requests come from a bundle or from data", found="--bundle and --data")
+    if values["record"]:
+        _check_writable(bundle)
     plan = plan_of(values)
     p99 = values["p99"]
     limits = Limits(parse_latency(p99) if p99 else None, values["min_throughput"])
@@ -74,7 +78,17 @@ def load_test(urls: Sequence[str], values: Mapping[str, Any], tell: Callable[[Me
     told = result(found, urls=urls, model=name, payload=payload, limits=limits, bundle=bundle, engine=values["engine"])
     if values["report"]:
         write_report(told, values["report"])
+    if values["record"] and bundle:
+        keep(told, bundle)
     return told
+
+
+def _check_writable(bundle: Path | None) -> None:
+    """Sees to it before minutes are spent on measuring."""
+    if bundle is None:
+        raise UsageError("there is no bundle to keep the result in", expected="--bundle", found="--record")
+    if bundle.exists() and not os.access(bundle, os.W_OK):
+        raise OutputError(f"{bundle} cannot be written", hint="leave out --record; --report writes a page elsewhere")
 
 
 def plan_of(values: Mapping[str, Any]) -> Plan:

@@ -11,8 +11,9 @@ from ...errors import EngineError, EngineMismatchError, RecipeError
 from ...targets.base import Runner
 from ..signature import Signature
 from ..states import COUNT, IDS, LOGITS, PAST
+from .choice import Choice
 from .prompts import check, rows_of, side_by_side
-from .sampling import Sampling, sampling_of
+from .sampling import sampling_of
 from .steps import steps_of
 
 Stream = Callable[[int, int], Any]
@@ -38,8 +39,8 @@ def generate(
     rows = rows_of(prompts)
     check(signature, rows, max_new_tokens)
     sampling = sampling_of(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
-    choose = _Choice(sampling, seed, len(rows))
-    ends = _ends(stop)
+    choices = [Choice(sampling, (seed, row), row=row) for row in range(len(rows))]
+    ends = ends_of(stop)
     steps = steps_of(runner, signature, len(rows))
     ids, counts = side_by_side(rows)
     found: list[list[int]] = [[] for _ in rows]
@@ -48,7 +49,8 @@ def generate(
     past, one = counts.copy(), np.ones_like(counts)
     last = np.zeros((len(rows), 1), np.int64)
     while True:
-        for row, token in choose(logits, live):
+        for row in live:
+            token = choices[row](logits[row])
             found[row].append(token)
             last[row] = token
             if stream is not None:
@@ -96,38 +98,13 @@ def check_decoder(signature: Signature) -> None:
         raise EngineMismatchError(f"the engine has caches, and no {missing[0]!r}", hint="compile the model again")
 
 
-def _ends(stop: Iterable[int]) -> Collection[int]:
+def ends_of(stop: Iterable[int]) -> Collection[int]:
+    """The tokens that end a row.
+
+    Raises:
+        RecipeError: something else.
+    """
     ends = frozenset([stop] if isinstance(stop, (int, np.integer)) else stop)
     if wrong := [end for end in ends if not isinstance(end, (int, np.integer))]:
         raise RecipeError("stop is no token", expected="token numbers", found=repr(wrong[0]))
     return frozenset(int(end) for end in ends)
-
-
-class _Choice:
-    """Chooses tokens; every row has random numbers of its own, whatever rows are beside it."""
-
-    def __init__(self, sampling: Sampling | None, seed: int, rows: int) -> None:
-        self._sampling = sampling
-        self._generators = [np.random.default_rng([seed, row]) for row in range(rows if sampling else 0)]
-        self._step = 0
-
-    def __call__(self, logits: np.ndarray, live: Iterable[int]) -> Iterable[tuple[int, int]]:
-        """The next token of each row that is not at its end.
-
-        Raises:
-            EngineError: logits that are no numbers.
-        """
-        self._step += 1
-        best = logits.argmax(axis=1)
-        for row in live:
-            if not np.isfinite(logits[row, best[row]]):  # NaN is the largest to argmax
-                raise EngineError(
-                    f"the engine gives logits that are no numbers, for row {row} at token {self._step}",
-                    expected="finite numbers",
-                    found=float(logits[row, best[row]]),
-                    hint="validate the engine; `enginesmith debug` finds the node",
-                )
-            if self._sampling is None:
-                yield row, int(best[row])
-            else:
-                yield row, self._sampling.draw(logits[row], self._generators[row])

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ...targets.base import Runner
+from ...targets.base import Arrays, Runner
 from ..signature import Signature
 from ..states import COUNT, IDS, LOGITS, PAST, empty_caches
 
@@ -22,24 +22,27 @@ class Steps(Protocol):
 class Stepping(Protocol):
     """A runner that keeps caches itself."""
 
-    def steps(self, batch: int) -> Steps:
-        """Calls for so many rows, with empty caches."""
+    def steps(self, batch: int, caches: Arrays | None = None) -> Steps:
+        """Calls for so many rows, with empty caches, or with those that are given."""
 
 
-def steps_of(runner: Runner, signature: Signature, batch: int) -> Steps:
-    """Calls for so many rows, with empty caches."""
-    return runner.steps(batch) if isinstance(runner, Stepping) else _Copying(runner, signature, batch)
+def steps_of(runner: Runner, signature: Signature, batch: int, caches: Arrays | None = None) -> Steps:
+    """Calls for so many rows, with empty caches, or with those that are given and then hold what the calls make."""
+    if isinstance(runner, Stepping):
+        return runner.steps(batch, caches)
+    return _Copying(runner, signature, caches or empty_caches(signature, batch))
 
 
 class _Copying:
-    """Gives the caches that a call returned to the next one."""
+    """Gives caches to each call, and copies what comes back into them."""
 
-    def __init__(self, runner: Runner, signature: Signature, batch: int) -> None:
+    def __init__(self, runner: Runner, signature: Signature, caches: Arrays) -> None:
         self._runner = runner
         self._states = signature.states
-        self._caches = empty_caches(signature, batch)
+        self._caches = caches
 
     def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
         outputs = self._runner.run({IDS: ids, PAST: past, COUNT: count, **self._caches})
-        self._caches = {name: outputs[output] for name, output in self._states.items()}
+        for name, output in self._states.items():
+            self._caches[name][...] = outputs[output]
         return np.asarray(outputs[LOGITS])

@@ -47,7 +47,7 @@ def balanced(
     times = np.asarray(times_ms, float)
     found: dict[tuple[tuple[int, int], ...], list[Piece]] = {}
     for _ in range(rounds):
-        pieces = choose(line, times, stages, limits)
+        pieces = choose(line, times.tolist(), stages, limits)
         cut = tuple(piece.nodes for piece in pieces)
         if cut in found:
             break

@@ -137,12 +137,13 @@ def sections(manifest: Manifest) -> tuple[str, ...]:
 
 
 def searched(manifest: Manifest) -> dict[str, bool]:
-    """Which sections there are of what a compile found out, where it was asked to."""
+    """Which sections there are of what was found out where it was asked for."""
     return {
         "search": bool((ladder := manifest.get("ladder")) and ladder["steps"]),
         "trade-off": len(choices(manifest).timed) > 1,
         "batch-size": bool(manifest.get("batches")),
         "roofline": bool(manifest.get("roofline")),
+        "service": bool(manifest.get("services")),
     }
 
 

@@ -86,19 +86,19 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     try:
         with storage_errors(path):
             yield partial
-            _replace(partial, path)
+            exchange(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(partial: Path, path: Path) -> None:
+def exchange(partial: Path, path: Path) -> None:
     """Puts `partial` at `path`; what was at `path` is at `partial` afterwards."""
     if not path.exists():
         partial.rename(path)
         return
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     at_cwd, rename_exchange = -100, 2  # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of stdio.h
-    if exchange and exchange(at_cwd, os.fsencode(partial), at_cwd, os.fsencode(path), rename_exchange) == 0:
+    if rename and rename(at_cwd, os.fsencode(partial), at_cwd, os.fsencode(path), rename_exchange) == 0:
         return
     old = partial.with_suffix(".old")  # no such call on this system: two steps
     path.rename(old)

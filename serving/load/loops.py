@@ -33,6 +33,20 @@ class Sender:
         self._turn = itertools.cycle(range(len(messages)))
         self.answers: list[Answer] = []
 
+    def alone(self, call: Callable[[Any, float], Any], seconds: float) -> None:
+        """One client that waits for each answer. An event loop around its calls would make each a tenth longer."""
+        import grpc
+
+        start = time.perf_counter()
+        while (sent := time.perf_counter() - start) < seconds:
+            number = next(self._turn)
+            try:
+                response = call(self._messages[number], self._deadline_s)
+            except grpc.RpcError as error:
+                time.sleep(self._failed(error, sent, sent, start))
+            else:
+                self._answered(number, response, sent, sent, start)
+
     async def closed(self, clients: int, seconds: float) -> None:
         """Each client sends its next request when it has the answer to the last."""
         start = time.perf_counter()
@@ -68,9 +82,16 @@ class Sender:
         try:
             response = await self._call(self._messages[number], self._deadline_s)
         except grpc.RpcError as error:
-            self.answers.append(Answer(due, sent, time.perf_counter() - start, error.code().name))
-            if error.code() == grpc.StatusCode.UNAVAILABLE:
-                await asyncio.sleep(0.001)  # a closed loop would ask a server that is away without end
-            return
+            await asyncio.sleep(self._failed(error, due, sent, start))
+        else:
+            self._answered(number, response, due, sent, start)
+
+    def _answered(self, number: int, response: Any, due: float, sent: float, start: float) -> None:
         done = time.perf_counter() - start
         self.answers.append(Answer(due, sent, done, RIGHT if self._judge(number, response) else WRONG))
+
+    def _failed(self, error: Any, due: float, sent: float, start: float) -> float:
+        """Seconds to wait then: a closed loop would ask a server that is away without end."""
+        code = error.code().name
+        self.answers.append(Answer(due, sent, time.perf_counter() - start, code))
+        return 0.001 if code == "UNAVAILABLE" else 0.0

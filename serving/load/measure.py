@@ -6,12 +6,13 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psutil
 
 from ...errors import EngineError
-from ..wire import Access, stub
+from ..wire import Access, packed_call, stub
 from .answers import Summary, summarize
 from .knee import SHARES
 from .loops import Sender
@@ -109,13 +110,14 @@ async def _all(access: Access, payload: Payload, plan: Plan, tell: Tell) -> list
     async with access.channel(asynchronous=True) as channel:
         calls = stub(channel)
         await _greet(calls, payload, plan)
+        one = partial(_one, access, calls, packed_call(channel), payload, plan)
         for clients in plan.clients:
-            add(await _one(calls, payload, plan, clients=clients))
+            add(await one(clients=clients))
         for rate in plan.rates:
-            add(await _one(calls, payload, plan, rate=rate))
+            add(await one(rate=rate))
         top = max((measured.summary.achieved for measured in found), default=0.0)
         for rate in [share * top for share in SHARES if plan.sweep and top]:
-            add(dataclasses.replace(await _one(calls, payload, plan, rate=rate), bound=False))
+            add(dataclasses.replace(await one(rate=rate), bound=False))
     return found
 
 
@@ -133,18 +135,27 @@ async def _greet(calls: Any, payload: Payload, plan: Plan) -> None:
 
 
 async def _one(
-    calls: Any, payload: Payload, plan: Plan, *, clients: int | None = None, rate: float | None = None
+    access: Access,
+    calls: Any,
+    infer: Any,
+    payload: Payload,
+    plan: Plan,
+    *,
+    clients: int | None = None,
+    rate: float | None = None,
 ) -> Measurement:
     sender = Sender(
-        lambda message, deadline_s: calls.ModelInfer(message, timeout=deadline_s),
-        payload.messages,
-        payload.is_right,
+        lambda message, deadline_s: infer(message, timeout=deadline_s),
+        [message.SerializeToString() for message in payload.messages],
+        payload.judge(),
         plan.deadline_s,
     )
     total_s = plan.warmup_s + plan.duration_s
     before, process = await _statistics(calls, payload), psutil.Process()
     used, start = sum(process.cpu_times()[:2]), time.perf_counter()
-    if clients is not None:
+    if clients == 1:
+        await asyncio.to_thread(_alone, access, sender, total_s)
+    elif clients is not None:
         await sender.closed(clients, total_s)
     else:
         assert rate is not None
@@ -153,6 +164,12 @@ async def _one(
     after = await _statistics(calls, payload)
     summary = summarize(sender.answers, plan.warmup_s, total_s, rate)
     return Measurement(clients, summary, _difference(before, after), share)
+
+
+def _alone(access: Access, sender: Sender, seconds: float) -> None:
+    with access.channel() as channel:
+        call = packed_call(channel)
+        sender.alone(lambda message, deadline_s: call(message, timeout=deadline_s), seconds)
 
 
 async def _statistics(calls: Any, payload: Payload) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from ...compiler.bundle import amending
 from ...compiler.engine import ranked, read_manifest
-from ...compiler.manifest import Manifest
+from ...compiler.manifest import Manifest, ServiceRecord
 from .answers import WRONG, Summary
 from .knee import keeps_up, knee, within
 from .measure import Measurement
@@ -34,14 +36,18 @@ def result(
     bundle: Path | None,
     engine: str | None,
 ) -> dict[str, Any]:
-    """Everything that was found. `problems` are empty where the verdict is good."""
+    """Everything that was found; see `ServiceRecord`. `problems` are empty where the verdict is good."""
     opened = [measured for measured in found if measured.clients is None]
     rates = [measured.summary for measured in opened]
     at = knee(rates) if len(rates) > 2 else None
     fine = within(rates, limits.p99_ms) if rates and limits.p99_ms else None
-    own = _own(read_manifest(bundle), engine, payload.rows) if bundle else None
+    manifest = read_manifest(bundle) if bundle else None
+    served = (engine or next((record["name"] for record in ranked(manifest)), None)) if manifest else None
+    own = _own(manifest, served, payload.rows) if manifest and served else None
     one = next((measured.summary for measured in found if measured.clients == 1), None)
     return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "served": served,
         "urls": list(urls),
         "model": model,
         "payload": {"what": payload.what, "requests": len(payload.messages), "rows": payload.rows,
@@ -77,9 +83,24 @@ def _measured(found: Measurement) -> dict[str, Any]:
     }
 
 
-def _own(manifest: Manifest, engine: str | None, rows: int) -> dict[str, Any] | None:
+def keep(found: Mapping[str, Any], bundle: Path) -> None:
+    """Adds a result to the bundle and its report, in place of an older one of the same engine and rows.
+
+    Raises:
+        OutputError, StorageError: the bundle cannot be written.
+    """
+    record = cast("ServiceRecord", found)
+    with amending(bundle) as manifest:
+        others = [other for other in manifest.get("services", ()) if _subject(other) != _subject(record)]
+        manifest["services"] = [*others, record]
+
+
+def _subject(record: ServiceRecord) -> tuple[str, int]:
+    return record["served"], record["payload"]["rows"]
+
+
+def _own(manifest: Manifest, name: str, rows: int) -> dict[str, Any] | None:
     """The engine's own times in the bundle's benchmark, at the batch of a request; None where it has none."""
-    name = engine or next((record["name"] for record in ranked(manifest)), None)
     benchmark = manifest["benchmark"]
     for timing in benchmark["timings"] if benchmark else []:
         if timing["candidate"] == name and timing["batch"] == rows:

@@ -37,8 +37,8 @@ def test_all_gpus_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.Monkey
     enginesmith.compile(
         f"{tmp_path / 'model.py'}:net",
         bundle,
-        inputs=["x:1x64"],
-        dynamic=["x:0=1..32..64"],
+        inputs=["input:1x64"],
+        dynamic=["input:0=1..32..64"],
         targets=["torch-inductor:device=cuda"],
         precisions=["fp32"],
         benchmark=False,

@@ -73,9 +73,10 @@ def runners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str):
             precisions=[precision],
             benchmark=False,
         )
-        assert bundle.passed
-        assert [engine["status"] for engine in bundle.manifest["engines"]] == ["ready", "ready"]
-        opened.extend(open_runner(bundle.path, record) for record in bundle.manifest["engines"])
+        engines = bundle.manifest["engines"]
+        assert [engine["status"] for engine in engines] == ["ready", "ready"]
+        assert bundle.passed, [engine["validation"] for engine in engines]
+        opened.extend(open_runner(bundle.path, record) for record in engines)
         return opened
 
     opened: list = []

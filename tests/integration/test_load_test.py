@@ -1,4 +1,4 @@
-"""`enginesmith serve` under `enginesmith load-test`, and a client of two servers of which one is killed."""
+"""`enginesmith serve` under `enginesmith load-test`, and clients of two servers, of one bundle or of two."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from click.testing import CliRunner
 
 pytest.importorskip("tritonclient.grpc")
 
+from tritonclient.grpc import service_pb2
+
 import enginesmith
 from enginesmith.cli import cli
 
 TESTS = Path(__file__).parents[1]
 Served = runpy.run_path(str(TESTS / "serving_process.py"))["Served"]
 small = runpy.run_path(str(TESTS / "small_bundles.py"))
+example = runpy.run_path(str(TESTS / "unit" / "compiler" / "manifest_example.py"))["example"]
 
 pytestmark = pytest.mark.slow
 X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
@@ -27,7 +30,16 @@ X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return small["write_bundle"](tmp_path_factory.mktemp("bundle") / "net", {"best": "good"}, times_ms={"best": 0.1})
+    """With everything in its manifest that a report is made of."""
+    found = small["write_bundle"](tmp_path_factory.mktemp("bundle") / "net", {"best": "good"}, times_ms={"best": 0.1})
+    manifest = json.loads((found / "manifest.json").read_text())
+    whole = {**example(), **manifest, "source": example()["source"]}
+    whole["engines"] = [{**example()["engines"][0], **manifest["engines"][0], "validation": None}]
+    timing = manifest["benchmark"]["timings"][0]
+    one = {**example()["benchmark"]["timings"][0], **timing, "sizes": {"batch": 4}, "speed_up": None}
+    whole["benchmark"] = {**example()["benchmark"], "timings": [one]}
+    (found / "manifest.json").write_text(json.dumps(whole))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +67,16 @@ def test_answers_are_checked_and_merging_and_overhead_are_told(served, bundle):
     assert many["server"]["merged"] > 6
     assert result["engine"]["p50_ms"] == 0.1
     assert result["overhead_ms"] == pytest.approx(one["percentiles"][0]["ms"] - 0.1)
+
+
+def test_a_result_that_is_recorded_stands_in_the_bundle_and_its_report(served, bundle):
+    for clients in ("1", "2"):  # the second takes the place of the first
+        load_test(served, bundle, "--clients", clients, "--batch", "4", "--record")
+    (record,) = json.loads((bundle / "manifest.json").read_text())["services"]
+    assert (record["served"], record["payload"]["rows"], record["closed"][0]["clients"]) == ("best", 4, 2)
+    report = (bundle / "report.html").read_text()
+    assert "best, 4 rows a request" in report
+    assert "2 clients" in report
 
 
 def test_wrong_answers_are_found(served, bundle, tmp_path):
@@ -96,6 +118,36 @@ def test_clients_lose_nothing_when_one_of_two_servers_is_killed(served, bundle, 
         other.end()
     assert not errors
     assert all(answers)
+
+
+def test_two_bundles_of_a_model_share_the_traffic_and_are_counted_apart(served, tmp_path):
+    changed = small["write_bundle"](tmp_path / "net", times_ms={"plain": 1.0}, w=2 * small["W"])
+    other = Served(changed, tmp_path, "--probe-s", "600")
+    try:
+        arms = {"old": (enginesmith.Client(served.url, "net"), 0.7), "new": (enginesmith.Client(other.url, "net"), 0.3)}
+        weights = {"old": small["W"], "new": 2 * small["W"]}
+        with enginesmith.Split(arms, experiment="weights") as split:
+            before = _answered(arms["new"][0])
+            futures = {key: split.submit({"x": X}, key=key) for key in range(200)}
+            for key, future in futures.items():
+                outputs, arm = future.result()
+                assert arm == split.arm(key)
+                np.testing.assert_allclose(outputs["left"], small["network"](X, weights[arm])["left"], atol=1e-5)
+            results = split.results()
+            assert _answered(arms["new"][0]) - before == results["new"].calls
+        expected = sum(split.arm(key) == "new" for key in range(200))
+        assert (results["old"].calls, results["new"].calls) == (200 - expected, expected)
+        assert {name for name, found in results.items() if found.errors} == set()
+        assert results["old"].percentiles[0].ms > 20  # its server waits so long for others to merge with
+    finally:
+        assert other.end() == 0
+
+
+def _answered(client):
+    """Requests that a server has answered."""
+    message = service_pb2.ModelStatisticsRequest(name="net")
+    (stats,) = client._stub.ModelStatistics(message).model_stats
+    return stats.inference_stats.success.count
 
 
 def _wait(condition, seconds=60):

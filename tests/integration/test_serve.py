@@ -100,7 +100,7 @@ def test_only_who_has_the_secret_changes_the_server(served, client, service):
 
 def test_too_many_requests_are_refused_and_the_others_are_answered_rightly(served):
     with Load(served.url, served.model, threads=48) as load:
-        load.wait_for(300)
+        load.wait_for(100)
     assert load.count("wrong") == 0
     assert load.errors()
     refusal = r"StatusCode.UNAVAILABLE: (\[request id: <id_unknown>\] )?Exceeds maximum queue size"

@@ -11,11 +11,12 @@ from .batches import batch_plots
 from .curve import curve_chart
 from .plot import Plot, labelled, outline
 from .roofline import BOUNDS, ranked, roofline_plot
+from .service import service_plot
 from .trade_off import trade_off_plot
 from .waterfall import Waterfall, waterfall
 
 __all__ = [
     "BOUNDS", "FULL", "Plot", "Tick", "Waterfall", "batch_plots", "curve_chart", "labelled", "linear", "logarithmic",
-    "outline", "ranked", "roofline_plot", "sensitivity_chart", "short", "speed_chart", "stage_chart",
+    "outline", "ranked", "roofline_plot", "sensitivity_chart", "service_plot", "short", "speed_chart", "stage_chart",
     "trade_off_plot", "waterfall",
 ]  # fmt: skip

@@ -29,7 +29,7 @@ def start(tmp_path, monkeypatch):
 
 def test_without_a_triton_kserve_serves_and_says_that_it_does_not_merge(start):
     made, told = start()
-    assert (made.what, made.model, made.config) == ("kserve, without merging", "net", None)
+    assert (made.what, made.model, made.repository) == ("kserve, without merging", "net", None)
     (warning,) = told
     assert warning.startswith("warning: no Triton can run here (PATH: no tritonserver); the package kserve serves")
     assert "does not merge requests" in warning

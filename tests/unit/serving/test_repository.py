@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -43,11 +45,31 @@ def test_the_best_engine_goes_into_the_repository_and_needs_the_bundle_no_more(b
     assert not (tmp_path / "models/net/1/bundle/engines/slow").exists()
 
 
-def test_a_linked_bundle_stays_where_it_is(bundle, tmp_path):
-    export(bundle, tmp_path / "models", Serving(engine="slow"), link=True)
-    wanted = json.loads((tmp_path / "models/net/1/serve.json").read_text())
-    assert (wanted["bundle"], wanted["engine"]) == (str(bundle), "slow")
-    assert wanted["path"]
+@pytest.mark.parametrize("possible", [True, False], ids=["same file system", "another file system"])
+def test_a_linked_engine_is_not_copied_where_that_can_be_and_stays_when_the_bundle_goes(
+    bundle, tmp_path, monkeypatch, possible
+):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not possible:
+        monkeypatch.setattr(os, "link", refuse)
+    found = export(bundle, tmp_path / "models", Serving(engine="slow"), link=True)
+    home = found.config.parent / "1" / "bundle"
+    files = [folder / "engines/slow/model.onnx" for folder in (bundle, home)]
+    assert files[0].samefile(files[1]) == possible
+    assert json.loads((home.parent / "serve.json").read_text())["path"]
+    shutil.rmtree(bundle)
+    with enginesmith.load(home, "slow") as engine:
+        assert engine(x=np.ones((1, 4), np.float32))[0].shape == (1, 3)
+
+
+def test_an_engine_to_serve_here_has_to_run_here(bundle, tmp_path):
+    change(bundle, requires={"machine": "s390x"})
+    assert export(bundle, tmp_path / "models", Serving()).engine == "fast"
+    assert export(bundle, tmp_path / "models", Serving(), link=True).engine == "slow"
+    with pytest.raises(EngineMismatchError, match="engine fast was built for another machine"):
+        export(bundle, tmp_path / "models", Serving(engine="fast"), link=True)
 
 
 def test_warm_up_is_one_row_of_a_recorded_sample(bundle, tmp_path):

@@ -11,12 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from enginesmith.errors import EngineError
+from enginesmith.compiler.signature import Signature
+from enginesmith.errors import EngineError, UsageError
 from enginesmith.serving import supervisor as module
+from enginesmith.serving import watch as watching_module
 from enginesmith.serving.launch import Launch, Watching
 from enginesmith.serving.probe import ProbeError
-from enginesmith.serving.signals import StopSignals
+from enginesmith.serving.repository import Repository
+from enginesmith.serving.signals import Signals
 from enginesmith.serving.supervisor import Supervisor
+from enginesmith.serving.watch import TroubleError, Watch
 
 STUB = "$DIR/triton_python_backend_stub"
 MODEL = f"cp /bin/sleep {STUB}; {STUB} 30 & echo $! > $DIR/m; mv $DIR/m $DIR/model; "
@@ -60,20 +64,27 @@ class FakeProbe:
         if self.problem is not None:
             raise self.problem
 
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs a supervisor until it ends or the log says something; gives the log."""
     monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "TICK_S", 0.02)
+    monkeypatch.setattr(watching_module, "TICK_S", 0.02)
 
-    def start(script: str, probe: FakeProbe, until: str = "", stops: int = 1, act=None, **watching: float) -> list[str]:
+    def start(
+        script: str, probe: FakeProbe, until: str = "", stops: int = 1, act=None, reloads=None, **watching: float
+    ) -> list[str]:
         probe.after = probe.after or tmp_path / "up"
-        config = tmp_path / "config.pbtxt"
-        config.touch()
-        launch = Launch("fake", "net", ["/bin/sh", "-c", script], {"DIR": str(tmp_path)}, config)
+        repository = Repository(tmp_path, "net", "plain", Signature(()), 0, "", "python")
+        repository.config.parent.mkdir(exist_ok=True)
+        repository.config.touch()
+        launch = Launch("fake", "net", ["/bin/sh", "-c", script], {"DIR": str(tmp_path)}, repository=repository)
         times = Watching(**{"interval_s": 0.05, "timeout_s": 0.3, "start_s": 2.0, "drain_s": 1.0, **watching})
-        stop, log = StopSignals(), []
+        asked, log = Signals(), []
 
         def tell(line: str) -> None:
             log.append(line)
@@ -81,13 +92,14 @@ def run(tmp_path, monkeypatch):
                 (tmp_path / "up").unlink(missing_ok=True)  # is for the next to make
             if until and until in line:
                 for _ in range(stops):
-                    stop.add()
+                    asked.add()
 
         prefix = "enginesmith_test_"
-        made = Supervisor(launch, tmp_path, prefix, times, probe, NoJanitor(), stop, tell)
-        limit = threading.Timer(30, stop.add)  # a log that never says it must not hang the tests
+        watch = Watch("net", asked, tell, None)
+        made = Supervisor(launch, tmp_path, prefix, times, probe, NoJanitor(), asked, tell, watch, reloads)
+        limit = threading.Timer(30, asked.add)  # a log that never says it must not hang the tests
         limit.start()
-        start.log = log
+        start.log, start.asked = log, asked
         try:
             made.run(lambda: (tell("ready"), act and act()))
         finally:
@@ -214,6 +226,57 @@ def test_errors_and_prints_of_the_server_are_told_and_routine_is_not(run):
     log = run(script, FakeProbe(), until="hello")
     told = [line for line in log if line.startswith("server:")]
     assert told[:2] == ["server: E1127 bad", "server: hello of the model"]
+
+
+class FakeReloads:
+    """Gives another probe, or an error."""
+
+    def __init__(self, *outcomes: FakeProbe | Exception) -> None:
+        self.outcomes = list(outcomes)
+
+    def replaced(self, watch: Watch, old: FakeProbe) -> FakeProbe:
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def __str__(self) -> str:
+        return "engine plain of net"
+
+
+def test_after_a_reload_the_new_model_is_asked(run):
+    old, new = FakeProbe(), FakeProbe()
+    log = run(RUNS, old, until="reloaded", act=lambda: run.asked.add_reload(), interval_s=60, reloads=FakeReloads(new))
+    assert log[1].startswith("reloaded: engine plain of net answers after ")
+    assert (old.calls, new.calls) == (1, 0)
+    new = FakeProbe(failed(), None)
+    log = run(RUNS, old, until="recovered", act=lambda: run.asked.add_reload(), reloads=FakeReloads(new))
+    assert "trouble: no right answer to a probe: INTERNAL: dead" in log
+    assert new.loads == 1
+
+
+def test_what_cannot_be_reloaded_is_told_in_a_line_and_changes_nothing(run):
+    probe = FakeProbe()
+    refused = UsageError("net is not a bundle", expected="a folder")
+    log = run(RUNS, probe, until="not reloaded", act=lambda: run.asked.add_reload(), reloads=FakeReloads(refused))
+    assert "not reloaded, what was served goes on: net is not a bundle expected: a folder" in log
+    assert probe.loads == 0
+
+
+def test_trouble_during_a_reload_is_healed_and_the_reload_is_not_made(run):
+    trouble = TroubleError("process 1 of model 'net' died", alive=True)
+    probe = FakeProbe()
+    log = run(RUNS, probe, until="recovered", act=lambda: run.asked.add_reload(), reloads=FakeReloads(trouble))
+    assert log[1:3] == [
+        "not reloaded: there was trouble meanwhile; ask again once it has recovered",
+        "trouble: process 1 of model 'net' died",
+    ]
+    assert probe.loads == 1
+
+
+def test_a_server_that_loads_no_model_beside_another_is_not_reloaded(run):
+    log = run(RUNS, FakeProbe(), until="not reloaded", act=lambda: run.asked.add_reload())
+    assert log[1].endswith("goes on: fake loads no model beside another: stop it and start it again")
 
 
 def test_no_process_outlives_the_supervisor(run, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from enginesmith.errors import EngineError
 from enginesmith.serving.layout import TYPES
-from enginesmith.serving.wire import arrays, request
+from enginesmith.serving.wire import arrays, request, response
 
 service_pb2 = pytest.importorskip("tritonclient.grpc.service_pb2")
 
@@ -39,3 +39,8 @@ def test_bfloat16_is_read_as_float32():
 def test_an_output_that_is_not_whole():
     with pytest.raises(EngineError, match="output 'y' is not whole"):
         arrays(answer("FP32", (2, 3), b"\0" * 20))
+
+
+def test_an_answer_that_is_no_message():
+    with pytest.raises(EngineError, match="a server's answer is no message of the protocol"):
+        response(b"\xff\xff")

@@ -23,7 +23,7 @@ example = runpy.run_path(str(FOLDER.parent / "manifest_example.py"))["example"]
 made = runpy.run_path(str(FOLDER / "searches_example.py"))
 searched, ladder, step, point, CPU = (made[name] for name in ("searched", "ladder", "step", "point", "CPU"))
 Page = runpy.run_path(str(FOLDER.parent / "test_report.py"))["Page"]
-SECTIONS = ["search", "trade-off", "batch-size", "roofline"]
+SECTIONS = ["search", "trade-off", "batch-size", "roofline", "service"]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x>"
 
 
@@ -35,11 +35,11 @@ def text_of(manifest: Any) -> str:
 def test_sections_follow_the_accuracy_and_have_links() -> None:
     found = Page(render(searched(example())))
     place = found.ids.index("accuracy")
-    assert found.ids[place + 1 : place + 5] == SECTIONS
+    assert found.ids[place + 1 : place + 6] == SECTIONS
     assert {value for name, value in found.attributes if name == "href"} >= {f"#{name}" for name in SECTIONS}
 
 
-@pytest.mark.parametrize("missing", [{}, {"ladder": None, "batches": [], "roofline": None}])
+@pytest.mark.parametrize("missing", [{}, {"ladder": None, "batches": [], "roofline": None, "services": []}])
 def test_what_was_not_looked_for_is_not_there(missing: dict[str, Any]) -> None:
     manifest = {**example(), "benchmark": None, **missing}
     assert not set(SECTIONS) & set(Page(render(manifest)).ids)
@@ -134,13 +134,14 @@ def test_many_nodes_are_folded() -> None:
 def test_each_drawing_says_what_is_to_be_seen() -> None:
     text = render(searched(example()))
     labels = [html.unescape(found) for found in re.findall(r'role="img" aria-label="([^"]*)"', text)]
-    assert len(labels) == 4
+    assert len(labels) == 5
     assert labels[0].startswith(
         "Error against latency at batch 8; further down and to the left is better. On the Pareto"
     )
     assert "3,320 at batch 8" in labels[1]
     assert "3.37 ms at batch 8" in labels[2]
     assert "Most time is taken by 1 /layer1/0/conv1/Conv (24.9 %)" in labels[3]
+    assert labels[4].endswith("p99 1.60 ms at 1,000, p99 2.80 ms at 5,000, p99 11.0 ms at 9,000")
 
 
 def poison(value: Any) -> Any:
@@ -225,3 +226,28 @@ def test_brackets_in_names_are_no_markup() -> None:
 def test_a_bundle_shows_its_ladder(capsys: pytest.CaptureFixture[str]) -> None:
     show_bundle(Bundle(Path("out"), searched(example())))
     assert f"{CPU}: 4 of 8 steps kept" in capsys.readouterr().out
+
+
+def test_the_service_beside_the_engine() -> None:
+    text = text_of(searched(example()))
+    assert "Served to one client it takes 0.651 ms more at the median than the engine by itself." in text
+    told = "With 64 clients it answers 9,400 requests a second, 2.50 rows in a run of the engine: 1.22× what calls"  # noqa: RUF001
+    assert told in text
+    assert "The knee is at 5,000 requests a second." in text
+    assert "the engine by itself 0.129 0.200 7,700 1 —" in text
+    assert "1 clients 0.780 1.56 1,250 2.50 0.651" in text
+    assert "64 clients 6.60 13.2 9,400 2.50 6.47 3 unavailable it is behind" in text
+    assert "127.0.0.1:8001: recorded samples, every answer compared with the reference." in text
+
+
+def test_a_service_whose_engine_was_not_timed_and_that_failed() -> None:
+    manifest: Any = searched(example())
+    manifest["services"][0] |= {"engine": None, "overhead_ms": None, "open": [], "knee": None}
+    manifest["services"][0]["problems"] = [f"12 wrong answers at {HOSTILE}"]
+    page = render(manifest)
+    assert HOSTILE not in page
+    text: str = Page(page).text
+    assert "The benchmark has no times of the engine at this batch, so that what serving adds is not known." in text
+    assert "12 wrong answers at <script>" in text
+    assert "1 clients 0.780 1.56 1,250 2.50 —" in text
+    assert "The knee is" not in text[text.index("no times of the engine") :]

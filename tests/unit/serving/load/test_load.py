@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from enginesmith.cli import cli
 from enginesmith.errors import DataError, UsageError
-from enginesmith.serving.load.payload import from_file, made_up
+from enginesmith.serving.load.payload import Payload, from_file, made_up
 from enginesmith.serving.wire import RemoteModel, RemoteTensor
 
 _server = runpy.run_path(str(Path(__file__).parents[3] / "inference_server.py"))
@@ -98,6 +99,7 @@ def test_a_limit_that_is_missed(url, options, problem):
         (["-m", "double", "-b", "bundle", "--data", "x.npz"], "requests come from a bundle or from data"),
         (["-m", "double", "-b", "nowhere"], "nowhere is not a bundle"),
         (["-m", "double", "--data", "nowhere.npz"], "nowhere.npz cannot be read"),
+        (["-m", "double", "--record"], "there is no bundle to keep the result in"),
     ],
 )
 def test_options_that_cannot_be_used(url, options, message):
@@ -105,6 +107,14 @@ def test_options_that_cannot_be_used(url, options, message):
     assert ran.return_value == 2, ran.output
     assert message in ran.output
     assert "Traceback" not in ran.output
+
+
+def test_a_bundle_that_cannot_be_written_is_an_error_before_anything_is_measured(url, double, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+    ran = run(url, "-m", "double", "-b", str(tmp_path), "--record")
+    assert ran.return_value == 2
+    assert f"{tmp_path} cannot be written" in ran.output
+    assert not double.requests
 
 
 def test_a_server_that_refuses_the_requests(url, double):
@@ -144,3 +154,29 @@ def test_rows_of_a_file(tmp_path):
     np.savez(file, ids=np.ones((5, 3), np.int64), x=np.ones((5, 4), np.float32))
     with pytest.raises(DataError, match="input 'x' has the wrong dtype"):
         from_file(MODEL, file, 1)
+
+
+def packed(value):
+    from tritonclient.grpc import service_pb2
+
+    message = service_pb2.ModelInferResponse()
+    message.outputs.add(name="y", datatype="FP32", shape=[1, 2])
+    message.raw_output_contents.append(np.array([1.0, value], np.float32).tobytes())
+    return message.SerializeToString()
+
+
+def test_answers_are_judged_and_those_known_to_be_right_only_once(monkeypatch):
+    expected = {"y": np.array([[1.0, 2.0]], np.float32)}
+    judge = Payload("rows", (None, None), (expected, {"y": -expected["y"]}), 1e-3).judge()
+    assert judge(0, packed(2.0))
+    assert not judge(1, packed(2.0))  # right for the other request alone
+    assert judge(0, packed(2.0001))
+    for wrong in (packed(2.1), packed(np.nan), b"", b"\xff\xff"):
+        assert not judge(0, wrong)
+        assert not judge(0, wrong)
+    monkeypatch.setattr(Payload, "_is_right", lambda self, number, answer: pytest.fail("computed again"))
+    assert judge(0, packed(2.0))
+
+
+def test_all_answers_are_right_where_none_are_expected():
+    assert Payload("random numbers", (None,)).judge()(0, b"\xff\xff")

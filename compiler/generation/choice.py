@@ -1,0 +1,40 @@
+"""Chooses the tokens of one row, which has random numbers of its own, whatever rows are beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...errors import EngineError
+from .sampling import Sampling
+
+
+class Choice:
+    """The next token of a row, time after time.
+
+    Args:
+        sampling: how it is drawn; None for the likeliest always.
+        seed: of what is drawn: a number, or one with the number of the row.
+    """
+
+    def __init__(self, sampling: Sampling | None, seed: int | tuple[int, int] = 0, *, row: int = 0) -> None:
+        self._sampling = sampling
+        self._generator = np.random.default_rng(seed)
+        self._row = row
+        self._step = 0
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """A token by its logits (vocabulary).
+
+        Raises:
+            EngineError: they are no numbers.
+        """
+        self._step += 1
+        best = int(logits.argmax())
+        if not np.isfinite(logits[best]):  # NaN is the largest to argmax
+            raise EngineError(
+                f"the engine gives logits that are no numbers, for row {self._row} at token {self._step}",
+                expected="finite numbers",
+                found=float(logits[best]),
+                hint="validate the engine; `enginesmith debug` finds the node",
+            )
+        return best if self._sampling is None else self._sampling.draw(logits, self._generator)

@@ -1,0 +1,206 @@
+"""Generates for requests that come and go: those under way share each call of the engine, each at its own position.
+
+    rows 0..n-1     of the caches, one for each request under way
+    a prompt        is read into row n by itself; one at a time, so that the others go on in between
+    a step          is one call on rows 0..n-1, and gives each its next token
+    an end          the last row moves into the place of the one that ended
+
+A request gets the tokens that it would get alone, whatever runs beside it. Needs NumPy and the engine's runtime only.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+
+from ...errors import EngineError, EngineMismatchError, EnginesmithError
+from ...targets.base import Runner
+from ..signature import Signature
+from ..states import IDS, empty_caches
+from .choice import Choice
+from .generate import check_decoder
+from .prompts import check
+from .steps import Steps, steps_of
+
+Take = Callable[[int], Any]
+Done = Callable[[EnginesmithError | None], Any]
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A text to go on with.
+
+    Attributes:
+        prompt: its tokens.
+        choice: of each token.
+        ends: tokens after which nothing comes.
+        take: gets each token as soon as it is known.
+        done: called once, after the last token, with what went wrong. Neither may raise: the thread is everybody's.
+    """
+
+    prompt: np.ndarray
+    max_new_tokens: int
+    choice: Choice
+    ends: Collection[int]
+    take: Take
+    done: Done
+    made: int = 0
+    last: int = 0
+    cancelled: bool = False
+
+    @property
+    def past(self) -> int:
+        """How many tokens its cache holds: the last one comes with the next call."""
+        return len(self.prompt) + self.made - 1
+
+    def cancel(self) -> None:
+        """Ends it before its next token."""
+        self.cancelled = True
+
+    def add(self, logits: np.ndarray) -> bool:
+        """Takes the token that follows; whether more are to come."""
+        self.last = self.choice(logits)
+        self.made += 1
+        self.take(self.last)
+        return self.last not in self.ends and self.made < self.max_new_tokens
+
+
+class Batcher:
+    """Runs requests in a thread of its own, until it is closed.
+
+    Args:
+        rows: requests that are under way at the same time, at most; more wait. All that the engine takes by default.
+
+    Raises:
+        EngineError: the engine has no cache.
+        EngineMismatchError: its calls are of one number of rows only.
+    """
+
+    def __init__(self, runner: Runner, signature: Signature, rows: int | None = None) -> None:
+        check_decoder(signature)
+        most = _most_rows(signature)
+        self._runner, self._signature = runner, signature
+        self._most = most if rows is None else min(rows, most)
+        self._caches = empty_caches(signature, self._most)
+        self._steps: dict[tuple[int, int], Steps] = {}
+        self._rows: list[Request] = []
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="enginesmith-batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Request:
+        """Lets a request wait for its turn.
+
+        Raises:
+            DataError: the prompt does not fit the engine.
+            RecipeError: fewer than one new token.
+            EngineError: the batcher is closed.
+        """
+        check(self._signature, [request.prompt], request.max_new_tokens)
+        with self._changed:
+            if self._closed:
+                raise EngineError("the batcher is closed", hint="make another one")
+            self._waiting.append(request)
+            self._changed.notify()
+        return request
+
+    def close(self) -> None:
+        """Finishes all requests, those that wait too, and ends."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._admit():
+            self._step()
+
+    def _admit(self) -> bool:
+        """Reads the next prompt if there is room for it; waits while there is nothing to do. Whether there is more."""
+        with self._changed:
+            while not self._rows and not self._waiting and not self._closed:
+                self._changed.wait()
+            if not self._rows and not self._waiting:
+                return False
+            request = self._waiting.popleft() if self._waiting and len(self._rows) < self._most else None
+        if request is not None:
+            self._begin(request)
+        return True
+
+    def _begin(self, request: Request) -> None:
+        row = len(self._rows)
+        if request.cancelled:
+            request.done(None)
+            return
+        count = np.array([len(request.prompt)])
+        try:
+            logits = self._call(slice(row, row + 1), request.prompt[None], np.zeros_like(count), count)
+            more = request.add(logits[0])
+        except EnginesmithError as error:
+            request.done(error)
+            return
+        if more:
+            self._rows.append(request)
+        else:
+            request.done(None)
+
+    def _step(self) -> None:
+        """The next token of every row."""
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row].cancelled:
+                self._end(row, None)
+        if not self._rows:
+            return
+        last = np.array([[request.last] for request in self._rows])
+        past = np.array([request.past for request in self._rows])
+        try:
+            logits = self._call(slice(0, len(past)), last, past, np.ones_like(past))
+        except EnginesmithError as error:
+            for row in reversed(range(len(self._rows))):
+                self._end(row, error)
+            return
+        for row in reversed(range(len(self._rows))):  # from the end: the row that moves has had its token
+            try:
+                more = self._rows[row].add(logits[row])
+            except EnginesmithError as error:
+                self._end(row, error)
+                continue
+            if not more:
+                self._end(row, None)
+
+    def _end(self, row: int, error: EnginesmithError | None) -> None:
+        request, last = self._rows[row], self._rows.pop()
+        if request is not last:
+            self._rows[row] = last
+            source = len(self._rows)
+            for cache in self._caches.values():
+                cache[row, :, : last.past] = cache[source, :, : last.past]
+        request.done(error)
+
+    def _call(self, rows: slice, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
+        key = (rows.start, rows.stop)
+        if key not in self._steps:
+            caches = {name: cache[rows] for name, cache in self._caches.items()}
+            self._steps[key] = steps_of(self._runner, self._signature, rows.stop - rows.start, caches)
+        return self._steps[key](ids, past, count)
+
+
+def _most_rows(signature: Signature) -> int:
+    batch = signature.input(IDS).shape[0]
+    if isinstance(batch, str):
+        return signature.axes[batch].max
+    if batch != 1:
+        raise EngineMismatchError(
+            f"the engine takes {batch} rows at a time, no more and no fewer",
+            expected="a dynamic batch axis, or one row",
+            found=batch,
+            hint=f"compile it with --dynamic {IDS}:0=1..{batch}..{batch}",
+        )
+    return 1

@@ -1,0 +1,214 @@
+import dataclasses
+import queue
+import runpy
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from enginesmith.compiler.engine import load
+from enginesmith.compiler.generation.choice import Choice
+from enginesmith.compiler.generation.continuous import Batcher, Request
+from enginesmith.compiler.generation.sampling import Sampling
+from enginesmith.errors import DataError, EngineError, EngineMismatchError, RecipeError
+
+small = runpy.run_path(str(Path(__file__).parents[3] / "small_decoder.py"))
+LONGEST_S = 30
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["in place", "copied"])
+def runner(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    with load(small["write_bundle"](folder, details={"in_place": request.param})) as engine:
+        yield engine._open_runner()
+
+
+@pytest.fixture
+def batcher(runner):
+    found = Batcher(runner, small["signature"]())
+    yield found
+    found.close()
+
+
+class Text:
+    """A request, and what came of it."""
+
+    def __init__(self, prompt, count, *, sampling=None, seed=0, ends=(), take=None):
+        self.tokens = []
+        self._end = queue.SimpleQueue()
+        self.request = Request(
+            np.array(prompt), count, Choice(sampling, seed), ends, take or self.tokens.append, self._end.put
+        )
+
+    def error(self):
+        """Once it has ended: what went wrong."""
+        return self._end.get(timeout=LONGEST_S)
+
+
+class Counting:
+    """Calls of a runner, and how many rows each had; those of two tokens and more are prompts."""
+
+    def __init__(self, runner, signature, change=lambda number, logits: logits):
+        self._runner, self._signature, self._change = runner, signature, change
+        self.rows = []
+
+    def steps(self, batch, caches):
+        from enginesmith.compiler.generation.steps import steps_of
+
+        steps = steps_of(self._runner, self._signature, batch, caches)
+
+        def call(ids, past, count):
+            if ids.shape[1] == 1:
+                self.rows.append(len(ids))
+            return self._change(len(self.rows), np.array(steps(ids, past, count)))
+
+        return call
+
+
+def prompts(count):
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, small["VOCABULARY"], generator.integers(2, 7)).tolist() for _ in range(count)]
+
+
+def submit_together(batcher, texts):
+    """The first, and the others within its first token, so that the thread cannot be ahead of them."""
+    first, *others = texts
+
+    def take(token):
+        first.tokens.append(token)
+        if len(first.tokens) == 1:
+            for text in others:
+                batcher.submit(text.request)
+
+    first.request.take = take
+    batcher.submit(first.request)
+
+
+def test_every_request_gets_what_it_gets_alone(batcher):
+    generator = np.random.default_rng(1)
+    texts = [Text(prompt, int(generator.integers(1, 9))) for prompt in prompts(30)]
+    for text in texts:
+        batcher.submit(text.request)
+    for text in texts:
+        assert text.error() is None
+        assert text.tokens == small["greedy"](text.request.prompt.tolist(), text.request.max_new_tokens)
+
+
+def test_requests_share_calls(runner):
+    counting = Counting(runner, small["signature"]())
+    batcher = Batcher(counting, small["signature"]())
+    texts = [Text(prompt, 9) for prompt in prompts(4)]
+    submit_together(batcher, texts)
+    assert [text.error() for text in texts] == [None] * 4
+    batcher.close()
+    assert max(counting.rows) == 4
+    assert len(counting.rows) < 8 * 4
+
+
+def test_a_request_that_comes_later_joins_those_under_way(batcher):
+    second, joined = Text([2, 7], 3), threading.Event()
+
+    def join(token):
+        if not joined.is_set():
+            joined.set()
+            batcher.submit(second.request)
+
+    first = Text([3, 1, 4], 9, take=join)
+    batcher.submit(first.request)
+    assert first.error() is None
+    assert second.error() is None
+    assert second.tokens == small["greedy"]([2, 7], 3)
+
+
+def test_it_ends_at_a_stop_token(batcher):
+    expected = small["greedy"]([3, 1, 4], 8)
+    text = Text([3, 1, 4], 8, ends={expected[2]})
+    batcher.submit(text.request)
+    assert text.error() is None
+    assert text.tokens == expected[: expected.index(expected[2]) + 1]
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(batcher):
+    texts = [Text([3, 1, 4], 8, sampling=Sampling(30.0), seed=seed) for seed in (1, 2, 1, 1)]
+    for text in texts:
+        batcher.submit(text.request)
+    assert [text.error() for text in texts] == [None] * 4
+    assert texts[0].tokens == texts[2].tokens == texts[3].tokens != texts[1].tokens
+
+
+def test_a_cancelled_request_ends_and_its_neighbours_go_on(batcher):
+    texts = [Text(prompt, 9) for prompt in prompts(4)]
+    cancelled = texts[1]
+    cancelled.request.take = lambda token: (cancelled.tokens.append(token), cancelled.request.cancel())
+    waiting = Text([1, 2], 9)
+    waiting.request.cancel()
+    for text in (*texts, waiting):
+        batcher.submit(text.request)
+    assert [text.error() for text in (*texts, waiting)] == [None] * 5
+    assert [len(text.tokens) for text in (*texts, waiting)] == [9, 1, 9, 9, 0]
+    for text in texts:
+        assert text.tokens == small["greedy"](text.request.prompt.tolist(), len(text.tokens))
+
+
+def test_logits_that_are_no_numbers_end_their_row_alone(runner):
+    def spoiled(number, logits):
+        if number == 4 and len(logits) > 1:
+            logits[0] = np.nan
+        return logits
+
+    batcher = Batcher(Counting(runner, small["signature"](), spoiled), small["signature"]())
+    texts = [Text(prompt, 9) for prompt in prompts(3)]
+    submit_together(batcher, texts)
+    errors = [text.error() for text in texts]
+    batcher.close()
+    assert "the engine gives logits that are no numbers" in str(errors[0])
+    assert errors[1:] == [None, None]
+    for text in texts[1:]:
+        assert text.tokens == small["greedy"](text.request.prompt.tolist(), 9)
+
+
+def test_a_call_that_fails_ends_those_it_was_for(runner):
+    def failing(number, logits):
+        if number == 3 and len(logits) == 2:
+            raise EngineError("the device is gone")
+        return logits
+
+    batcher = Batcher(Counting(runner, small["signature"](), failing), small["signature"]())
+    texts = [Text([3, 1, 4], 9) for _ in range(2)]
+    submit_together(batcher, texts)
+    assert [str(text.error()) for text in texts] == ["the device is gone"] * 2
+    after = Text([3, 1, 4], 2)
+    batcher.submit(after.request)
+    assert after.error() is None
+    batcher.close()
+    assert after.tokens == small["greedy"]([3, 1, 4], 2)
+
+
+def test_closing_finishes_what_was_asked_for(runner):
+    batcher = Batcher(runner, small["signature"](), rows=1)
+    texts = [Text(prompt, 9) for prompt in prompts(3)]
+    for text in texts:
+        batcher.submit(text.request)
+    batcher.close()
+    assert [len(text.tokens) for text in texts] == [9, 9, 9]
+    with pytest.raises(EngineError, match="the batcher is closed"):
+        batcher.submit(Text([1], 1).request)
+
+
+def test_requests_that_do_not_fit_are_refused(batcher):
+    with pytest.raises(DataError, match="prompt 0 is longer than the cache"):
+        batcher.submit(Text([1] * 17, 1).request)
+    with pytest.raises(RecipeError, match="max_new_tokens is too small"):
+        batcher.submit(Text([1], 0).request)
+
+
+def test_an_engine_of_a_fixed_number_of_rows_is_refused(runner):
+    found = small["signature"]()
+
+    def fixed(specs):
+        return tuple(dataclasses.replace(spec, shape=(4, *spec.shape[1:])) for spec in specs)
+
+    found = dataclasses.replace(found, inputs=fixed(found.inputs), outputs=fixed(found.outputs))
+    with pytest.raises(EngineMismatchError, match="the engine takes 4 rows at a time"):
+        Batcher(runner, found)
