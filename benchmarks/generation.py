@@ -2,7 +2,8 @@
 
 The model has random weights, the prompt 128 tokens, and 64 new ones are found greedily, by all candidates the same in
 fp32. A round times each candidate once, in random order: the whole answer, and the prompt alone, from which the time of
-a token follows. Exits with 1 where the fused engine in fp32 is not as many times as fast as `AT_LEAST` says.
+a token follows. Exits with 1 where the engine in fp32 gives other tokens, or is not as many times as fast as `AT_LEAST`
+says. Engines of fewer bits stand beside it; their tokens may differ.
 """
 
 from __future__ import annotations
@@ -23,15 +24,11 @@ from _results import RESULTS, write
 import enginesmith
 
 PROMPT, NEW = 128, 64
-AT_LEAST = 1.0
-"""Times as fast as the best of transformers in fp32. The issue asks for 3, which fp32 cannot have: see the README."""
+AT_LEAST = 1.5
+"""Times as fast as the best of transformers, both in fp32: reading the weights, which neither can avoid, bounds it."""
 
-ENGINES = {
-    "engine fp32, as captured": ("fp32", ()),
-    "engine fp32, fused": ("fp32", ("fuse-attention",)),
-    "engine int8-dynamic, fused": ("int8-dynamic", ("fuse-attention",)),
-    "engine int4-weights, fused": ("int4-weights", ("fuse-attention",)),
-}
+PRECISIONS = ("fp32", "int8-dynamic", "int8-weights", "int4-weights")
+FUSED = "engine fp32"
 Answer = Callable[[int], list[int]]
 """Finds so many new tokens."""
 
@@ -44,30 +41,28 @@ def main() -> int:
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT)
     with tempfile.TemporaryDirectory() as folder:
         candidates = {"transformers": eager(model, ids), "transformers, static cache": eager(model, ids, "static")}
-        for name, (precision, passes) in ENGINES.items():
-            if options.engines and precision not in options.engines:
-                continue
-            start = time.perf_counter()
-            bundle = enginesmith.compile(
-                model,
-                Path(folder) / name.replace(" ", "-"),
-                decoder={"max_length": options.max_length, "batch": 1},
-                targets=[f"onnxruntime-cpu:threads={options.threads}"],
-                precisions=[precision],
-                passes=["simplify", "dedupe", *passes],
-                random_calibration=True,
-                benchmark=False,
-                max_samples=1,
-            )
-            print(f"{name}: compiled in {time.perf_counter() - start:.0f} s, {bundle.manifest['verdict']['state']}")
-            candidates[name] = engine(bundle.load(bundle.manifest["engines"][0]["name"]), ids)
+        start = time.perf_counter()
+        bundle = enginesmith.compile(
+            model,
+            options.bundle or Path(folder) / "gpt2",
+            decoder={"max_length": options.max_length, "batch": 1},
+            targets=[f"onnxruntime-cpu:threads={options.threads}"],
+            precisions=options.precisions,
+            passes=["simplify", "dedupe", "fuse-attention"],
+            random_calibration=True,
+            benchmark=False,
+            max_samples=1,
+        )
+        print(f"compiled in {time.perf_counter() - start:.0f} s")
+        for record in bundle.manifest["engines"]:
+            candidates[f"engine {record['precision']}"] = engine(bundle.load(record["name"]), ids)
         found = race(candidates, options.rounds, options.seed)
     best = min(row["token_ms"] for name, row in found.items() if name.startswith("transformers"))
     for name, row in found.items():
         row["speed_up"] = best / row["token_ms"]
         times = f"{row['token_ms']:7.2f} ms a token, {row['prompt_ms']:7.1f} ms for the prompt and one"
         print(f"{name:28} {times}, {row['speed_up']:.2f}x")
-    passed = found["engine fp32, fused"]["speed_up"] >= AT_LEAST and found["engine fp32, fused"]["same_tokens"]
+    passed = found[FUSED]["speed_up"] >= AT_LEAST and found[FUSED]["same_tokens"]
     write("generation", {"prompt_tokens": PROMPT, "new_tokens": NEW, "candidates": found}, options.out)
     return 0 if passed else 1
 
@@ -122,7 +117,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--engines", nargs="*", help="precisions to build; all by default")
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), help="fp32 must be among them")
+    parser.add_argument("--bundle", type=Path, help="keep the engines here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "generation.json")
     return parser.parse_args()

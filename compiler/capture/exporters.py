@@ -16,6 +16,7 @@ from ..signature import Signature
 from ..sources import Model
 from ..sources.guard import first_line, quiet
 from ..sources.reference import to_tensor
+from .roots import divide_by_roots
 from .strided import undo_strides
 
 Exporter = Literal["dynamo", "torchscript"]
@@ -64,6 +65,7 @@ def export_dynamo(
         )
     assert program is not None
     undo_strides(program.model)
+    divide_by_roots(program.model)
     for graph in (program.model.graph, *program.model.functions.values()):
         for node in graph:
             node.metadata_props.clear()  # stack traces: paths of the machine, and half of a small file

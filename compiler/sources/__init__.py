@@ -19,8 +19,6 @@ from ..signature import Signature
 if TYPE_CHECKING:
     import torch
 
-    from .decoders.options import DecoderOptions
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -125,9 +123,15 @@ def load_model(
         file, _, factory = str(source).rpartition(":")
         code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         identity = f"{code}{factory}{sorted(constants.items())!r}"
-        return _load_module(made, weights, inputs, {}, sample, device, identity, decoding)
+        from .decoders.load import load_module
+
+        return load_module(made, weights, inputs, {}, sample, device, identity, decoding)
     if (Path(source) / "config.json").is_file():
-        return _load_folder(Path(source), weights, inputs, dynamic, constants, device, decoding)
+        from .decoders.load import load_folder
+
+        _no_weights(weights, f"{Path(source).name}, which holds its own")
+        _check_device(device)
+        return load_folder(Path(source), inputs, dynamic, constants, device, decoding)
     _no_decoder(decoding, f"{Path(source).name}")
     return _load_file(Path(source), weights, inputs, dynamic, constants, sample, device, log)
 
@@ -162,88 +166,15 @@ def _load_object(
         _no_decoder(decoding, "a ScriptModule")
         return torchscript.load(source, inputs=inputs, constants=constants, sample=sample, device=device)
     if isinstance(source, torch.nn.Module):
+        from .decoders.load import load_module
+
         identity = repr(sorted(constants.items()))
-        return _load_module(source, weights, inputs, constants, sample, device, identity, decoding)
+        return load_module(source, weights, inputs, constants, sample, device, identity, decoding)
     raise SourceError(
         "the model is of a type that cannot be loaded",
         expected="a path, file.py:factory, or a torch.nn.Module",
         found=f"{type(source).__module__}.{type(source).__qualname__}",
     )
-
-
-def _load_module(
-    made: torch.nn.Module,
-    weights: Path | None,
-    inputs: Signature | None,
-    constants: Mapping[str, Any],
-    sample: Mapping[str, np.ndarray] | None,
-    device: str,
-    identity: str,
-    decoding: Mapping[str, Any],
-) -> Model:
-    """A module: with its cache where it is a causal language model whose inputs are not declared."""
-    from . import module
-
-    undeclared = inputs is None or not inputs.inputs
-    if undeclared and type(made).__module__.split(".")[0] != "torch":
-        from .decoders.detect import is_causal
-
-        if is_causal(made):
-            from .decoders import causal
-            from .weights import load_weights, read_weights
-
-            if weights is not None:
-                load_weights(made, read_weights(weights), weights)
-            return causal.load(made, _options(decoding), device=device, identity=identity, folder=None)
-    loaded = module.load(
-        made, weights=weights, inputs=inputs, constants=constants, sample=sample, device=device, identity=identity
-    )
-    if not decoding:
-        return loaded
-    from .decoders.declared import with_states
-
-    return with_states(loaded)
-
-
-def _load_folder(
-    path: Path,
-    weights: Path | None,
-    inputs: Signature | None,
-    dynamic: Sequence[str],
-    constants: Mapping[str, Any],
-    device: str,
-    decoding: Mapping[str, Any],
-) -> Model:
-    """A folder of transformers."""
-    _no_weights(weights, f"{path.name}, which holds its own")
-    _check_device(device)
-    if inputs is not None or dynamic or constants:
-        raise RecipeError(
-            f"{path.name} takes no inputs, dynamic axes and arguments: its cache decides them",
-            expected="--decoder max_length=1024 --decoder batch=8",
-            hint="to compile it without its cache, write a factory that loads it, and declare its inputs",
-        )
-    from .decoders.detect import require_transformers
-
-    require_transformers(path)
-    from .decoders import causal
-
-    return causal.load(causal.open_folder(path), _options(decoding), device=device, identity="folder", folder=path)
-
-
-def _options(decoding: Mapping[str, Any]) -> DecoderOptions:
-    from ..options import build
-    from .decoders.options import DecoderOptions
-
-    return build(DecoderOptions, decoding, "decoder")
-
-
-def _no_decoder(decoding: Mapping[str, Any], what: str) -> None:
-    if decoding:
-        raise RecipeError(
-            f"--decoder does not go with {what}, a model without a cache",
-            expected="a folder of transformers, or a factory that gives a causal language model",
-        )
 
 
 def _load_file(
@@ -314,3 +245,11 @@ def _check_device(device: str) -> None:
 
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("the reference cannot run on a GPU here", found=f"device {device!r}", hint="choose 'cpu'")
+
+
+def _no_decoder(decoding: Mapping[str, Any], what: str) -> None:
+    if decoding:
+        raise RecipeError(
+            f"--decoder does not go with {what}, a model without a cache",
+            expected="a folder of transformers, or a factory that gives a causal language model",
+        )

@@ -219,6 +219,28 @@ def test_text_is_as_good_as_its_page_says() -> None:
     assert np.array_equal(following[:-1], ids[1:, 0])
 
 
+@pytest.mark.slow
+def test_text_goes_on_as_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from enginesmith.compiler.sources.decoders.causal import open_folder
+
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    bundle = enginesmith.compile(recipe=TEXT / "recipe.yaml", output=tmp_path / "bundle", benchmark=False)
+    assert bundle.passed
+    (engine,) = bundle.manifest["engines"]
+    assert engine["details"]["operators"]["GroupQueryAttention"] == 4
+    assert engine["details"]["in_place"]
+    with np.load(TEXT / "test.npz", allow_pickle=False) as file:
+        prompts = file["ids"][[0, 50, 100], :40]
+    model = open_folder(TEXT / "gpt").eval()
+    ids = torch.from_numpy(prompts)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=256, do_sample=False, pad_token_id=0
+    )
+    with bundle.load() as opened:
+        assert opened.generate(prompts, 256) == expected[:, 40:].tolist()
+
+
 def test_the_folder_of_text_is_small_and_has_a_tokenizer() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     assert sum(path.stat().st_size for path in (TEXT / "gpt").iterdir()) < 5e6

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import runpy
 import subprocess
 import sys
 import venv
@@ -91,3 +92,25 @@ def test_nothing_heavy_is_imported_where_it_is_installed(bundle):
     )
     assert done.returncode == 0, done.stderr
     assert not {"torch", "onnx", "click", "pydantic", "psutil"} & set(json.loads(done.stdout)["modules"])
+
+
+GENERATE = """
+import json, sys
+import enginesmith
+
+with enginesmith.load(sys.argv[1]) as engine:
+    rows = engine.generate([[3, 1, 4], [1]], 6)
+    engine.generate([1], 6, do_sample=True, top_k=3, top_p=0.9, temperature=2.0)
+roots = sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))
+print(json.dumps({"rows": rows, "modules": roots}))
+"""
+
+
+def test_text_is_generated_with_numpy_and_onnxruntime_alone(bare_python, tmp_path):
+    small = runpy.run_path(str(Path(__file__).parents[1] / "small_decoder.py"))
+    done = python(bare_python, GENERATE, str(small["write_bundle"](tmp_path)))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["rows"] == [small["greedy"](prompt, 6) for prompt in ([3, 1, 4], [1])]
+    imported = {name for name in found["modules"] if "cython" not in name}  # what NumPy's random numbers are made with
+    assert imported - {"__main__", "sitecustomize"} == {"enginesmith", "numpy", "onnxruntime"}

@@ -31,6 +31,23 @@ def gpt2() -> transformers.PreTrainedModel:
     return transformers.GPT2LMHeadModel(config)
 
 
+def qwen3() -> transformers.PreTrainedModel:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA, **HEADS, head_dim=16))
+
+
+def deepseek() -> transformers.PreTrainedModel:
+    config = transformers.DeepseekV3Config(
+        **LLAMA, num_attention_heads=4, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=8,
+        num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, kv_lora_rank=16, q_lora_rank=24,
+        qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8, first_k_dense_replace=1,
+    )  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+FUSED = {"llama": 2, "gpt2": 0, "qwen3": 2, "deepseek": 0}
+"""Attentions that are fused. GPT-2 is compiled as captured; DeepSeek's keys are computed from what is cached."""
+
+
 def random(make) -> transformers.PreTrainedModel:
     """With weights so large that tokens differ, and by no near miss."""
     torch.manual_seed(0)
@@ -53,29 +70,39 @@ def answers(model: transformers.PreTrainedModel, prompt: list[int], count: int) 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A folder of transformers and its bundle, whose attention is fused; and a module whose graph is as captured."""
-    root = tmp_path_factory.mktemp("generation")
-    model = random(llama)
-    model.save_pretrained(root / "llama")
-    options = {"precisions": ["fp32"], "targets": ["onnxruntime-cpu:threads=1"], "benchmark": False}
-    fused = enginesmith.compile(
-        root / "llama",
-        root / "fused",
-        decoder={"max_length": LENGTH, "batch": 4},
-        passes=["simplify", "dedupe", "fuse-attention"],
-        **options,
-    )
-    other = random(gpt2)
-    plain = enginesmith.compile(other, root / "plain", decoder={"batch": 4}, **options)
-    return {"llama": (model, fused), "gpt2": (other, plain)}
+    """Compiles a model of that name once: Llama from a folder of transformers, the others as modules."""
+    found = {}
+
+    def compile(name):
+        if name in found:
+            return found[name]
+        root = tmp_path_factory.mktemp(name)
+        model = random(globals()[name])
+        model.save_pretrained(root / "model")
+        passes = ["simplify", "dedupe", *(["fuse-attention"] if name != "gpt2" else [])]
+        bundle = enginesmith.compile(
+            root / "model" if name == "llama" else model,
+            root / "bundle",
+            decoder={"max_length": LENGTH, "batch": 4},
+            precisions=["fp32"],
+            targets=["onnxruntime-cpu:threads=1"],
+            passes=passes,
+            benchmark=False,
+        )
+        return found.setdefault(name, (model, bundle))
+
+    return compile
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gpt2", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("deepseek", marks=pytest.mark.slow)],
+)
 def test_tokens_are_those_of_transformers(compiled, name):
-    model, bundle = compiled[name]
+    model, bundle = compiled(name)
     assert bundle.passed, bundle.manifest["verdict"]["reasons"]
     operators = bundle.manifest["engines"][0]["details"]["operators"]
-    assert operators.get("GroupQueryAttention", 0) == (2 if name == "llama" else 0)
+    assert operators.get("GroupQueryAttention", 0) == FUSED[name]
     with bundle.load() as engine:
         assert isinstance(engine._runner, StatesRunner)  # its caches are updated in place
         (found,) = engine.generate(PROMPTS[0], 256)
@@ -87,7 +114,7 @@ def test_tokens_are_those_of_transformers(compiled, name):
 
 
 def test_what_lies_in_a_cache_behind_its_tokens_does_not_matter(compiled):
-    _, bundle = compiled["llama"]
+    _, bundle = compiled("llama")
     with bundle.load() as engine:
         steps = engine._runner.steps(1)
         ids, past, count = np.array([PROMPTS[0]]), np.array([0]), np.array([len(PROMPTS[0])])
@@ -99,13 +126,13 @@ def test_what_lies_in_a_cache_behind_its_tokens_does_not_matter(compiled):
 
 
 def test_the_model_that_was_given_still_runs_by_itself(compiled):
-    model, _ = compiled["gpt2"]
+    model, _ = compiled("gpt2")
     assert model.config._attn_implementation != "enginesmith"
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 61)
 
 
 def test_the_bundle_says_which_outputs_are_caches(compiled):
-    _, bundle = compiled["llama"]
+    _, bundle = compiled("llama")
     described = json.loads((bundle.path / "engines/onnxruntime-cpu-fp32/engine.json").read_text())
     states = described["signature"]["states"]
     assert states == {f"{kind}.{layer}": f"{kind}.{layer}_out" for kind in ("key", "value") for layer in range(2)}

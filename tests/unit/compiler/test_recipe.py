@@ -168,3 +168,15 @@ def test_a_p99_is_read_and_asks_for_the_search():
     assert not make_recipe({}).searches_batches
     with pytest.raises(RecipeError, match="latency '5' cannot be read"):
         make_recipe({"p99": "5"})
+
+
+def test_options_of_a_decoder_are_checked():
+    recipe = make_recipe({"model": "gpt", "decoder": {"max_length": 64}})
+    assert recipe.decoder == {"max_length": 64}
+    assert make_recipe(yaml.safe_load(recipe.dump())) == recipe
+    with pytest.raises(
+        UnknownNameError, match=r"(?s)unknown option of 'decoder' 'max_lenght'.*did you mean 'max_length'"
+    ):
+        make_recipe({"decoder": {"max_lenght": 64}})
+    with pytest.raises(RecipeError, match=r"(?s)option 'batch' of 'decoder' has the wrong type.*expected: int"):
+        make_recipe({"decoder": {"batch": "many"}})

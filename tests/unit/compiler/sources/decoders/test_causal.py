@@ -106,6 +106,7 @@ def test_weights_may_be_given_beside_a_factory(tmp_path):
     assert call(model, [3, 1, 4], 0)[0] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older versions cache expanded keys")
 def test_of_multi_head_latent_attention_the_latent_is_cached():
     model = load_model(deepseek())
     shapes = {spec.name: spec.shape for spec in model.signature.inputs}
