@@ -25,6 +25,8 @@ from .signature import Signature
 from .storage.files import sha256
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .generation.continuous import Batcher
     from .generation.prefixes import Prefixes
 
@@ -218,6 +220,29 @@ class Engine:
             self._open_runner(), self._signature, ids, max_new_tokens=max_new_tokens, do_sample=do_sample,
             temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed, stream=stream, prefixes=prefixes,
         )  # fmt: skip
+
+    def log_likelihoods(self, texts: Any) -> list[np.ndarray]:
+        """How likely each token of a text is after those before it; of engines of language models with their cache.
+
+        Args:
+            texts: tokens of a text, or of several, each at most as long as the cache.
+
+        Returns:
+            for each text the natural logarithms of the probabilities of all its tokens but the first.
+
+        Raises:
+            DataError: texts that do not fit the engine.
+            EngineError: the engine has no cache, fails, or gives logits that are no numbers.
+        """
+        from .generation.likelihood import log_likelihoods
+
+        return log_likelihoods(self._open_runner(), self._signature, texts)
+
+    def perplexity(self, texts: Any) -> float:
+        """exp of the mean of `log_likelihoods` over all tokens, negated: lower is better. Raises as that does."""
+        from .generation.likelihood import perplexity
+
+        return perplexity(self._open_runner(), self._signature, texts)
 
     def batcher(self, rows: int | None = None, prefixes: Prefixes | None = None) -> Batcher:
         """Generates for requests that come and go, which share the calls of the engine.

@@ -34,6 +34,12 @@ def rows_of(prompts: Any) -> list[np.ndarray]:
     return [_row(number, item) for number, item in enumerate(given)]
 
 
+def most_rows(signature: Signature) -> int:
+    """How many rows the engine takes at once."""
+    batch = signature.input(IDS).shape[0]
+    return signature.axes[batch].max if isinstance(batch, str) else batch
+
+
 def check(signature: Signature, rows: Sequence[np.ndarray], new_tokens: int) -> None:
     """Whether the engine takes these prompts, and has room for so many new tokens.
 
@@ -43,38 +49,36 @@ def check(signature: Signature, rows: Sequence[np.ndarray], new_tokens: int) -> 
     """
     if new_tokens < 1:
         raise RecipeError("max_new_tokens is too small", expected="1 or more", found=new_tokens)
-    room, known = max_length(signature), vocabulary(signature)
-    batch = signature.input(IDS).shape[0]
-    most = signature.axes[batch].max if isinstance(batch, str) else batch
-    if len(rows) > most:
+    if len(rows) > (most := most_rows(signature)):
         raise DataError(
             f"{len(rows)} prompts are more than the engine takes at once",
             expected=f"at most {most}",
             found=len(rows),
             hint=f"give fewer, or compile with --decoder batch={len(rows)}",
         )
+    room = max_length(signature)
     for number, row in enumerate(rows):
-        wrong = row[(row < 0) | (row >= known)] if known is not None else row[row < 0]
-        if len(wrong):
-            raise DataError(
-                f"prompt {number} holds a token that the model does not know",
-                expected=f"0 to {known - 1}" if known is not None else "0 or more",
-                found=int(wrong[0]),
-                hint="was it made by another tokenizer?",
-            )
-        if len(row) > room:
-            raise DataError(
-                f"prompt {number} is longer than the cache",
-                expected=f"at most {room} tokens",
-                found=len(row),
-                hint="shorten it, or compile with a larger --decoder max_length",
-            )
+        _check_row(signature, f"prompt {number}", row)
         if len(row) + new_tokens > room:
             raise DataError(
                 f"prompt {number} leaves no room for {new_tokens} new tokens in the cache",
                 expected=f"at most {room} tokens together",
                 found=f"{len(row)} and {new_tokens}",
                 hint=f"ask for at most {room - len(row)}, or compile with a larger --decoder max_length",
+            )
+
+
+def check_texts(signature: Signature, rows: Sequence[np.ndarray]) -> None:
+    """Whether the engine can tell how likely these texts are.
+
+    Raises:
+        DataError: the first that does not fit.
+    """
+    for number, row in enumerate(rows):
+        _check_row(signature, f"text {number}", row)
+        if len(row) < 2:
+            raise DataError(
+                f"text {number} has one token, and nothing stands before it", expected="at least two tokens", found=1
             )
 
 
@@ -85,6 +89,25 @@ def side_by_side(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     for number, row in enumerate(rows):
         ids[number, : len(row)] = row
     return ids, counts
+
+
+def _check_row(signature: Signature, what: str, row: np.ndarray) -> None:
+    room, known = max_length(signature), vocabulary(signature)
+    wrong = row[(row < 0) | (row >= known)] if known is not None else row[row < 0]
+    if len(wrong):
+        raise DataError(
+            f"{what} holds a token that the model does not know",
+            expected=f"0 to {known - 1}" if known is not None else "0 or more",
+            found=int(wrong[0]),
+            hint="was it made by another tokenizer?",
+        )
+    if len(row) > room:
+        raise DataError(
+            f"{what} is longer than the cache",
+            expected=f"at most {room} tokens",
+            found=len(row),
+            hint="shorten it, or compile with a larger --decoder max_length",
+        )
 
 
 def _row(number: int, prompt: Any) -> np.ndarray:

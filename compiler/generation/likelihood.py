@@ -1,0 +1,66 @@
+"""How likely an engine finds given texts: each token by those before it, on the calls that generation makes.
+
+    perplexity = exp(-mean ln p(token t | tokens before t))        over all tokens but the first of each text
+
+A model that finds all of V tokens equally likely has a perplexity of V; one that is always sure and right has 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import EngineError
+from ...targets.base import Runner
+from ..signature import Signature
+from ..states import empty_caches
+from .generate import check_decoder
+from .prompts import check_texts, most_rows, rows_of, side_by_side
+from .steps import steps_of
+
+
+def log_likelihoods(runner: Runner, signature: Signature, texts: Any) -> list[np.ndarray]:
+    """ln p of each token but the first of each text; see `Engine.log_likelihoods`."""
+    check_decoder(signature)
+    rows = rows_of(texts)
+    check_texts(signature, rows)
+    most = most_rows(signature)
+    return [
+        values for start in range(0, len(rows), most) for values in _read(runner, signature, rows[start : start + most])
+    ]
+
+
+def perplexity(runner: Runner, signature: Signature, texts: Any) -> float:
+    """Of all texts together; see `Engine.perplexity`."""
+    return float(np.exp(-np.concatenate(log_likelihoods(runner, signature, texts)).mean()))
+
+
+def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """ln of the softmax of logits (rows, vocabulary) at one token of each row, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    found: np.ndarray = shifted[np.arange(len(tokens)), tokens] - np.log(np.exp(shifted).sum(axis=1))
+    return found
+
+
+def _read(runner: Runner, signature: Signature, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of texts that are read side by side, a token of each in a call."""
+    ids, lengths = side_by_side(rows)
+    steps = steps_of(runner, signature, len(rows), empty_caches(signature, len(rows)))
+    found = np.empty((len(rows), ids.shape[1] - 1))
+    one = np.ones_like(lengths)
+    for at in range(found.shape[1]):
+        # A text that has ended is filled up, and writes where nothing reads it.
+        logits = steps(ids[:, at : at + 1], np.full_like(lengths, at), one)
+        live = np.flatnonzero(lengths > at + 1)
+        if not np.isfinite(best := logits[live].max(axis=1)).all():
+            wrong = int(np.flatnonzero(~np.isfinite(best))[0])
+            raise EngineError(
+                f"the engine gives logits that are no numbers, after token {at + 1} of a text",
+                expected="finite numbers",
+                found=float(best[wrong]),
+                hint="validate the engine; `enginesmith debug` finds the node",
+            )
+        found[live, at] = log_probabilities(logits[live], ids[live, at + 1])
+    return [values[: length - 1] for values, length in zip(found, lengths, strict=True)]
