@@ -4,16 +4,21 @@ The model has random weights, the prompt 128 tokens, and 64 new ones are found g
 fp32. A round times each candidate once, in random order: the whole answer, and the prompt alone, from which the time of
 a token follows. Exits with 1 where the engine in fp32 gives other tokens, or is not as many times as fast as `AT_LEAST`
 says. Engines of fewer bits stand beside it; their tokens may differ.
+
+With `--sample` the model is that of samples/text, which is trained, and each candidate's perplexity on text that it
+never saw stands beside its times. Weights of 4 bits are in blocks of 32 and of 128 there, rounded to nearest and by
+GPTQ.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +34,15 @@ AT_LEAST = 1.5
 
 PRECISIONS = ("fp32", "int8-dynamic", "int8-weights", "int4-weights")
 FUSED = "engine fp32"
+SAMPLE = Path(__file__).parents[1] / "samples" / "text"
+VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str | int]]] = {
+    "": (PRECISIONS, {}),
+    ", GPTQ": (("int8-weights", "int4-weights"), {"rounding": "gptq"}),
+    ", blocks of 128": (("int4-weights",), {"block": 128}),
+    ", blocks of 128, GPTQ": (("int4-weights",), {"block": 128, "rounding": "gptq"}),
+}
+"""Of the sample: what is added to a name, precisions, and options of quantization."""
+
 Answer = Callable[[int], list[int]]
 """Finds so many new tokens."""
 
@@ -37,34 +51,92 @@ def main() -> int:
     options = parse_options()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT)
-    with tempfile.TemporaryDirectory() as folder:
+    model, ids = sample() if options.sample else random_model()
+    perplexities: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         candidates = {"transformers": eager(model, ids), "transformers, static cache": eager(model, ids, "static")}
-        start = time.perf_counter()
-        bundle = enginesmith.compile(
-            model,
-            options.bundle or Path(folder) / "gpt2",
-            decoder={"max_length": options.max_length, "batch": 1},
-            targets=[f"onnxruntime-cpu:threads={options.threads}"],
-            precisions=options.precisions,
-            passes=["simplify", "dedupe", "fuse-attention"],
-            random_calibration=True,
-            benchmark=False,
-            max_samples=1,
-        )
-        print(f"compiled in {time.perf_counter() - start:.0f} s")
-        for record in bundle.manifest["engines"]:
-            candidates[f"engine {record['precision']}"] = engine(bundle.load(record["name"]), ids)
+        if options.sample:
+            perplexities = dict.fromkeys(candidates, perplexity_of(model))
+        for suffix, (precisions, quantization) in (
+            VARIANTS if options.sample else {"": (options.precisions, {})}
+        ).items():
+            start = time.perf_counter()
+            place = options.bundle or Path(folder) / "bundle"
+            bundle = compiled(
+                model, place.with_name(f"{place.name}{len(candidates)}"), precisions, quantization, options
+            )
+            print(f"compiled{suffix} in {time.perf_counter() - start:.0f} s")
+            for record in bundle.manifest["engines"]:
+                name = f"engine {record['precision']}{suffix}"
+                opened = stack.enter_context(bundle.load(record["name"]))
+                candidates[name] = engine(opened, ids)
+                if options.sample:
+                    perplexities[name] = opened.perplexity(held_out())
         found = race(candidates, options.rounds, options.seed)
     best = min(row["token_ms"] for name, row in found.items() if name.startswith("transformers"))
     for name, row in found.items():
         row["speed_up"] = best / row["token_ms"]
         times = f"{row['token_ms']:7.2f} ms a token, {row['prompt_ms']:7.1f} ms for the prompt and one"
-        print(f"{name:28} {times}, {row['speed_up']:.2f}x")
+        if name in perplexities:
+            row["perplexity"] = perplexities[name]
+            times += f", perplexity {row['perplexity']:.3f}"
+        print(f"{name:42} {times}, {row['speed_up']:.2f}x")
     passed = found[FUSED]["speed_up"] >= AT_LEAST and found[FUSED]["same_tokens"]
-    write("generation", {"prompt_tokens": PROMPT, "new_tokens": NEW, "candidates": found}, options.out)
+    what = "generation_sample" if options.sample else "generation"
+    write(
+        what, {"prompt_tokens": PROMPT, "new_tokens": NEW, "candidates": found}, options.out or RESULTS / f"{what}.json"
+    )
     return 0 if passed else 1
+
+
+def random_model() -> tuple[transformers.PreTrainedModel, np.ndarray]:
+    """GPT-2 124M with random weights, and a random prompt."""
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
+    return model, np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT)
+
+
+def sample() -> tuple[transformers.PreTrainedModel, np.ndarray]:
+    """The model of samples/text in float32, and a prompt that it never saw."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(SAMPLE / "gpt", dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model, held_out().reshape(-1)[:PROMPT]
+
+
+def held_out() -> np.ndarray:
+    """Windows of text that training never saw."""
+    with np.load(SAMPLE / "test.npz") as file:
+        return np.asarray(file["ids"])
+
+
+def perplexity_of(model: transformers.PreTrainedModel) -> float:
+    """Of the model as transformers runs it, on the held-out windows."""
+    ids = torch.from_numpy(held_out())
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp())
+
+
+def compiled(
+    model: transformers.PreTrainedModel,
+    place: Path,
+    precisions: Sequence[str],
+    quantization: Mapping[str, str | int],
+    options: argparse.Namespace,
+) -> enginesmith.Bundle:
+    """The model with its cache and fused attention, in each precision."""
+    return enginesmith.compile(
+        model,
+        place,
+        decoder={"max_length": 512 if options.sample else options.max_length, "batch": 4 if options.sample else 1},
+        targets=[f"onnxruntime-cpu:threads={options.threads}"],
+        precisions=precisions,
+        quantization=quantization,
+        calibration_data=str(SAMPLE / "calibration.npz") if options.sample else None,
+        passes=["simplify", "dedupe", "fuse-attention"],
+        random_calibration=not options.sample,
+        benchmark=False,
+        max_samples=1,
+    )
 
 
 def eager(model: transformers.PreTrainedModel, ids: np.ndarray, cache: str | None = None) -> Answer:
@@ -120,7 +192,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), help="fp32 must be among them")
     parser.add_argument("--bundle", type=Path, help="keep the engines here")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "generation.json")
+    parser.add_argument("--sample", action="store_true", help="the model of samples/text, with perplexities")
+    parser.add_argument("--out", type=Path, help="default: generation.json or generation_sample.json in the results")
     return parser.parse_args()
 
 

@@ -239,7 +239,10 @@ class Engine:
         return log_likelihoods(self._open_runner(), self._signature, texts)
 
     def perplexity(self, texts: Any) -> float:
-        """exp of the mean of `log_likelihoods` over all tokens, negated: lower is better. Raises as that does."""
+        """How many tokens the model wavers between, on the average: exp of minus the mean of `log_likelihoods`.
+
+        Over all tokens of all texts alike; lower is better. Arguments and errors are those of `log_likelihoods`.
+        """
         from .generation.likelihood import perplexity
 
         return perplexity(self._open_runner(), self._signature, texts)

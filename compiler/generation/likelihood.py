@@ -22,7 +22,7 @@ from .steps import steps_of
 
 
 def log_likelihoods(runner: Runner, signature: Signature, texts: Any) -> list[np.ndarray]:
-    """ln p of each token but the first of each text; see `Engine.log_likelihoods`."""
+    """The ln p of each token but the first of each text; see `Engine.log_likelihoods`."""
     check_decoder(signature)
     rows = rows_of(texts)
     check_texts(signature, rows)
@@ -38,7 +38,7 @@ def perplexity(runner: Runner, signature: Signature, texts: Any) -> float:
 
 
 def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """ln of the softmax of logits (rows, vocabulary) at one token of each row, in float64."""
+    """The ln of the softmax of logits (rows, vocabulary) at one token of each row, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     found: np.ndarray = shifted[np.arange(len(tokens)), tokens] - np.log(np.exp(shifted).sum(axis=1))
     return found

@@ -1,8 +1,8 @@
 """Trains the sample's language model on Python's reference manual: `python samples/text/train.py [FOLDER]`.
 
 The text is `pydoc_data.topics` of the standard library, so it differs a little from one version of Python to the next.
-Writes the folder gpt (config.json, model.safetensors, tokenizer.json, as transformers keeps a model) and test.npz:
-windows of text that training never saw, and the token that follows each.
+Writes the folder gpt (config.json, model.safetensors, tokenizer.json, as transformers keeps a model), test.npz: windows
+of text that training never saw, and the token that follows each; and calibration.npz: windows that it saw.
 """
 
 import sys
@@ -108,6 +108,8 @@ def main(folder: Path) -> None:
     windows = test[: (len(test) - 1) // 64 * 64].reshape(-1, 64)
     following = np.array([*test[64 : len(windows) * 64 + 1 : 64]])
     np.savez_compressed(folder / "test.npz", ids=windows[:256], next=following[:256])
+    seen = tokens[: len(tokens) // 64 * 64].reshape(-1, 64)
+    np.savez_compressed(folder / "calibration.npz", ids=seen[:: len(seen) // 128][:128])
     with torch.inference_mode():
         held = torch.from_numpy(test[: len(test) // LENGTH * LENGTH].reshape(-1, LENGTH))
         logits = model.float()(input_ids=held, use_cache=False).logits

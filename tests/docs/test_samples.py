@@ -170,7 +170,7 @@ def test_recommendation_becomes_an_engine_that_ranks_as_well(tmp_path: Path, mon
     assert metric["value"] == pytest.approx(metric["reference"], abs=1e-5)
 
 
-@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*/recipe.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipes_name_files_passes_and_targets_that_exist(path: Path) -> None:
     recipe = read_recipe(path)
     model = Path(recipe.model.partition(":")[0])
@@ -178,6 +178,7 @@ def test_recipes_name_files_passes_and_targets_that_exist(path: Path) -> None:
         model / "config.json" if model.is_dir() else model,
         recipe.weights,
         recipe.data,
+        recipe.calibration_data,
         (recipe.metric or "").partition(":")[0],
     ]
     assert all(Path(name).is_file() for name in named if name)
@@ -217,6 +218,53 @@ def test_text_is_as_good_as_its_page_says() -> None:
     right = module(TEXT / "metric.py").accuracy({"logits": logits[:, 63].numpy()}, {"next": text[:, 64].numpy()})
     assert right.shape == (len(text),)
     assert np.array_equal(following[:-1], ids[1:, 0])
+
+
+def test_text_is_calibrated_on_none_of_what_it_is_judged_by() -> None:
+    windows = []
+    for name in ("calibration", "test"):
+        with np.load(TEXT / f"{name}.npz", allow_pickle=False) as file:
+            windows.append(file["ids"])
+    assert [found.shape for found in windows] == [(128, 64), (176, 64)]
+    parts = [{tuple(row[at : at + 24]) for row in found.tolist() for at in range(41)} for found in windows]
+    assert all(len(found) > 5000 for found in parts)
+    assert not parts[0] & parts[1]
+
+
+def test_the_metric_of_text_is_the_mean_cross_entropy() -> None:
+    log_likelihood = module(TEXT / "metric.py").log_likelihood
+    logits, following = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32) * 9, np.array([6, 0, 3, 3, 1])
+    found = log_likelihood({"logits": logits}, {"next": following})
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(following))
+    assert found.shape == (5,)
+    assert -found.mean() == pytest.approx(float(loss), rel=1e-5)
+    even = log_likelihood({"logits": np.full((2, 7), 1e4, np.float32)}, {"next": np.array([0, 6])})
+    assert np.exp(-even.mean()) == pytest.approx(7)
+
+
+@pytest.mark.slow
+def test_text_in_few_bits_keeps_its_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    bundle = enginesmith.compile(
+        recipe=TEXT / "small.yaml", output=tmp_path / "bundle", max_samples=16, benchmark=False
+    )
+    assert bundle.passed, bundle.manifest["verdict"]["reasons"]
+    with np.load(TEXT / "test.npz", allow_pickle=False) as file:
+        texts = file["ids"][::8]
+    fp32, *small = bundle.manifest["engines"]
+    with bundle.load(fp32["name"]) as engine:
+        perplexity = engine.perplexity(texts)
+    assert [engine["precision"] for engine in small] == ["int8-weights", "int4-weights"]
+    for record in small:
+        assert (
+            record["details"]["operators"]["MatMulNBits"] == 21
+        )  # five in each layer, as keys and values are narrow, and the head
+        assert record["details"]["operators"]["GroupQueryAttention"] == 4
+        assert record["details"]["in_place"]
+        assert record["size_bytes"] < 0.4 * fp32["size_bytes"]
+        assert record["validation"]["budget"]["holds"]
+        with bundle.load(record["name"]) as engine:
+            assert perplexity / 1.02 < engine.perplexity(texts) < 1.02 * perplexity
 
 
 @pytest.mark.slow
