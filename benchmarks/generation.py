@@ -1,9 +1,9 @@
 """Generation on the CPU: milliseconds a token of GPT-2 124M beside transformers' generate, interleaved.
 
 The model has random weights, the prompt 128 tokens, and 64 new ones are found greedily, by all candidates the same in
-fp32. A round times each candidate once, in random order: the whole answer, and the prompt alone, from which the time of
-a token follows. Exits with 1 where the engine in fp32 gives other tokens, or is not as many times as fast as `AT_LEAST`
-says. Engines of fewer bits stand beside it; their tokens may differ.
+fp32. A round times each candidate twice, in random order: the whole answer, and the prompt alone, from which the time of
+a token follows. Exits with 1 where the engine in fp32 gives other tokens, or the engines are not as many times as fast as
+`AT_LEAST` says. The tokens of engines with fewer bits may differ.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from _results import RESULTS, write
 import enginesmith
 
 PROMPT, NEW = 128, 64
-AT_LEAST = 1.5
-"""Times as fast as the best of transformers, both in fp32: reading the weights, which neither can avoid, bounds it."""
+AT_LEAST = {"engine fp32": 1.0, "the fastest engine": 3.0}
+"""Times as fast as the best of transformers in fp32. In fp32 both read the same weights for each token: memory bounds it."""
 
 PRECISIONS = ("fp32", "int8-dynamic", "int8-weights", "int4-weights")
-FUSED = "engine fp32"
 Answer = Callable[[int], list[int]]
 """Finds so many new tokens."""
 
@@ -62,7 +61,11 @@ def main() -> int:
         row["speed_up"] = best / row["token_ms"]
         times = f"{row['token_ms']:7.2f} ms a token, {row['prompt_ms']:7.1f} ms for the prompt and one"
         print(f"{name:28} {times}, {row['speed_up']:.2f}x")
-    passed = found[FUSED]["speed_up"] >= AT_LEAST and found[FUSED]["same_tokens"]
+    reached = {
+        "engine fp32": found["engine fp32"]["speed_up"],
+        "the fastest engine": max(row["speed_up"] for name, row in found.items() if name.startswith("engine")),
+    }
+    passed = found["engine fp32"]["same_tokens"] and all(reached[name] >= least for name, least in AT_LEAST.items())
     write("generation", {"prompt_tokens": PROMPT, "new_tokens": NEW, "candidates": found}, options.out)
     return 0 if passed else 1
 
