@@ -30,7 +30,8 @@ from tritonclient.utils import InferenceServerException
 from enginesmith.compiler.engine import ranked, read_manifest
 from enginesmith.compiler.signature import Signature
 from enginesmith.compiler.validation.reference import Recorded, ReferenceOutputs
-from enginesmith.serving.probe import difference, infer_input, limit_of
+from enginesmith.serving.probe import difference, limit_of
+from enginesmith.serving.wire import infer_input
 
 GROWTH_MB, GROWTH_SHARE, GROWTH_HANDLES = 8.0, 0.05, 4
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from ..errors import (
     DataError,
@@ -23,6 +23,9 @@ from .machine.requirements import check_machine, devices
 from .manifest import FORMAT, Benchmark, EngineRecord, Manifest
 from .signature import Signature
 from .storage.files import sha256
+
+if TYPE_CHECKING:
+    from .generation.continuous import Batcher
 
 Device = Literal["cpu", "cuda"]
 Result = TypeVar("Result")
@@ -211,6 +214,20 @@ class Engine:
             self._open_runner(), self._signature, ids, max_new_tokens=max_new_tokens, do_sample=do_sample,
             temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed, stream=stream,
         )  # fmt: skip
+
+    def batcher(self, rows: int | None = None) -> Batcher:
+        """Generates for requests that come and go, which share the calls of the engine.
+
+        Args:
+            rows: requests that are under way at the same time, at most; all that the engine takes by default.
+
+        Raises:
+            EngineError: the engine has no cache.
+            EngineMismatchError: it takes one number of rows only.
+        """
+        from .generation.continuous import Batcher
+
+        return Batcher(self._open_runner(), self._signature, rows)
 
     def reset(self) -> None:
         """Returns an engine that carries state between calls to its first state."""

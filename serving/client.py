@@ -13,7 +13,7 @@ import concurrent.futures
 import itertools
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,48 @@ class Client:
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(SUBMITTED, "enginesmith-client")
         return self._pool.submit(self.__call__, inputs, **options)
+
+    def generate(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[int] | None = None,
+        request_id: str = "",
+        deadline_s: float | None = None,
+    ) -> Iterator[int]:
+        """The tokens that follow a prompt, as they come, from a language model that is served with its cache.
+
+        Closing the iterator, or leaving its loop, ends the request on the server too. It is not sent again.
+
+        Args:
+            temperature, top_k, top_p: how tokens are drawn; each is the likeliest where none of them is given.
+            seed: of what is drawn.
+            stop: tokens that end the text; those of the model where it is None.
+            deadline_s: seconds until the last token.
+
+        Raises:
+            DataError: the prompt is no row of tokens.
+            EngineError: the server refuses it, fails, or does not answer in time.
+        """
+        import grpc
+
+        from ..compiler.generation.prompts import rows_of
+        from .stream import prompt, tokens
+
+        (row,) = rows_of([ids])
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        message = prompt(self._name, row, {**options, "seed": seed, "stop": stop})
+        message.id = request_id
+        deadline_s = self._deadline_s if deadline_s is None else deadline_s
+        try:
+            yield from tokens(self._stub, message, deadline_s)
+        except grpc.RpcError as error:
+            raise self._translated(error, deadline_s) from error
 
     def close(self) -> None:
         """Waits for what was submitted, and ends the connections."""

@@ -53,7 +53,7 @@ def config(
     lines += [f"max_batch_size: {largest}"]
     lines += [_tensor("input", spec, merged) for spec in signature.inputs]
     lines += [_tensor("output", spec, merged) for spec in signature.outputs]
-    lines.append(_instances(settings, kind))
+    lines.append(instances(settings, kind))
     if merged and settings.merge:
         lines.append(_batching(settings, [size for size in preferred if size <= largest]))
     if warmup:
@@ -74,7 +74,8 @@ def _tensor(field: str, spec: TensorSpec, merged: bool) -> str:
     return f"{field} {{ name: {_text(spec.name)} data_type: TYPE_{TYPES[spec.dtype]} dims: {found}{reshape} }}"
 
 
-def _instances(settings: Serving, kind: Kind) -> str:
+def instances(settings: Serving, kind: Kind) -> str:
+    """How many copies of the model run where."""
     gpus = f" gpus: {list(settings.gpus)}" if settings.gpus and kind == "gpu" else ""
     return f"instance_group {{ count: {settings.instances} kind: KIND_{kind.upper()}{gpus} }}"
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ..compiler.engine import read_manifest
 from ..compiler.machine.environment import gpus
 from ..errors import TargetUnavailableError
 from . import fallback
@@ -116,6 +117,9 @@ def _fallback(
     bundle: Path, settings: Serving, endpoint: Endpoint, watching: Watching, reason: TargetUnavailableError
 ) -> Launch:
     if not fallback.is_installed() or endpoint.exposed or endpoint.http_port is not None:
+        raise reason
+    if read_manifest(bundle)["signature"].get("states"):
+        reason.hint = f"{fallback.PACKAGE} cannot send the tokens of a language model one by one"
         raise reason
     name = settings.name or bundle.absolute().name
     command = fallback.command(bundle, name, settings.engine, settings.max_queue, watching.drain_s, endpoint)

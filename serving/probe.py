@@ -18,6 +18,8 @@ from ..compiler.validation.metrics import compare
 from ..compiler.validation.reference import Recorded, ReferenceOutputs
 from ..errors import DataError, EngineError
 from .endpoint import Endpoint
+from .prompt import Prompt
+from .wire import infer_input
 
 PROBE_ID = "enginesmith-probe-"
 SLACK = 2
@@ -66,13 +68,13 @@ class Probe:
     def __init__(self, bundle: Path, model: str, endpoint: Endpoint, engine: str | None = None) -> None:
         manifest = read_manifest(bundle)
         record = next((r for r in manifest["engines"] if r["name"] == engine), None) or next(iter(ranked(manifest)))
-        self._sample = _smallest(bundle, Signature.from_json(manifest["signature"]))
-        self._limit = limit_of(record)
+        signature = Signature.from_json(manifest["signature"])
+        question = Prompt if signature.states else _Sample
+        self._ask = question(bundle, signature, limit_of(record))
         self.model = model
         self._numbers = itertools.count()
         self._headers = endpoint.admin_headers
         self.client = endpoint.client()
-        self._inputs = [infer_input(name, array) for name, array in self._sample.inputs.items()]
 
     def __call__(self, timeout_s: float) -> None:
         """Raises ProbeError where no answer comes, or a wrong one."""
@@ -80,12 +82,11 @@ class Probe:
 
         number = f"{PROBE_ID}{next(self._numbers)}"
         try:
-            result = self.client.infer(self.model, self._inputs, request_id=number, client_timeout=timeout_s)
+            problem = self._ask(self.client, self.model, number, timeout_s)
         except InferenceServerException as error:
             status = str(error.status() or "").removeprefix("StatusCode.")
             raise ProbeError(f"{status}: {error.message()}", busy=status in _BUSY) from error
-        outputs = {name: result.as_numpy(name) for name in self._sample.outputs}
-        if problem := difference(self._sample.outputs, outputs, self._limit):
+        if problem:
             raise ProbeError(problem, wrong=True)
 
     def done(self) -> int:
@@ -130,6 +131,21 @@ class Probe:
         self.client.close()
 
 
+class _Sample:
+    """A recorded sample, as a call with one answer."""
+
+    def __init__(self, bundle: Path, signature: Signature, limit: float) -> None:
+        self._sample = _smallest(bundle, signature)
+        self._limit = limit
+        self._inputs = [infer_input(name, array) for name, array in self._sample.inputs.items()]
+
+    def __call__(self, client: Any, model: str, number: str, timeout_s: float) -> str:
+        """What is wrong with the answer; empty where it is right."""
+        result = client.infer(model, self._inputs, request_id=number, client_timeout=timeout_s)
+        outputs = {name: result.as_numpy(name) for name in self._sample.outputs}
+        return difference(self._sample.outputs, outputs, self._limit)
+
+
 def difference(reference: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray | None], limit: float) -> str:
     """What is wrong with an answer, of the first output that is; empty where it is right.
 
@@ -164,17 +180,8 @@ def _smallest(bundle: Path, signature: Signature) -> Recorded:
 
 def limit_of(record: EngineRecord) -> float:
     """Relative L2 that an engine's outputs may be from the reference's; without end where it was not validated."""
-    """How far from the reference an engine's answers may be, by what validation found."""
     validation = record["validation"]
     if validation is None:
         return float("inf")
     worst = max((output["relative_l2"] or 0 for output in validation["outputs"]), default=0.0)
     return max(validation["tolerance"]["relative_l2"], SLACK * worst)
-
-
-def infer_input(name: str, array: np.ndarray) -> Any:
-    """An input as tritonclient takes it."""
-    from tritonclient.grpc import InferInput
-    from tritonclient.utils import np_to_triton_dtype
-
-    return InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)).set_data_from_numpy(array)

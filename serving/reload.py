@@ -14,11 +14,17 @@ answers are right. So the new one is tried under a name of its own first, on the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from ..compiler.signature import Signature, TensorSpec
+from ..compiler.states import max_length, vocabulary
 from ..compiler.storage.files import exchange
 from ..errors import EngineError
 from .endpoint import Endpoint
@@ -26,11 +32,15 @@ from .launch import Watching
 from .layout import layout
 from .probe import Probe, ProbeError, Prober
 from .repository import Repository, export, renamed
+from .server import is_dead
 from .settings import Serving
 from .watch import TroubleError, Watch
 
 SUFFIX = ".next"
-"""Stands behind the model's name while the new one is tried."""
+"""Stands behind the model's name, with a number, while the new one is tried."""
+
+NOTICED_S = 5.0
+"""Within this time the server says that a process died which loads a model, if it ever does."""
 
 
 class Reloader:
@@ -46,8 +56,8 @@ class Reloader:
         self, bundle: Path, served: Repository, settings: Serving, endpoint: Endpoint, watching: Watching
     ) -> None:
         self._bundle, self._served, self._endpoint, self._watching = bundle, served, endpoint, watching
-        self._settings = dataclasses.replace(settings, name=f"{served.name}{SUFFIX}")
-        self._home, self._beside = (served.path / name for name in (served.name, f"{served.name}{SUFFIX}"))
+        self._settings, self._count = settings, 0
+        self._home = served.path / served.name
 
     def replaced(self, watch: Watch, old: Prober) -> Prober:
         """Has the bundle, as it is now, served in the place of the old one.
@@ -63,6 +73,7 @@ class Reloader:
                 answer rightly. The old one is served as before.
             StoppedError, TroubleError: before that was known, or where the old one could not be loaded again.
         """
+        self._count += 1  # a server that hangs at one of them takes the next all the same
         try:
             self._served, probe = self._in_place(watch, old)
         finally:
@@ -74,49 +85,69 @@ class Reloader:
         """What is served, for people."""
         return f"engine {self._served.engine} of {self._bundle}"
 
-    def _in_place(self, watch: Watch, old: Prober) -> tuple[Repository, Probe]:
-        repository, probe = watch.result(self._tried)
-        self._exchange()
-        try:
-            self._load(watch, probe)
-        except TroubleError:
-            self._exchange()  # another server begins with the old one
-            raise
-        except ProbeError:
-            self._exchange()
-            self._load_old(watch, old)
-            raise
-        return repository, probe
+    @property
+    def _beside(self) -> Path:
+        """The folder of the one that is not served, and its name where it is tried."""
+        return self._home.with_name(f"{self._served.name}{SUFFIX}{self._count}")
 
-    def _tried(self) -> tuple[Repository, Probe]:
-        """The bundle exported beside what is served, with its new name, once the server has loaded it and it answered.
+    def _in_place(self, watch: Watch, old: Prober) -> tuple[Repository, Probe]:
+        repository, probe = watch.result(self._exported)
+        try:
+            self._try(watch, probe)
+            probe.model = self._served.name
+            renamed(self._beside, self._served.name)
+            self._exchange()
+            try:
+                self._load(watch, probe)
+            except TroubleError:
+                self._exchange()  # another server begins with the old one
+                raise
+            except ProbeError:
+                self._exchange()
+                self._load_old(watch, old)
+                raise
+        except ProbeError:
+            probe.close()
+            raise
+        return dataclasses.replace(repository, name=self._served.name), probe
+
+    def _exported(self) -> tuple[Repository, Probe]:
+        """The bundle beside what is served, and what asks it.
 
         Raises:
-            EnginesmithError, OSError: it cannot be served, or not to the same clients; no answer, or a wrong one.
+            EnginesmithError, OSError: it cannot be served, or not to the same clients.
         """
         bundle = self._bundle.resolve()  # a link that moves meanwhile must not mix two
-        repository = export(bundle, self._served.path, self._settings, link=True)
+        settings = dataclasses.replace(self._settings, name=self._beside.name)
+        repository = export(bundle, self._served.path, settings, link=True)
         if problem := changed(self._served.signature, repository.signature):
             raise EngineError(f"clients of the old model would fail: {problem}")
-        probe = Probe(bundle, repository.name, self._endpoint, repository.engine)
+        return repository, Probe(bundle, repository.name, self._endpoint, repository.engine)
+
+    def _try(self, watch: Watch, probe: Probe) -> None:
+        """Has the server load the new one beside the old one, and answer once.
+
+        Raises:
+            ProbeError: it cannot, or the answer is wrong.
+        """
         try:
-            probe.load(self._watching.start_s)
-            probe(self._watching.timeout_s)
+            watch.result(lambda: probe.load(self._watching.start_s), meanwhile=_Loading(watch, probe.model, ProbeError))
+            watch.result(lambda: probe(self._watching.timeout_s))
         finally:
-            probe.unload(self._watching.timeout_s)
-        probe.model = self._served.name
-        renamed(self._beside, self._served.name)
-        return dataclasses.replace(repository, name=self._served.name), probe
+            watch.result(lambda: probe.unload(self._watching.timeout_s))
 
     def _load(self, watch: Watch, probe: Prober) -> None:
         """Has the server load what is in the model's place, and answer once.
 
         Raises:
             ProbeError: it cannot, or the answer is wrong. That others are first is no reason.
+            TroubleError: the server hangs.
         """
         assert watch.server is not None
         watch.server.replace_models()
-        watch.result(lambda: probe.load(self._watching.start_s))
+        hung = functools.partial(TroubleError, alive=False)  # a server that loads it without end loads it no more
+        looks = _Loading(watch, self._served.name, hung)
+        watch.result(lambda: probe.load(self._watching.start_s), meanwhile=looks)
         try:
             watch.result(lambda: probe(self._watching.timeout_s))
         except ProbeError as error:
@@ -138,11 +169,38 @@ class Reloader:
         os.utime(self._served.config)  # a model whose files are not newer would be left as it is
 
 
+class _Loading:
+    """Looks after the processes that load a model: of one that dies early the server may never take notice.
+
+    Args:
+        hung: the error to raise then.
+    """
+
+    def __init__(self, watch: Watch, model: str, hung: Callable[[str], Exception]) -> None:
+        assert watch.server is not None
+        self._server, self._model, self._hung = watch.server, model, hung
+        self._before = self._server.children()
+        self._seen: set[psutil.Process] = set()
+        self._since: float | None = None
+
+    def __call__(self) -> None:
+        """Raises the error where one has been dead for `NOTICED_S`."""
+        self._seen.update(set(self._server.children()).difference(self._before))
+        dead = next(filter(is_dead, self._seen), None)
+        if dead is None:
+            return
+        self._since = self._since or time.monotonic()
+        if time.monotonic() > self._since + NOTICED_S:
+            raise self._hung(f"process {dead.pid}, which was to load model {self._model!r}, died")
+
+
 def changed(old: Signature, new: Signature) -> str:
     """What clients of the old model would trip over with the new one; empty where nothing.
 
     The new one may take more sizes than the old one, and give more outputs.
     """
+    if old.states or new.states:
+        return _another_language_model(old, new)
     before, after = ({spec.name: spec for spec in signature.inputs} for signature in (old, new))
     if added := [name for name in after if name not in before]:
         return f"it takes another input, {str(after[added[0]])!r}"
@@ -159,6 +217,17 @@ def changed(old: Signature, new: Signature) -> str:
             return f"output {spec.name!r} was {_words(old, spec)}, and is {_words(new, found[spec.name])}"
     if (layout(old).max_batch > 0) != (layout(new).max_batch > 0):
         return f"requests were {'' if layout(old).max_batch else 'not '}merged before, and now the opposite holds"
+    return ""
+
+
+def _another_language_model(old: Signature, new: Signature) -> str:
+    """Clients send tokens and get tokens; what the cache is made of is nothing to them."""
+    if not (old.states and new.states):
+        return f"the old one was {'a' if old.states else 'no'} language model, and the new one is the opposite"
+    if vocabulary(old) != vocabulary(new):
+        return f"it knew {vocabulary(old)} tokens, and knows {vocabulary(new)}"
+    if max_length(new) < max_length(old):
+        return f"it had room for {max_length(old)} tokens, and has room for {max_length(new)}"
     return ""
 
 

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from ..compiler.engine import best_batch, check_files, engine_info, named, ranked, read_manifest, usable
+from ..compiler.generation.tokens import ends_of
 from ..compiler.manifest import EngineRecord, Manifest
 from ..compiler.signature import Signature
 from ..compiler.storage.files import appearing_folder, storage_errors
@@ -30,8 +31,9 @@ from ..errors import DataError, EngineError, OutputError, UsageError
 from ..targets import get_target
 from ..targets.base import EngineInfo
 from .config import MARK, Kind, config, naming, warmup_file
+from .decoding import decoder_config
 from .layout import Layout, layout
-from .native import engine_files, native
+from .native import Native, engine_files, native
 from .settings import Serving
 
 Form = Literal["python", "native"]
@@ -93,6 +95,12 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
     kind: Kind = "gpu" if "cuda" in get_target(info.target, info.options).capabilities.devices else "cpu"
     if settings.gpus and kind == "cpu":
         raise UsageError(f"engine {info.name} runs on the CPU", expected="no --gpus", found=_join(settings.gpus))
+    decodes = bool(info.signature.states)
+    if decodes and form == "native":
+        raise UsageError(
+            f"engine {info.name} keeps a cache from token to token, which native backends do not",
+            expected="--form python",
+        )
     model = native(info) if form == "native" else None
     with storage_errors(folder), appearing_folder(home) as partial:
         version = partial / VERSION
@@ -100,24 +108,41 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
         if model:
             _copy_engine(bundle / "engines" / record["name"], version)
         else:
-            _write_python(bundle, version, manifest, record, link=link)
-        text = config(
-            name,
-            info.signature,
-            settings,
-            found,
-            backend=model.backend if model else "python",
-            platform=model.platform if model else "",
-            file=model.file if model else "",
-            engine=record["name"],
-            kind=kind,
-            preferred=settings.preferred or ([best] if (best := best_batch(info, manifest)) else []),
-            parameters=model.parameters if model else {},
-            warmup=_write_warmup(bundle, info.signature, partial / "warmup", merged=found.max_batch > 0),
+            _write_python(bundle, version, manifest, record, decodes=decodes, link=link)
+        (partial / CONFIG).write_text(
+            decoder_config(name, settings, engine=record["name"], kind=kind)
+            if decodes
+            else _config(bundle, partial, name, info, manifest, settings, model, kind)
         )
-        (partial / CONFIG).write_text(text)
     merged = min(found.max_batch, settings.max_batch or found.max_batch) if settings.merge else 0
     return Repository(folder, name, record["name"], info.signature, merged, found.reason, form)
+
+
+def _config(
+    bundle: Path,
+    home: Path,
+    name: str,
+    info: EngineInfo,
+    manifest: Manifest,
+    settings: Serving,
+    model: Native | None,
+    kind: Kind,
+) -> str:
+    found = layout(info.signature)
+    return config(
+        name,
+        info.signature,
+        settings,
+        found,
+        backend=model.backend if model else "python",
+        platform=model.platform if model else "",
+        file=model.file if model else "",
+        engine=info.name,
+        kind=kind,
+        preferred=settings.preferred or ([best] if (best := best_batch(info, manifest)) else []),
+        parameters=model.parameters if model else {},
+        warmup=_write_warmup(bundle, info.signature, home / "warmup", merged=found.max_batch > 0),
+    )
 
 
 def renamed(home: Path, name: str) -> None:
@@ -151,6 +176,8 @@ def _info(bundle: Path, record: EngineRecord) -> EngineInfo:
 
 
 def _layout(info: EngineInfo, settings: Serving) -> Layout:
+    if info.signature.states:
+        return Layout(0, "requests to a language model share the calls of the engine token by token")
     found = layout(info.signature)
     largest = settings.max_batch or found.max_batch
     for option, wanted, limit in (
@@ -184,7 +211,9 @@ def _copy_engine(source: Path, version: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _write_python(bundle: Path, version: Path, manifest: Manifest, record: EngineRecord, *, link: bool) -> None:
+def _write_python(
+    bundle: Path, version: Path, manifest: Manifest, record: EngineRecord, *, decodes: bool, link: bool
+) -> None:
     name = record["name"]
     target = get_target(record["target"])
     wanted = {
@@ -192,9 +221,11 @@ def _write_python(bundle: Path, version: Path, manifest: Manifest, record: Engin
         "engine": name,
         "gpu_option": "device_id" if "device_id" in target.options() else None,
         "path": [str(Path(entry).absolute()) for entry in sys.path] if link else [],
+        **({"stop": ends_of(bundle)} if decodes else {}),
     }
     (version / SERVE).write_text(json.dumps(wanted, indent=1) + "\n")
-    shutil.copyfile(Path(__file__).with_name("backend") / "model.py", version / "model.py")
+    source = "decoder.py" if decodes else "model.py"
+    shutil.copyfile(Path(__file__).with_name("backend") / source, version / "model.py")
     shutil.copytree(
         bundle / "engines" / name,
         version / "bundle" / "engines" / name,

@@ -25,8 +25,8 @@ _ROUTINE = re.compile(r"I\d{4} |\d{4}-\d\d-\d\dT[\d:.]+Z I |[+|]|\s*$")
 _WITHOUT_GPU = re.compile(r"CudaDriverHelper|Failed to initialize NVML|CUDA driver version|DCGM|Signal \(15\)")
 """Complaints that every machine without a GPU hears, and the answer to our own signal."""
 
-_DRAINED = "All models are stopped"
-"""Logged once no request is in flight, before models are unloaded."""
+_DRAINED = ("All models are stopped", "Found 0 model versions that have in-flight inferences")
+"""Logged once no request is in flight, before models are unloaded; the first only where none hangs while it loads."""
 
 
 class Server:
@@ -61,15 +61,23 @@ class Server:
         """Exit code; None while it runs."""
         return self._process.poll()
 
+    def children(self) -> list[psutil.Process]:
+        """Processes that run or load models, and those that did and died."""
+        try:
+            return list(psutil.Process(self.pid).children(recursive=True))
+        except psutil.NoSuchProcess:
+            return []
+
+    def _running(self) -> list[psutil.Process]:
+        return [child for child in self.children() if _runs_model(child)]
+
     def watch_models(self) -> None:
         """Notes which processes run models now, to tell later which of them `died`."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self.pid).children(recursive=True)
-            self._models = [child for child in children if _runs_model(child) and child not in self._leaving]
+        self._models = [child for child in self._running() if child not in self._leaving]
 
     def died(self) -> int | None:
         """Process id of a model that died since `watch_models`; None where all live."""
-        return next((child.pid for child in self._models if _is_dead(child)), None)
+        return next((child.pid for child in self._models if is_dead(child)), None)
 
     def replace_models(self) -> None:
         """The models' processes that run now may end: others take their place."""
@@ -95,10 +103,10 @@ class Server:
         self._offset += len(whole)
         for line in whole.decode(errors="replace").splitlines():
             self._tail.append(line)
-            self._drained |= _DRAINED in line
+            self._drained |= any(words in line for words in _DRAINED)
             if not _ROUTINE.match(line) and not _WITHOUT_GPU.search(line):
                 tell(line)
-        if self._offset > MAX_LOG_BYTES:
+        if self._offset > MAX_LOG_BYTES and self._log.stat().st_size == self._offset:  # what is unread must not go
             os.truncate(self._log, 0)
             self._offset = 0
 
@@ -112,8 +120,8 @@ class Server:
 
         Args:
             impatient: whether it shall end at once after all.
-            healed: a model process of it was replaced. It waits for the dead one without end when it unloads models,
-                which it does once all is answered.
+            healed: a process of it that ran or loaded a model died. It waits for that one without end when it unloads
+                models, which it does once all is answered.
         """
         self._process.terminate()
         deadline, drained_at = time.monotonic() + grace_s, float("inf")
@@ -128,11 +136,10 @@ class Server:
 
     def kill(self) -> None:
         """Ends it and its models at once, and removes what they leave in memory."""
-        known = self._models
-        self.watch_models()
-        models = {*known, *self._models, *self._leaving}
+        models = {*self._models, *self._leaving, *self._running()}
         self._process.kill()
         self._process.wait()
+        models.update(_stubs(self._prefix))  # those that a server loaded when it died are nobody's children
         for child in models:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -146,14 +153,21 @@ def remove_shared_memory(prefix: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def _stubs(prefix: str) -> list[psutil.Process]:
+    """Processes that run models on shared memory whose names begin so."""
+    lines = ((process, process.info["cmdline"] or ["", ""]) for process in psutil.process_iter(["cmdline"]))
+    return [process for process, line in lines if STUB in line[0] and any(part.startswith(prefix) for part in line[1:])]
+
+
 def _runs_model(process: psutil.Process) -> bool:
     try:
-        return STUB in process.name() and not _is_dead(process)
+        return STUB in process.name() and not is_dead(process)
     except psutil.NoSuchProcess:
         return False
 
 
-def _is_dead(process: psutil.Process) -> bool:
+def is_dead(process: psutil.Process) -> bool:
+    """Whether it ended, taken notice of or not."""
     try:
         return bool(process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
     except psutil.NoSuchProcess:

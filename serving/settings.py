@@ -35,7 +35,8 @@ class Serving:
     merge: bool = _option(True, "Merge requests that wait at the same time to one batch.")
     queue_delay_us: int = _option(0, "Microseconds that a request may wait for others to be merged with.")
     max_queue: int | None = _option(
-        None, "Requests that may wait; more are rejected as UNAVAILABLE, and those beyond a deadline of their own too."
+        None,
+        "Requests that may wait, of each priority; more are UNAVAILABLE, and those beyond a deadline of their own too.",
     )
     timeout_ms: float | None = _option(
         None, "Milliseconds that a request may wait, where it does not say so itself; then it is rejected."
@@ -60,7 +61,7 @@ class Serving:
             raise RecipeError(
                 "the model cannot have this name", expected="letters, digits, _, . and -", found=repr(self.name)
             )
-        if not self.merge and (given := self._of_the_queue()):
+        if not self.merge and (given := self.of_the_queue()):
             raise RecipeError(f"{given[0]} needs requests to be merged", expected="it, or --no-merge, but not both")
 
     @property
@@ -78,7 +79,7 @@ class Serving:
         """
         return self.merge and self.bounds_queue and self.instances == 1 and len(self.gpus) < 2
 
-    def _of_the_queue(self) -> list[str]:
+    def of_the_queue(self) -> list[str]:
         """Fields that were changed and that only merging has a use for."""
         names = ("preferred", "queue_delay_us", "max_queue", "timeout_ms", "priorities")
         return [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]

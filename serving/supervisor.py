@@ -180,7 +180,7 @@ class Supervisor:
         try:
             if self._reloads is None:
                 raise EngineError(f"{self._launch.what} loads no model beside another: stop it and start it again")
-            self._probe = self._reloads.replaced(self._watch, self._probe)
+            self._probe = self._replaced(self._reloads)
         except TroubleError:
             self._tell("not reloaded: there was trouble meanwhile; ask again once it has recovered")
             raise
@@ -188,6 +188,14 @@ class Supervisor:
             self._tell(f"not reloaded, what was served goes on: {' '.join(str(error).split())}")
         else:
             self._tell(f"reloaded: {self._reloads} answers after {time.monotonic() - since:.1f} s")
+
+    def _replaced(self, reloads: Reloads) -> Prober:
+        try:
+            return reloads.replaced(self._watch, self._probe)
+        except (EnginesmithError, OSError) as error:
+            self._watch.look()  # the server may have died, which says more
+            self._healed |= isinstance(error, ProbeError)
+            raise
 
     def _start_another(self) -> None:
         assert self._watch.server is not None

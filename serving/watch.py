@@ -46,11 +46,14 @@ class Watch:
         self._pool = ThreadPoolExecutor(max_workers=2)
         self.server: Server | None = None
 
-    def result(self, work: Callable[[], Result], *, loading: bool = False) -> Result:
+    def result(
+        self, work: Callable[[], Result], *, loading: bool = False, meanwhile: Callable[[], None] = lambda: None
+    ) -> Result:
         """The result of a call to the server.
 
         Args:
             loading: whether it has the server load its model, whose new processes are to be watched at once.
+            meanwhile: called again and again; what it raises ends the wait.
 
         Raises:
             StoppedError, TroubleError: before the call ended.
@@ -58,6 +61,7 @@ class Watch:
         future = self._pool.submit(work)
         while not future.done():
             self.look()
+            meanwhile()
             if loading and self.server:
                 self.server.watch_models()  # whose death the server does not always see before its timeout
             wait([future], timeout=TICK_S)

@@ -151,6 +151,14 @@ def request(model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]
     return message
 
 
+def infer_input(name: str, array: np.ndarray) -> Any:
+    """An input as tritonclient takes it."""
+    from tritonclient.grpc import InferInput
+    from tritonclient.utils import np_to_triton_dtype
+
+    return InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)).set_data_from_numpy(array)
+
+
 def packed_call(channel: Any) -> Any:
     """The call ModelInfer on messages that were packed before, with answers as they come: nothing but what it takes."""
     return channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")

@@ -71,7 +71,7 @@ def test_answers_are_checked_and_merging_and_overhead_are_told(served, bundle):
 
 def test_a_result_that_is_recorded_stands_in_the_bundle_and_its_report(served, bundle):
     for clients in ("1", "2"):  # the second takes the place of the first
-        load_test(served, bundle, "--clients", clients, "--batch", "4", "--record")
+        load_test(served, bundle, "--clients", clients, "--batch", "4", "--duration", "0.3", "--record")
     (record,) = json.loads((bundle / "manifest.json").read_text())["services"]
     assert (record["served"], record["payload"]["rows"], record["closed"][0]["clients"]) == ("best", 4, 2)
     report = (bundle / "report.html").read_text()

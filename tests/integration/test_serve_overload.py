@@ -97,12 +97,12 @@ def wait_for(condition) -> None:
 
 @contextlib.contextmanager
 def both_busy(served, per_second) -> Iterator[Requests]:
-    """While both instances work on a request of about 1.5 seconds; afterwards these are answered."""
+    """While both instances work on a request of about a second; afterwards these are answered."""
     processes = served.models()
     assert len(processes) == INSTANCES
     used = [sum(process.cpu_times()[:2]) for process in processes]
     requests = Requests(served)
-    blocks = [requests.send("block", rounds(1.5 * per_second)) for _ in processes]
+    blocks = [requests.send("block", rounds(per_second)) for _ in processes]
     wait_for(lambda: all(sum(p.cpu_times()[:2]) > before + 0.05 for p, before in zip(processes, used, strict=True)))
     yield requests
     assert all(block.result() for block in blocks)
@@ -133,7 +133,7 @@ def test_a_request_beyond_its_own_deadline_is_refused_as_such_and_the_others_are
 
 
 def test_requests_of_the_first_priority_overtake_those_of_the_second(served, per_second):
-    work = rounds(max(per_second / 20, 1))
+    work = rounds(max(per_second / 30, 1))
     with both_busy(served, per_second) as requests:
         second = [requests.send("second", work, priority=2) for _ in range(4)]
         wait_for(lambda: pending(served) == 4)
@@ -150,7 +150,7 @@ def test_what_is_accepted_waits_no_longer_than_the_queue_is(served, per_second):
 
     64 clients that were all let in would wait for 64 / R.
     """
-    work, answers, enough = rounds(max(per_second / 20, 1)), [], threading.Event()
+    work, answers, enough = rounds(max(per_second / 30, 1)), [], threading.Event()
     began = time.monotonic()
 
     def send() -> None:

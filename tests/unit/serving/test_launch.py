@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 
 from enginesmith.errors import TargetUnavailableError
@@ -7,6 +10,8 @@ from enginesmith.serving import fallback, launch
 from enginesmith.serving.endpoint import Endpoint
 from enginesmith.serving.launch import Watching, prepare
 from enginesmith.serving.settings import Serving
+
+HELPERS = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -16,9 +21,10 @@ def start(tmp_path, monkeypatch):
     def refuse(scratch):
         raise TargetUnavailableError("no Triton can run here", found="PATH: no tritonserver")
 
-    def prepared(installed: bool = True, **endpoint: object):
+    def prepared(installed: bool = True, bundles: str = "small_bundles", **endpoint: object):
         monkeypatch.setattr(launch, "find", refuse)
         monkeypatch.setattr(fallback, "is_installed", lambda: installed)
+        runpy.run_path(str(HELPERS / f"{bundles}.py"))["write_bundle"](tmp_path / "net")
         told: list[str] = []
         listens = Endpoint(**{"port": 1, "metrics_port": 2, **endpoint})
         made = prepare(tmp_path / "net", tmp_path, Serving(), listens, Watching(), None, "p", told.append)
@@ -39,3 +45,9 @@ def test_without_a_triton_kserve_serves_and_says_that_it_does_not_merge(start):
 def test_without_kserve_on_an_open_address_or_with_http_nothing_serves(start, options):
     with pytest.raises(TargetUnavailableError, match="no Triton can run here"):
         start(**options)
+
+
+def test_nothing_but_a_triton_serves_a_language_model(start):
+    with pytest.raises(TargetUnavailableError, match="no Triton can run here") as caught:
+        start(bundles="small_decoder")
+    assert caught.value.hint == "kserve cannot send the tokens of a language model one by one"

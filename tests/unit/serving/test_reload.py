@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import runpy
 import shutil
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
@@ -59,8 +61,11 @@ class FakeWatch:
     def __init__(self) -> None:
         self.server = self
 
-    def result(self, work):
+    def result(self, work, meanwhile=None):
         return work()
+
+    def children(self) -> list[object]:
+        return []
 
     def replace_models(self) -> None:
         """No process runs."""
@@ -108,7 +113,7 @@ OLD = (["net"], 'name: "net"', ["old"])
 def test_the_new_one_answers_under_another_name_before_it_takes_the_place(reload, bundle, tmp_path, server):
     replace(bundle, w=2 * small["W"])
     probe, told = reload()
-    trial = ["load net.next new", "ask net.next new", "unload net.next"]
+    trial = ["load net.next1 new", "ask net.next1 new", "unload net.next1"]
     assert server.calls == [*trial, "load net new", "ask net new", "close"]
     assert (probe.model, told) == ("net", f"engine new of {bundle}")
     assert on_disk(tmp_path) == NEW
@@ -133,13 +138,13 @@ def test_it_can_be_reloaded_again_and_again(reload, bundle, tmp_path, server):
     assert on_disk(tmp_path) == NEW
 
 
-@pytest.mark.parametrize("call", ["load net.next new", "ask net.next new"])
+@pytest.mark.parametrize("call", ["load net.next1 new", "ask net.next1 new"])
 def test_one_that_does_not_load_or_answers_wrongly_never_takes_the_place(reload, bundle, tmp_path, server, call):
     replace(bundle)
     server.failures[call] = ProbeError("output 'left' is 0.7 from the reference", wrong=True)
     with pytest.raises(ProbeError, match=r"output 'left' is 0\.7 from the reference"):
         reload()
-    assert server.calls[-1] == "unload net.next"
+    assert server.calls[-2:] == ["unload net.next1", "close"]
     assert on_disk(tmp_path) == OLD
 
 
@@ -149,7 +154,7 @@ def test_where_it_fails_in_the_place_the_old_one_is_loaded_again(reload, bundle,
     server.failures[call] = ProbeError("INTERNAL: no memory")
     with pytest.raises(ProbeError, match="INTERNAL: no memory"):
         reload()
-    assert server.calls[-2:] == ["load net old", "ask net old"]
+    assert server.calls[-3:] == ["load net old", "ask net old", "close"]
     assert on_disk(tmp_path) == OLD
 
 
@@ -230,3 +235,60 @@ def test_what_clients_would_trip_over(new, problem):
 def test_an_input_that_is_gone():
     old = Signature((TensorSpec("x", "float32", (4,)), TensorSpec("mask", "bool", (4,))))
     assert changed(old, Signature(old.inputs[:1])) == "it has no input 'mask'"
+
+
+def decoder(room: int = 16, tokens: int = 11, heads: int = 2) -> Signature:
+    cache = ("batch", heads, room, 8)
+    return Signature(
+        (TensorSpec("ids", "int64", ("batch", "time")), TensorSpec("key", "float32", cache)),
+        (TensorSpec("logits", "float32", ("batch", tokens)), TensorSpec("key_out", "float32", cache)),
+        {"batch": AxisRange(1, 4, 8), "time": AxisRange(1, 1, 16)},
+        states={"key": "key_out"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (decoder(), decoder(room=32, heads=4), ""),
+        (decoder(), decoder(room=8), "it had room for 16 tokens, and has room for 8"),
+        (decoder(), decoder(tokens=12), "it knew 11 tokens, and knows 12"),
+        (decoder(), described(), "the old one was a language model, and the new one is the opposite"),
+        (described(), decoder(), "the old one was no language model, and the new one is the opposite"),
+    ],
+)
+def test_clients_of_a_language_model_care_for_its_tokens_alone(old, new, problem):
+    assert changed(old, new) == problem
+
+
+class Loads:
+    """A server whose processes are told; it has one from the beginning."""
+
+    def __init__(self) -> None:
+        self.processes = [_sleep()]
+        self.server = self
+
+    def children(self) -> list[psutil.Process]:
+        return [*self.processes]
+
+
+def _sleep() -> psutil.Process:
+    return psutil.Popen(["sleep", "60"])
+
+
+def test_a_process_that_dies_while_it_loads_is_given_up_where_the_server_does_not_see_it(monkeypatch):
+    server = Loads()
+    look = module._Loading(server, "net", ProbeError)
+    look()
+    server.processes.append(_sleep())
+    server.processes[1].kill()
+    while server.processes[1].status() != "zombie":
+        time.sleep(0.01)
+    look()  # the server has some time to see it
+    monkeypatch.setattr(module, "NOTICED_S", 0.0)
+    message = rf"process {server.processes[1].pid}, which was to load model 'net', died"
+    with pytest.raises(ProbeError, match=message):
+        look()
+    for process in server.processes:
+        process.kill()
+        process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -94,7 +95,7 @@ def run(tmp_path, monkeypatch):
                 for _ in range(stops):
                     asked.add()
 
-        prefix = "enginesmith_test_"
+        prefix = f"enginesmith_test_{os.getpid()}_"
         watch = Watch("net", asked, tell, None)
         made = Supervisor(launch, tmp_path, prefix, times, probe, NoJanitor(), asked, tell, watch, reloads)
         limit = threading.Timer(30, asked.add)  # a log that never says it must not hang the tests
@@ -287,12 +288,44 @@ def test_no_process_outlives_the_supervisor(run, tmp_path):
     assert alive == []
 
 
+def test_a_model_that_a_dead_server_was_loading_is_ended_too(run, tmp_path):
+    stub = STUB.replace("$DIR", str(tmp_path))
+    shutil.copy("/bin/sh", stub)
+    loads = f"{stub} -c 'sleep 30; :' enginesmith_test_{os.getpid()}_1"
+    script = f"{loads} & echo $! > $DIR/new; mv $DIR/new $DIR/loading; {RUNS}"
+
+    def die() -> None:
+        while not (tmp_path / "loading").exists():
+            time.sleep(0.01)
+        child = psutil.Process(int((tmp_path / "loading").read_text()))
+        child.parent().kill()
+
+    log = run(f"test -e $DIR/loading || {{ {script}; }}; {RUNS}", FakeProbe(), until="recovered", act=die)
+    pid = int((tmp_path / "loading").read_text())
+    assert [line for line in log if "ended with signal SIGKILL" in line]
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_server_that_dies_during_a_reload_is_trouble(run):
+    class Killing:
+        def replaced(self, watch: Watch, old: FakeProbe) -> FakeProbe:
+            os.kill(watch.server.pid, signal.SIGKILL)
+            while watch.server.code is None:
+                time.sleep(0.01)
+            raise failed("UNAVAILABLE: Socket closed")
+
+    script = f"test -e $DIR/second && {{ {RUNS}; }}; touch $DIR/second; {RUNS}"
+    log = run(script, FakeProbe(), until="recovered", act=lambda: run.asked.add_reload(), reloads=Killing())
+    assert log[1] == "not reloaded: there was trouble meanwhile; ask again once it has recovered"
+    assert "ended with signal SIGKILL" in log[2]
+
+
 def test_the_log_is_cut_before_it_fills_the_disk(tmp_path, monkeypatch):
     from enginesmith.serving import server
 
     monkeypatch.setattr(server, "MAX_LOG_BYTES", 100)
     log = tmp_path / "log"
-    script = "for i in 1 2 3 4 5 6 7 8 9; do echo line number $i of this log; done; sleep 30"
+    script = "for i in 1 2 3 4 5 6 7 8 9; do echo line number $i of this log; sleep 0.1; done; sleep 30"
     made = server.Server(["/bin/sh", "-c", script], {}, log, "enginesmith_test_")
     seen: list[str] = []
     deadline = time.monotonic() + 10

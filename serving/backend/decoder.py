@@ -1,0 +1,74 @@
+# Triton's Python backend on a decoder of enginesmith: a language model with its cache. It needs enginesmith, NumPy and
+# the engine's runtime, and stands in the folder of a model's version as model.py, with serve.json beside it.
+#
+# A request is a prompt. Its tokens are sent one by one, as they are made; requests that come and go share the calls of
+# the engine. One whose client is gone ends before its next token.
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+_WANTED = json.loads(Path(__file__).with_name("serve.json").read_text())
+sys.path[:0] = _WANTED["path"]  # the interpreter within the server takes no notice of PYTHONPATH
+
+import numpy as np  # noqa: E402
+
+from enginesmith.errors import EnginesmithError  # noqa: E402
+from enginesmith.serving import hosted  # noqa: E402
+from enginesmith.serving.decoding import OPTIONS, PROMPT, TOKEN, request_of  # noqa: E402
+
+_LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self._engine = hosted.open_engine(args, _WANTED, json.loads(args["model_config"]))
+        self._batcher = self._engine.batcher()
+        self._left = threading.Semaphore(0)
+        self._begun = 0
+
+    def execute(self, requests):
+        for request in requests:
+            self._begun += 1
+            self._begin(request.get_response_sender(), request)
+
+    def finalize(self):
+        for _ in range(self._begun):
+            self._left.acquire()
+        self._batcher.close()
+        self._engine.close()
+
+    def _begin(self, sender, request):
+        given = {PROMPT: self._read(request, PROMPT)}
+        given.update((name, self._read(request, name)) for name in OPTIONS)
+        text = None
+
+        def take(token):
+            if sender.is_cancelled():
+                text.cancel()
+            else:
+                sender.send(pb_utils.InferenceResponse([hosted.tensor(pb_utils, TOKEN, np.array([token], np.int64))]))
+
+        def done(error):
+            try:
+                if error is not None:
+                    sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error))), flags=_LAST)
+                else:
+                    sender.send(flags=_LAST)
+            finally:
+                self._left.release()
+
+        try:
+            text = request_of(
+                {n: array for n, array in given.items() if array is not None}, _WANTED["stop"], take, done
+            )
+            self._batcher.submit(text)
+        except EnginesmithError as error:
+            done(error)
+
+    def _read(self, request, name):
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        return None if tensor is None else hosted.read(tensor)
