@@ -1,9 +1,9 @@
 """Generation on the CPU: milliseconds a token of GPT-2 124M beside transformers' generate, interleaved.
 
 The model has random weights, the prompt 128 tokens, and 64 new ones are found greedily, by all candidates the same in
-fp32. A round times each candidate twice, in random order: the whole answer, and the prompt alone, from which the time of
-a token follows. Exits with 1 where the engine in fp32 gives other tokens, or the engines are not as many times as fast as
-`AT_LEAST` says. The tokens of engines with fewer bits may differ.
+fp32. A round times each candidate twice, in random order: the whole answer, and the prompt alone, from which the time
+of a token follows. Exits with 1 where the engine in fp32 gives other tokens, or the engines are not as many times as
+fast as `AT_LEAST` says. The tokens of engines with fewer bits may differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import enginesmith
 
 PROMPT, NEW = 128, 64
 AT_LEAST = {"engine fp32": 1.0, "the fastest engine": 3.0}
-"""Times as fast as the best of transformers in fp32. In fp32 both read the same weights for each token: memory bounds it."""
+"""Times as fast as the best of transformers in fp32. There all read the same weights for each token: memory bounds it."""
 
 PRECISIONS = ("fp32", "int8-dynamic", "int8-weights", "int4-weights")
 Answer = Callable[[int], list[int]]
