@@ -25,7 +25,7 @@ import enginesmith
 
 PROMPT, NEW = 128, 64
 AT_LEAST = {"engine fp32": 1.0, "the fastest engine": 3.0}
-"""Times as fast as the best of transformers in fp32, where all read the same weights for each token: memory bounds it."""
+"""Times as fast as the best of transformers in fp32, where reading the weights bounds all alike."""
 
 PRECISIONS = ("fp32", "int8-dynamic", "int8-weights", "int4-weights")
 Answer = Callable[[int], list[int]]
