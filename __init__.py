@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .compiler.bundle import Bundle
     from .compiler.comparison.comparison import compare
     from .compiler.engine import Engine, load
+    from .compiler.generation.prefixes import Prefixes
     from .compiler.pipeline import compile
     from .compiler.recipe import Recipe
     from .offline.results import Outputs
@@ -29,6 +30,7 @@ __all__ = [
     "Client",
     "Engine",
     "Outputs",
+    "Prefixes",
     "Recipe",
     "Split",
     "__version__",
@@ -43,6 +45,7 @@ _HOMES = {
     "Client": ".serving.client",
     "Engine": ".compiler.engine",
     "Outputs": ".offline.results",
+    "Prefixes": ".compiler.generation.prefixes",
     "Recipe": ".compiler.recipe",
     "Split": ".serving.split",
     "compare": ".compiler.comparison.comparison",

@@ -26,6 +26,7 @@ from .storage.files import sha256
 
 if TYPE_CHECKING:
     from .generation.continuous import Batcher
+    from .generation.prefixes import Prefixes
 
 Device = Literal["cpu", "cuda"]
 Result = TypeVar("Result")
@@ -186,6 +187,7 @@ class Engine:
         stop: Iterable[int] = (),
         seed: int = 0,
         stream: Callable[[int, int], Any] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> list[list[int]]:
         """Goes on with prompts, token by token; of engines of language models that were compiled with their cache.
 
@@ -199,6 +201,8 @@ class Engine:
             stop: tokens at which a row ends; the token itself is its last.
             seed: of what is drawn. Rows do not depend on each other.
             stream: takes the number of a row and its next token, as soon as it is known.
+            prefixes: what earlier prompts left in the caches (`enginesmith.Prefixes`); a prompt that begins alike is
+                read from where it differs. For one prompt at a time.
 
         Returns:
             the new tokens of each row.
@@ -212,14 +216,15 @@ class Engine:
 
         return generate(
             self._open_runner(), self._signature, ids, max_new_tokens=max_new_tokens, do_sample=do_sample,
-            temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed, stream=stream,
+            temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed, stream=stream, prefixes=prefixes,
         )  # fmt: skip
 
-    def batcher(self, rows: int | None = None) -> Batcher:
+    def batcher(self, rows: int | None = None, prefixes: Prefixes | None = None) -> Batcher:
         """Generates for requests that come and go, which share the calls of the engine.
 
         Args:
             rows: requests that are under way at the same time, at most; all that the engine takes by default.
+            prefixes: what earlier prompts left in the caches.
 
         Raises:
             EngineError: the engine has no cache.
@@ -227,7 +232,7 @@ class Engine:
         """
         from .generation.continuous import Batcher
 
-        return Batcher(self._open_runner(), self._signature, rows)
+        return Batcher(self._open_runner(), self._signature, rows, prefixes)
 
     def reset(self) -> None:
         """Returns an engine that carries state between calls to its first state."""

@@ -96,6 +96,8 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
     if settings.gpus and kind == "cpu":
         raise UsageError(f"engine {info.name} runs on the CPU", expected="no --gpus", found=_join(settings.gpus))
     decodes = bool(info.signature.states)
+    if settings.prefix_mib and not decodes:
+        raise UsageError(f"prefix_mib is for language models with their cache, which {info.name} is not")
     if decodes and form == "native":
         raise UsageError(
             f"engine {info.name} keeps a cache from token to token, which native backends do not",
@@ -108,7 +110,7 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
         if model:
             _copy_engine(bundle / "engines" / record["name"], version)
         else:
-            _write_python(bundle, version, manifest, record, decodes=decodes, link=link)
+            _write_python(bundle, version, manifest, record, settings, decodes=decodes, link=link)
         (partial / CONFIG).write_text(
             decoder_config(name, settings, engine=record["name"], kind=kind)
             if decodes
@@ -212,7 +214,14 @@ def _copy_engine(source: Path, version: Path) -> None:
 
 
 def _write_python(
-    bundle: Path, version: Path, manifest: Manifest, record: EngineRecord, *, decodes: bool, link: bool
+    bundle: Path,
+    version: Path,
+    manifest: Manifest,
+    record: EngineRecord,
+    settings: Serving,
+    *,
+    decodes: bool,
+    link: bool,
 ) -> None:
     name = record["name"]
     target = get_target(record["target"])
@@ -221,7 +230,7 @@ def _write_python(
         "engine": name,
         "gpu_option": "device_id" if "device_id" in target.options() else None,
         "path": [str(Path(entry).absolute()) for entry in sys.path] if link else [],
-        **({"stop": ends_of(bundle)} if decodes else {}),
+        **({"stop": ends_of(bundle), "prefix_bytes": (settings.prefix_mib or 0) << 20} if decodes else {}),
     }
     (version / SERVE).write_text(json.dumps(wanted, indent=1) + "\n")
     source = "decoder.py" if decodes else "model.py"

@@ -43,10 +43,13 @@ class Serving:
     )
     priorities: int = _option(0, "Levels of priority that requests may have, 1 being the highest; 0 for none.")
     instances: int = _option(1, "Copies of the engine, on each GPU where there are any.")
+    prefix_mib: int | None = _option(
+        None, "MiB of what a language model may keep of prompts, for those that begin alike. Default: none."
+    )
     gpus: tuple[int, ...] = _option((), "GPUs to use, with an instance on each. Default: all that the server has.")
 
     def __post_init__(self) -> None:
-        least = {"max_batch": 1, "queue_delay_us": 0, "max_queue": 1, "priorities": 0, "instances": 1}
+        least = {"max_batch": 1, "queue_delay_us": 0, "max_queue": 1, "priorities": 0, "instances": 1, "prefix_mib": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:

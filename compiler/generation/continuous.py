@@ -24,6 +24,7 @@ from ..signature import Signature
 from ..states import IDS, empty_caches
 from .choice import Choice
 from .generate import check_decoder
+from .prefixes import Prefixes, read
 from .prompts import check
 from .steps import Steps, steps_of
 
@@ -75,16 +76,19 @@ class Batcher:
 
     Args:
         rows: requests that are under way at the same time, at most; more wait. All that the engine takes by default.
+        prefixes: what is known of beginnings of prompts.
 
     Raises:
         EngineError: the engine has no cache.
         EngineMismatchError: its calls are of one number of rows only.
     """
 
-    def __init__(self, runner: Runner, signature: Signature, rows: int | None = None) -> None:
+    def __init__(
+        self, runner: Runner, signature: Signature, rows: int | None = None, prefixes: Prefixes | None = None
+    ) -> None:
         check_decoder(signature)
         most = _most_rows(signature)
-        self._runner, self._signature = runner, signature
+        self._runner, self._signature, self._prefixes = runner, signature, prefixes
         self._most = most if rows is None else min(rows, most)
         self._caches = empty_caches(signature, self._most)
         self._steps: dict[tuple[int, int], Steps] = {}
@@ -139,10 +143,10 @@ class Batcher:
         if request.cancelled:
             request.done(None)
             return
-        count = np.array([len(request.prompt)])
         try:
-            logits = self._call(slice(row, row + 1), request.prompt[None], np.zeros_like(count), count)
-            more = request.add(logits[0])
+            steps = self._steps_of(slice(row, row + 1))
+            caches = {name: cache[row : row + 1] for name, cache in self._caches.items()}
+            more = request.add(read(steps, request.prompt, caches, self._prefixes)[0])
         except EnginesmithError as error:
             request.done(error)
             return
@@ -161,7 +165,7 @@ class Batcher:
         last = np.array([[request.last] for request in self._rows])
         past = np.array([request.past for request in self._rows])
         try:
-            logits = self._call(slice(0, len(past)), last, past, np.ones_like(past))
+            logits = self._steps_of(slice(0, len(past)))(last, past, np.ones_like(past))
         except EnginesmithError as error:
             for row in reversed(range(len(self._rows))):
                 self._end(row, error)
@@ -184,12 +188,13 @@ class Batcher:
                 cache[row, :, : last.past] = cache[source, :, : last.past]
         request.done(error)
 
-    def _call(self, rows: slice, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
+    def _steps_of(self, rows: slice) -> Steps:
+        """Calls on these rows of the caches."""
         key = (rows.start, rows.stop)
         if key not in self._steps:
             caches = {name: cache[rows] for name, cache in self._caches.items()}
             self._steps[key] = steps_of(self._runner, self._signature, rows.stop - rows.start, caches)
-        return self._steps[key](ids, past, count)
+        return self._steps[key]
 
 
 def _most_rows(signature: Signature) -> int:

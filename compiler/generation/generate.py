@@ -10,8 +10,9 @@ import numpy as np
 from ...errors import EngineError, EngineMismatchError, RecipeError
 from ...targets.base import Runner
 from ..signature import Signature
-from ..states import COUNT, IDS, LOGITS, PAST
+from ..states import COUNT, IDS, LOGITS, PAST, empty_caches
 from .choice import Choice
+from .prefixes import Prefixes, read
 from .prompts import check, rows_of, side_by_side
 from .sampling import sampling_of
 from .steps import steps_of
@@ -33,19 +34,27 @@ def generate(
     stop: Iterable[int],
     seed: int,
     stream: Stream | None,
+    prefixes: Prefixes | None = None,
 ) -> list[list[int]]:
     """The new tokens of each row; see `Engine.generate`."""
     check_decoder(signature)
     rows = rows_of(prompts)
     check(signature, rows, max_new_tokens)
+    if prefixes is not None and len(rows) > 1:
+        raise RecipeError(
+            "prefixes are of one prompt at a time", expected="one prompt", found=f"{len(rows)} prompts",
+            hint="give each to Engine.batcher(prefixes=...), which runs them side by side",
+        )  # fmt: skip
     sampling = sampling_of(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
     choices = [Choice(sampling, (seed, row), row=row) for row in range(len(rows))]
     ends = ends_of(stop)
-    steps = steps_of(runner, signature, len(rows))
+    caches = empty_caches(signature, len(rows))
+    steps = steps_of(runner, signature, len(rows), caches)
     ids, counts = side_by_side(rows)
     found: list[list[int]] = [[] for _ in rows]
     live = list(range(len(rows)))
-    logits = steps(ids, np.zeros_like(counts), counts)
+    alone = len(rows) == 1
+    logits = read(steps, rows[0], caches, prefixes) if alone else steps(ids, np.zeros_like(counts), counts)
     past, one = counts.copy(), np.ones_like(counts)
     last = np.zeros((len(rows), 1), np.int64)
     while True:

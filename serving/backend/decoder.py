@@ -16,6 +16,7 @@ sys.path[:0] = _WANTED["path"]  # the interpreter within the server takes no not
 
 import numpy as np  # noqa: E402
 
+import enginesmith  # noqa: E402
 from enginesmith.errors import EnginesmithError  # noqa: E402
 from enginesmith.serving import hosted  # noqa: E402
 from enginesmith.serving.decoding import OPTIONS, PROMPT, TOKEN, request_of  # noqa: E402
@@ -26,7 +27,8 @@ _LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class TritonPythonModel:
     def initialize(self, args):
         self._engine = hosted.open_engine(args, _WANTED, json.loads(args["model_config"]))
-        self._batcher = self._engine.batcher()
+        kept = _WANTED["prefix_bytes"]
+        self._batcher = self._engine.batcher(prefixes=enginesmith.Prefixes(kept) if kept else None)
         self._left = threading.Semaphore(0)
         self._begun = 0
 
