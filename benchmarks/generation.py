@@ -1,19 +1,20 @@
 """Generation on the CPU: milliseconds a token of GPT-2 124M beside transformers' generate, interleaved.
 
 The model has random weights, the prompt 128 tokens, and 64 new ones are found greedily, by all candidates the same in
-fp32. A round times each candidate once, in random order: the whole answer, and the prompt alone, from which the time of
-a token follows. Exits with 1 where the engine in fp32 gives other tokens, or is not as many times as fast as `AT_LEAST`
-says. Engines of fewer bits stand beside it; their tokens may differ.
+fp32. A round times each candidate twice, in random order: the whole answer, and the prompt alone, from which the time
+of a token follows. Exits with 1 where the engine in fp32 gives other tokens, or the engines are not as many times as
+fast as `AT_LEAST` says. The tokens of engines with fewer bits may differ.
 
 With `--sample` the model is that of samples/text, which is trained, and each candidate's perplexity on text that it
 never saw stands beside its times. Weights of 4 bits are in blocks of 32 and of 128 there, rounded to nearest and by
-GPTQ.
+GPTQ. The model is so small that engines of fewer bits need not be faster; the perplexity of fp32 must be the model's.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import random
 import statistics
 import tempfile
@@ -24,16 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from _results import RESULTS, write
+from _results import write
 
 import enginesmith
 
 PROMPT, NEW = 128, 64
-AT_LEAST = 1.5
-"""Times as fast as the best of transformers, both in fp32: reading the weights, which neither can avoid, bounds it."""
+AT_LEAST = {"engine fp32": 1.0, "the fastest engine": 3.0}
+"""Times as fast as the best of transformers in fp32, where reading the weights bounds all alike."""
 
 PRECISIONS = ("fp32", "int8-dynamic", "int8-weights", "int4-weights")
-FUSED = "engine fp32"
 SAMPLE = Path(__file__).parents[1] / "samples" / "text"
 VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str | int]]] = {
     "": (PRECISIONS, {}),
@@ -57,14 +57,12 @@ def main() -> int:
         candidates = {"transformers": eager(model, ids), "transformers, static cache": eager(model, ids, "static")}
         if options.sample:
             perplexities = dict.fromkeys(candidates, perplexity_of(model))
-        for suffix, (precisions, quantization) in (
-            VARIANTS if options.sample else {"": (options.precisions, {})}
-        ).items():
+        variants = VARIANTS if options.sample else {"": (options.precisions, {})}
+        for suffix, (precisions, quantization) in variants.items():
             start = time.perf_counter()
             place = options.bundle or Path(folder) / "bundle"
-            bundle = compiled(
-                model, place.with_name(f"{place.name}{len(candidates)}"), precisions, quantization, options
-            )
+            place = place / str(len(candidates)) if options.sample else place
+            bundle = compiled(model, place, precisions, quantization, options)
             print(f"compiled{suffix} in {time.perf_counter() - start:.0f} s")
             for record in bundle.manifest["engines"]:
                 name = f"engine {record['precision']}{suffix}"
@@ -81,11 +79,18 @@ def main() -> int:
             row["perplexity"] = perplexities[name]
             times += f", perplexity {row['perplexity']:.3f}"
         print(f"{name:42} {times}, {row['speed_up']:.2f}x")
-    passed = found[FUSED]["speed_up"] >= AT_LEAST and found[FUSED]["same_tokens"]
+    reached = {
+        "engine fp32": found["engine fp32"]["speed_up"],
+        "the fastest engine": max(row["speed_up"] for name, row in found.items() if name.startswith("engine")),
+    }
+    passed = found["engine fp32"]["same_tokens"] and reached["engine fp32"] >= AT_LEAST["engine fp32"]
+    if options.sample:
+        passed = passed and math.isclose(perplexities["engine fp32"], perplexities["transformers"], rel_tol=1e-3)
+    else:
+        passed = passed and reached["the fastest engine"] >= AT_LEAST["the fastest engine"]
     what = "generation_sample" if options.sample else "generation"
-    write(
-        what, {"prompt_tokens": PROMPT, "new_tokens": NEW, "candidates": found}, options.out or RESULTS / f"{what}.json"
-    )
+    results = {"prompt_tokens": PROMPT, "new_tokens": NEW, "candidates": found}
+    write(what, results, options.out)
     return 0 if passed else 1
 
 

@@ -170,7 +170,11 @@ def test_recommendation_becomes_an_engine_that_ranks_as_well(tmp_path: Path, mon
     assert metric["value"] == pytest.approx(metric["reference"], abs=1e-5)
 
 
-@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    sorted([*SAMPLES.glob("*/recipe.yaml"), TEXT / "small.yaml"]),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_recipes_name_files_passes_and_targets_that_exist(path: Path) -> None:
     recipe = read_recipe(path)
     model = Path(recipe.model.partition(":")[0])

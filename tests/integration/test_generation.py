@@ -15,7 +15,7 @@ from enginesmith.targets._onnxruntime_states import StatesRunner
 
 LENGTH = 288
 SIZES = {"vocab_size": 61, "max_position_embeddings": LENGTH, "bos_token_id": None, "eos_token_id": None}
-LLAMA = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+LLAMA = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8, 2]]
 
@@ -36,15 +36,16 @@ def qwen3() -> transformers.PreTrainedModel:
 
 
 def deepseek() -> transformers.PreTrainedModel:
+    sizes = {**LLAMA, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = transformers.DeepseekV3Config(
-        **LLAMA, num_attention_heads=4, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=8,
-        num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, kv_lora_rank=16, q_lora_rank=24,
-        qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8, first_k_dense_replace=1,
+        **sizes, moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, n_group=2,
+        topk_group=1, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8,
+        first_k_dense_replace=1,
     )  # fmt: skip
     return transformers.DeepseekV3ForCausalLM(config)
 
 
-FUSED = {"llama": 2, "gpt2": 0, "qwen3": 2, "deepseek": 0}
+FUSED = {"llama": 1, "gpt2": 0, "qwen3": 1, "deepseek": 0}
 """Attentions that are fused. GPT-2 is compiled as captured; DeepSeek's keys are computed from what is cached."""
 
 
@@ -107,7 +108,7 @@ def test_tokens_are_those_of_transformers(compiled, name):
         assert isinstance(engine._runner, StatesRunner)  # its caches are updated in place
         (found,) = engine.generate(PROMPTS[0], 256)
         assert found == answers(model, PROMPTS[0], 256)
-        assert len(set(found)) > 8
+        assert len(set(found)) > 4
         together = engine.generate(PROMPTS, 24)
         assert together == [engine.generate(prompt, 24)[0] for prompt in PROMPTS]
         assert together == [answers(model, prompt, 24) for prompt in PROMPTS]
@@ -135,6 +136,6 @@ def test_the_bundle_says_which_outputs_are_caches(compiled):
     _, bundle = compiled("llama")
     described = json.loads((bundle.path / "engines/onnxruntime-cpu-fp32/engine.json").read_text())
     states = described["signature"]["states"]
-    assert states == {f"{kind}.{layer}": f"{kind}.{layer}_out" for kind in ("key", "value") for layer in range(2)}
+    assert states == {"key.0": "key.0_out", "value.0": "value.0_out"}
     assert json.loads((bundle.path / "text/generation.json").read_text()) == {"stop": []}
     assert not Path(bundle.path / "text/tokenizer.json").exists()
