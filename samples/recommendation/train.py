@@ -4,6 +4,7 @@ Writes recommender.safetensors, test.npz, impressions that training never saw, w
 and calibration.npz, some of those that it did. The same seed gives the same weights.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 TRAINED, TESTED, CALIBRATED = 600_000, 8192, 2048
-EPOCHS = 3
+EPOCHS = int(os.environ.get("EPOCHS", "3"))  # fewer for a trial
 BATCH = 2048
 
 

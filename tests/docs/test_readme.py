@@ -57,6 +57,7 @@ def run(command: list[str], clone: Path) -> str:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "ENGINESMITH_CACHE": str(clone / "cache"),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "EPOCHS": "1",  # of the samples' training
     }
     result = subprocess.run(
         command, cwd=clone, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
