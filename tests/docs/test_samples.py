@@ -250,25 +250,26 @@ def test_the_metric_of_text_is_the_mean_cross_entropy() -> None:
 def test_text_in_few_bits_keeps_its_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
     bundle = enginesmith.compile(
-        recipe=TEXT / "small.yaml", output=tmp_path / "bundle", max_samples=16, benchmark=False
+        recipe=TEXT / "small.yaml",
+        output=tmp_path / "bundle",
+        precisions=["fp32", "int4-weights"],
+        max_samples=16,
+        benchmark=False,
     )
     assert bundle.passed, bundle.manifest["verdict"]["reasons"]
     with np.load(TEXT / "test.npz", allow_pickle=False) as file:
-        texts = file["ids"][::8]
-    fp32, *small = bundle.manifest["engines"]
+        texts = file["ids"][::24]
+    fp32, small = bundle.manifest["engines"]
     with bundle.load(fp32["name"]) as engine:
         perplexity = engine.perplexity(texts)
-    assert [engine["precision"] for engine in small] == ["int8-weights", "int4-weights"]
-    for record in small:
-        assert (
-            record["details"]["operators"]["MatMulNBits"] == 21
-        )  # five in each layer, as keys and values are narrow, and the head
-        assert record["details"]["operators"]["GroupQueryAttention"] == 4
-        assert record["details"]["in_place"]
-        assert record["size_bytes"] < 0.4 * fp32["size_bytes"]
-        assert record["validation"]["budget"]["holds"]
-        with bundle.load(record["name"]) as engine:
-            assert perplexity / 1.02 < engine.perplexity(texts) < 1.02 * perplexity
+    # Five in each layer, as keys and values are narrow, and the head.
+    assert small["details"]["operators"]["MatMulNBits"] == 21
+    assert small["details"]["operators"]["GroupQueryAttention"] == 4
+    assert small["details"]["in_place"]
+    assert small["size_bytes"] < 0.4 * fp32["size_bytes"]
+    assert small["validation"]["budget"]["holds"]
+    with bundle.load(small["name"]) as engine:
+        assert perplexity / 1.02 < engine.perplexity(texts) < 1.02 * perplexity
 
 
 @pytest.mark.slow
