@@ -31,8 +31,8 @@ from ..compiler.graph.cost import at_sizes
 from ..compiler.partition.balance import balanced, measure_on
 from ..compiler.partition.cost import Times, estimated, measured
 from ..compiler.partition.cut import Limits, Piece, choose
-from ..compiler.partition.line import Line, line_of, varying
-from ..compiler.partition.split import mark, marked
+from ..compiler.partition.line import Line, line_of
+from ..compiler.partition.split import mark_pieces, marked
 from ..errors import EngineError, GraphError, RecipeError
 from .base import Context, Pass, PassResult, Refusal
 
@@ -98,10 +98,7 @@ class Partition(Pass):
             avoided=times.fused(line.labels),
         )
         pieces, cuts, refusals = self._chosen(graph, line, times, limits, place)
-        nodes = list(varying(graph))
-        for number, piece in enumerate(pieces):
-            for node in nodes[slice(*piece.nodes)]:
-                mark(node, number)
+        mark_pieces(graph, pieces)
         refusals += [Refusal("a node with branches or a body is not cut inside", name) for name in line.whole]
         changes = {"stages": self.stages, "bytes that pass": sum(piece.sent_bytes for piece in pieces)}
         return PassResult(True, changes, tuple(refusals), _details(line, pieces, times, cuts))

@@ -20,8 +20,8 @@ from ..graph import Graph
 from ..signature import Signature
 from .cost import engine, timed
 from .cut import Limits, Piece, choose
-from .line import Line, varying
-from .split import mark, split
+from .line import Line
+from .split import mark_pieces, split
 
 EVEN = 0.04
 """Share by which the slowest stage may be slower than the mean: less than repeated timings differ by."""
@@ -71,10 +71,7 @@ def measure_on(
 
     def measure(pieces: Sequence[Piece]) -> list[float]:
         cut = graph.clone()
-        nodes = varying(cut)
-        for number, piece in enumerate(pieces):
-            for node in nodes[slice(*piece.nodes)]:
-                mark(node, number)
+        mark_pieces(cut, pieces)
         values, found = dict(sample), []
         for stage in split(cut, signature):
             inputs = {spec.name: np.asarray(values[spec.name]) for spec in stage.signature.inputs}

@@ -11,7 +11,7 @@ the skipped stage's graph: the runner keeps it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -22,7 +22,8 @@ from ..graph.cost import at_sizes
 from ..graph.identity import STAGE
 from ..graph.selection import label
 from ..signature import AxisRange, Signature, TensorSpec
-from .line import Kinds
+from .cut import Piece
+from .line import Kinds, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,14 @@ Look = tuple[str, int]
 def mark(node: ir.Node, stage: int) -> None:
     """Says in which stage a node runs."""
     node.metadata_props[STAGE] = str(stage)
+
+
+def mark_pieces(graph: Graph, pieces: Sequence[Piece]) -> None:
+    """Marks the nodes of a graph's line by the pieces that it is cut into."""
+    nodes = varying(graph)
+    for number, piece in enumerate(pieces):
+        for node in nodes[slice(*piece.nodes)]:
+            mark(node, number)
 
 
 def marked(graph: Graph) -> int:
