@@ -13,6 +13,8 @@ import numpy as np
 from ..compiler.engine import Engine, load
 
 _OLD_NUMPY = int(np.__version__.partition(".")[0]) < 2
+_forget = ctypes.pythonapi.PyCapsule_SetDestructor
+_forget.argtypes = [ctypes.py_object, ctypes.c_void_p]
 
 
 def open_engine(arguments: Mapping[str, str], wanted: Mapping[str, Any], config: Mapping[str, Any]) -> Engine:
@@ -49,9 +51,7 @@ def tensor(backend: Any, name: str, array: np.ndarray) -> Any:
     if _OLD_NUMPY:
         return backend.Tensor(name, np.ascontiguousarray(array))
     capsule = np.array(array, order="C").__dlpack__()
-    forget = ctypes.pythonapi.PyCapsule_SetDestructor
-    forget.argtypes = [ctypes.py_object, ctypes.c_void_p]
-    forget(capsule, None)
+    _forget(capsule, None)
     return backend.Tensor.from_dlpack(name, capsule)
 
 

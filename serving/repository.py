@@ -33,7 +33,7 @@ from ..targets.base import EngineInfo
 from .config import MARK, Kind, config, naming, warmup_file
 from .decoding import decoder_config
 from .layout import Layout, layout
-from .native import Native, engine_files, native
+from .native import engine_files, native
 from .settings import Serving
 
 Form = Literal["python", "native"]
@@ -111,40 +111,26 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
             _copy_engine(bundle / "engines" / record["name"], version)
         else:
             _write_python(bundle, version, manifest, record, settings, decodes=decodes, link=link)
-        (partial / CONFIG).write_text(
-            decoder_config(name, settings, engine=record["name"], kind=kind)
-            if decodes
-            else _config(bundle, partial, name, info, manifest, settings, model, kind)
-        )
+        if decodes:
+            text = decoder_config(name, settings, engine=record["name"], kind=kind)
+        else:
+            text = config(
+                name,
+                info.signature,
+                settings,
+                found,
+                backend=model.backend if model else "python",
+                platform=model.platform if model else "",
+                file=model.file if model else "",
+                engine=record["name"],
+                kind=kind,
+                preferred=settings.preferred or ([best] if (best := best_batch(info, manifest)) else []),
+                parameters=model.parameters if model else {},
+                warmup=_write_warmup(bundle, info.signature, partial / "warmup", merged=found.max_batch > 0),
+            )
+        (partial / CONFIG).write_text(text)
     merged = min(found.max_batch, settings.max_batch or found.max_batch) if settings.merge else 0
     return Repository(folder, name, record["name"], info.signature, merged, found.reason, form)
-
-
-def _config(
-    bundle: Path,
-    home: Path,
-    name: str,
-    info: EngineInfo,
-    manifest: Manifest,
-    settings: Serving,
-    model: Native | None,
-    kind: Kind,
-) -> str:
-    found = layout(info.signature)
-    return config(
-        name,
-        info.signature,
-        settings,
-        found,
-        backend=model.backend if model else "python",
-        platform=model.platform if model else "",
-        file=model.file if model else "",
-        engine=info.name,
-        kind=kind,
-        preferred=settings.preferred or ([best] if (best := best_batch(info, manifest)) else []),
-        parameters=model.parameters if model else {},
-        warmup=_write_warmup(bundle, info.signature, home / "warmup", merged=found.max_batch > 0),
-    )
 
 
 def renamed(home: Path, name: str) -> None:
