@@ -17,7 +17,7 @@ import numpy as np
 
 from ..compiler.generation.choice import Choice
 from ..compiler.generation.continuous import Request
-from ..compiler.generation.generate import ends_of
+from ..compiler.generation.generate import stops
 from ..compiler.generation.prompts import rows_of
 from ..compiler.generation.sampling import sampling_of
 from ..errors import EnginesmithError, UsageError
@@ -86,6 +86,6 @@ def request_of(
     drawn = any(value is not None for value in how.values())
     sampling = sampling_of(do_sample=drawn, **how)
     (prompt,) = rows_of([given[PROMPT]])
-    ends = ends_of(options.get("stop", stop))
+    ends = stops(options.get("stop", stop))
     choice = Choice(sampling, one.get("seed", 0))
     return Request(prompt, one.get("max_new_tokens", NEW_TOKENS), choice, ends, take, done)

@@ -66,6 +66,16 @@ def model(text: str = GRAPH) -> onnx.ModelProto:
     return made
 
 
+def spoilt() -> onnx.ModelProto:
+    """The same, but one token's logits are no numbers."""
+    made = model()
+    (head,) = (tensor for tensor in made.graph.initializer if tensor.name == "head")
+    array = np.array(onnx.numpy_helper.to_array(head))
+    array[:, 7] = np.nan
+    head.CopyFrom(onnx.numpy_helper.from_array(array, "head"))
+    return made
+
+
 def signature() -> Signature:
     """What it takes and gives."""
     caches = [TensorSpec(name, "float32", ("batch", HEADS, ROOM, WIDTH)) for name in ("key", "value")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...errors import EngineError
@@ -31,10 +33,15 @@ class Choice:
         self._step += 1
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):  # NaN is the largest to argmax
-            raise EngineError(
-                f"the engine gives logits that are no numbers, for row {self._row} at token {self._step}",
-                expected="finite numbers",
-                found=float(logits[best]),
-                hint="validate the engine; `enginesmith debug` finds the node",
-            )
+            raise no_numbers(f"for row {self._row} at token {self._step}", logits[best])
         return best if self._sampling is None else self._sampling.draw(logits, self._generator)
+
+
+def no_numbers(where: str, found: np.floating[Any]) -> EngineError:
+    """What is wrong where the largest logit is not finite."""
+    return EngineError(
+        f"the engine gives logits that are no numbers, {where}",
+        expected="finite numbers",
+        found=float(found),
+        hint="validate the engine; `enginesmith debug` finds the node",
+    )

@@ -25,7 +25,7 @@ from ..states import IDS, empty_caches
 from .choice import Choice
 from .generate import check_decoder
 from .prefixes import Prefixes, read
-from .prompts import check
+from .prompts import check, most_rows
 from .steps import Steps, steps_of
 
 Take = Callable[[int], Any]
@@ -87,7 +87,8 @@ class Batcher:
         self, runner: Runner, signature: Signature, rows: int | None = None, prefixes: Prefixes | None = None
     ) -> None:
         check_decoder(signature)
-        most = _most_rows(signature)
+        _check_rows(signature)
+        most = most_rows(signature)
         self._runner, self._signature, self._prefixes = runner, signature, prefixes
         self._most = most if rows is None else min(rows, most)
         self._caches = empty_caches(signature, self._most)
@@ -197,15 +198,13 @@ class Batcher:
         return self._steps[key]
 
 
-def _most_rows(signature: Signature) -> int:
+def _check_rows(signature: Signature) -> None:
+    """Calls are made on as many rows as there are requests, and on one for a prompt."""
     batch = signature.input(IDS).shape[0]
-    if isinstance(batch, str):
-        return signature.axes[batch].max
-    if batch != 1:
+    if not isinstance(batch, str) and batch != 1:
         raise EngineMismatchError(
             f"the engine takes {batch} rows at a time, no more and no fewer",
             expected="a dynamic batch axis, or one row",
             found=batch,
             hint=f"compile it with --dynamic {IDS}:0=1..{batch}..{batch}",
         )
-    return 1

@@ -47,14 +47,17 @@ def generate(
         )  # fmt: skip
     sampling = sampling_of(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
     choices = [Choice(sampling, (seed, row), row=row) for row in range(len(rows))]
-    ends = ends_of(stop)
-    caches = empty_caches(signature, len(rows))
-    steps = steps_of(runner, signature, len(rows), caches)
+    ends = stops(stop)
     ids, counts = side_by_side(rows)
     found: list[list[int]] = [[] for _ in rows]
     live = list(range(len(rows)))
-    alone = len(rows) == 1
-    logits = read(steps, rows[0], caches, prefixes) if alone else steps(ids, np.zeros_like(counts), counts)
+    if prefixes is None:
+        steps = steps_of(runner, signature, len(rows))
+        logits = steps(ids, np.zeros_like(counts), counts)
+    else:
+        caches = empty_caches(signature, 1)
+        steps = steps_of(runner, signature, 1, caches)
+        logits = read(steps, rows[0], caches, prefixes)
     past, one = counts.copy(), np.ones_like(counts)
     last = np.zeros((len(rows), 1), np.int64)
     while True:
@@ -107,7 +110,7 @@ def check_decoder(signature: Signature) -> None:
         raise EngineMismatchError(f"the engine has caches, and no {missing[0]!r}", hint="compile the model again")
 
 
-def ends_of(stop: Iterable[int]) -> Collection[int]:
+def stops(stop: Iterable[int]) -> Collection[int]:
     """The tokens that end a row.
 
     Raises:

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import EngineError
 from ...targets.base import Runner
 from ..signature import Signature
-from ..states import empty_caches
+from .choice import no_numbers
 from .generate import check_decoder
 from .prompts import check_texts, most_rows, rows_of, side_by_side
 from .steps import steps_of
@@ -47,7 +46,7 @@ def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def _read(runner: Runner, signature: Signature, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Of texts that are read side by side, a token of each in a call."""
     ids, lengths = side_by_side(rows)
-    steps = steps_of(runner, signature, len(rows), empty_caches(signature, len(rows)))
+    steps = steps_of(runner, signature, len(rows))
     found = np.empty((len(rows), ids.shape[1] - 1))
     one = np.ones_like(lengths)
     for at in range(found.shape[1]):
@@ -56,11 +55,6 @@ def _read(runner: Runner, signature: Signature, rows: Sequence[np.ndarray]) -> l
         live = np.flatnonzero(lengths > at + 1)
         if not np.isfinite(best := logits[live].max(axis=1)).all():
             wrong = int(np.flatnonzero(~np.isfinite(best))[0])
-            raise EngineError(
-                f"the engine gives logits that are no numbers, after token {at + 1} of a text",
-                expected="finite numbers",
-                found=float(best[wrong]),
-                hint="validate the engine; `enginesmith debug` finds the node",
-            )
+            raise no_numbers(f"after token {at + 1} of a text", best[wrong])
         found[live, at] = log_probabilities(logits[live], ids[live, at + 1])
     return [values[: length - 1] for values, length in zip(found, lengths, strict=True)]

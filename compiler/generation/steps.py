@@ -30,19 +30,23 @@ def steps_of(runner: Runner, signature: Signature, batch: int, caches: Arrays | 
     """Calls for so many rows, with empty caches, or with those that are given and then hold what the calls make."""
     if isinstance(runner, Stepping):
         return runner.steps(batch, caches)
-    return _Copying(runner, signature, caches or empty_caches(signature, batch))
+    return _InAndOut(runner, signature, batch, caches)
 
 
-class _Copying:
-    """Gives caches to each call, and copies what comes back into them."""
+class _InAndOut:
+    """Gives the caches that a call returned to the next one; where others have them too, they are copied into those."""
 
-    def __init__(self, runner: Runner, signature: Signature, caches: Arrays) -> None:
+    def __init__(self, runner: Runner, signature: Signature, batch: int, shared: Arrays | None) -> None:
         self._runner = runner
         self._states = signature.states
-        self._caches = caches
+        self._shared = shared
+        self._caches = shared or empty_caches(signature, batch)
 
     def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
         outputs = self._runner.run({IDS: ids, PAST: past, COUNT: count, **self._caches})
-        for name, output in self._states.items():
-            self._caches[name][...] = outputs[output]
+        if self._shared is None:
+            self._caches = {name: outputs[output] for name, output in self._states.items()}
+        else:
+            for name, output in self._states.items():
+                self._shared[name][...] = outputs[output]
         return np.asarray(outputs[LOGITS])
