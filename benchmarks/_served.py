@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +27,12 @@ def served(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str],
     finally:
         process.terminate()
         process.wait(timeout=90)
+
+
+def loaded(bundle: Path, serve: Sequence[str], load: Sequence[str]) -> dict[str, Any]:
+    """What the only closed loop of a load test found, with these options of both commands; all answers are checked."""
+    with served(bundle, *serve) as (_, info):
+        words = [sys.executable, "-m", "enginesmith", "load-test", info["grpc"], "--bundle", str(bundle), "--json"]
+        answer = subprocess.run([*words, *load], capture_output=True, text=True, check=True).stdout
+    (loop,) = json.loads(answer)["closed"]
+    return dict(loop)

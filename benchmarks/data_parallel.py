@@ -14,8 +14,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 import models
 import numpy as np
 from _results import write
-from _served import served
+from _served import loaded
 
 import enginesmith
 from enginesmith.offline.results import Outputs
@@ -98,12 +96,9 @@ def run_rate(bundle: Path, gpus: list[int], options: argparse.Namespace) -> floa
 
 def serve_rate(bundle: Path, gpus: list[int], options: argparse.Namespace) -> float:
     """Rows a second that a server on these GPUs answers."""
-    with served(bundle, "--gpus", ",".join(map(str, gpus))) as (_, info):
-        words = [sys.executable, "-m", "enginesmith", "load-test", info["grpc"], "--bundle", str(bundle), "--json"]
-        words += ["--clients", str(CLIENTS_A_GPU * len(gpus)), "--batch", str(options.batch)]
-        words += ["--duration", str(options.seconds), "--warmup", "2"]
-        answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    return float(json.loads(answer)["closed"][0]["achieved"]) * options.batch
+    load = ["--clients", str(CLIENTS_A_GPU * len(gpus)), "--batch", str(options.batch)]
+    load += ["--duration", str(options.seconds), "--warmup", "2"]
+    return float(loaded(bundle, ["--gpus", ",".join(map(str, gpus))], load)["achieved"]) * options.batch
 
 
 def judged(rates: dict[str, list[float]]) -> dict[str, Any]:

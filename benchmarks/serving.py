@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from _results import write
-from _served import served
+from _served import loaded
 from torch import nn
 
 import enginesmith
@@ -53,7 +49,8 @@ def main() -> int:
                 ("small", "small", (), CLIENTS),
                 ("small", "served_ms", (), 1),
             ):
-                row = loaded(bundles[name], serve, clients, options.seconds)
+                load = ("--clients", str(clients), "--duration", str(options.seconds), "--warmup", str(WARMUP_S))
+                row = loaded(bundles[name], serve, load)
                 p50 = row["percentiles"][0]["ms"]
                 found[key].append(p50 if key == "served_ms" else row["achieved"])
             found["engine_ms"].append(bare(bundles["small"]))
@@ -89,15 +86,6 @@ def compiled(name: str, folder: Path) -> Path:
         benchmark=False,
     )
     return folder / name
-
-
-def loaded(bundle: Path, options: tuple[str, ...], clients: int, seconds: float) -> dict[str, Any]:
-    """A closed loop; every answer is checked."""
-    with served(bundle, *options) as (_, info):
-        words = [sys.executable, "-m", "enginesmith", "load-test", info["grpc"], "--bundle", str(bundle), "--json"]
-        words += ["--clients", str(clients), "--duration", str(seconds), "--warmup", str(WARMUP_S)]
-        result: dict[str, Any] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-    return result["closed"][0]  # type: ignore[no-any-return]
 
 
 def bare(bundle: Path) -> float:
