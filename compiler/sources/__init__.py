@@ -15,6 +15,7 @@ import numpy as np
 
 from ...errors import RecipeError, SourceError
 from ..signature import Signature
+from .decoders.detect import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,7 @@ def load_model(
         from .decoders.load import load_module
 
         return load_module(made, weights, inputs, {}, sample, device, identity, decoding)
-    if (Path(source) / "config.json").is_file():
+    if is_folder(Path(source)):
         from .decoders.load import load_folder
 
         _no_weights(weights, f"{Path(source).name}, which holds its own")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import onnx_file
-from .decoders.detect import require_transformers
+from .decoders.detect import is_folder, require_transformers
 from .detect import detect
 from .exported_program import open_program, program_inputs
 from .flat import Parameter, python_parameters
@@ -29,7 +29,7 @@ def describe(source: str) -> dict[str, Any]:
     if ".py:" in source:
         return _module(source)
     path = Path(source)
-    if (path / "config.json").is_file():
+    if is_folder(path):
         return _folder(path)
     kind = detect(path)
     if kind == "onnx":

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a model is a folder as transformers' `save_pretrained` writes it."""
+    return (path / "config.json").is_file()
+
+
 def is_causal(module: torch.nn.Module) -> TypeIs[PreTrainedModel]:
     """Whether a module is a causal language model of transformers: one that is has imported it."""
     if "transformers" not in sys.modules:
