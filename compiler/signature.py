@@ -64,6 +64,7 @@ class Signature:
             stands for None.
         states: output that takes the place of an input in the next call, by the name of the input: the cache of a
             decoder (see states.py). Both have the same shape, and may lie in one buffer.
+        positions: how many tokens a text may have, of a decoder whose caches may be shorter; None where nothing says so.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -71,6 +72,7 @@ class Signature:
     axes: Mapping[str, AxisRange] = dataclasses.field(default_factory=dict)
     structure: Any = None
     states: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    positions: int | None = None
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name."""
@@ -135,6 +137,7 @@ class Signature:
             "axes": {name: dataclasses.asdict(axis) for name, axis in self.axes.items()},
             "structure": self.structure,
             **({"states": dict(self.states)} if self.states else {}),
+            **({"positions": self.positions} if self.positions is not None else {}),
         }
 
     @classmethod
@@ -146,6 +149,7 @@ class Signature:
             axes={name: AxisRange(**axis) for name, axis in value["axes"].items()},
             structure=value["structure"],
             states=value.get("states", {}),
+            positions=value.get("positions"),
         )
 
 

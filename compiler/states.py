@@ -6,6 +6,15 @@
 cache holds already, and `count` (batch) how many of its new ones are no padding. A cache has room for all tokens, on
 its third axis: (batch, heads, length, width). `logits` (batch, vocabulary) are those of the token that follows the last
 one of each row. `Signature.states` pairs the caches. Needs NumPy only.
+
+Where a cache may be shorter than a text, since tokens are dropped from it, two things are told apart:
+
+    logits, *caches = decoder(ids, past, count, position, *caches)
+
+`position` (batch) is how many tokens of the text stand before `ids`, and `past` how many of them the cache still holds.
+A key keeps the position at which it was made, whatever is dropped before it. Of a decoder that drops by importance each
+layer has one more cache, `importance.N` (batch, heads, length, 1): the attention that its entries got so far, which is
+the sum of softmax(scores) over all queries since an entry was written, and over the query heads that share its key.
 """
 
 from __future__ import annotations
@@ -18,6 +27,12 @@ from ..errors import DataError
 from .signature import Signature, TensorSpec
 
 IDS, PAST, COUNT, LOGITS = "ids", "past", "count", "logits"
+POSITION = "position"
+IMPORTANCE = "importance."
+"""What the names of the caches begin with that hold attention, before the number of the layer."""
+
+POLICIES = ("window", "importance")
+"""How entries are chosen that a full cache drops."""
 
 
 def caches(signature: Signature) -> list[TensorSpec]:
@@ -28,6 +43,18 @@ def caches(signature: Signature) -> list[TensorSpec]:
 def max_length(signature: Signature) -> int:
     """How many tokens the caches hold."""
     return min(int(spec.shape[2]) for spec in caches(signature))
+
+
+def evicts(signature: Signature) -> bool:
+    """Whether entries may be dropped from the caches."""
+    return any(spec.name == POSITION for spec in signature.inputs)
+
+
+def policies(signature: Signature) -> tuple[str, ...]:
+    """How entries may be chosen that are dropped."""
+    if not evicts(signature):
+        return ()
+    return POLICIES if any(name.startswith(IMPORTANCE) for name in signature.states) else POLICIES[:1]
 
 
 def vocabulary(signature: Signature) -> int | None:
@@ -53,6 +80,8 @@ def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str
     given[IDS] = given[IDS].astype(signature.input(IDS).dtype)
     given.setdefault(PAST, np.zeros(rows, signature.input(PAST).dtype))
     given.setdefault(COUNT, np.full(rows, length, signature.input(COUNT).dtype))
+    if evicts(signature):
+        given.setdefault(POSITION, given[PAST])
     if missing := [name for name in signature.states if name not in given]:
         if len(missing) < len(signature.states):
             raise DataError(
@@ -70,11 +99,14 @@ def made_up(
     room = max_length(signature)
     past = generator.integers(0, room - length + 1, rows)
     filled = np.arange(room) < past[:, None]
+    dropped = generator.integers(0, (signature.positions or room) - room + 1, rows)
+    positions = {POSITION: (past + dropped).astype(batch[POSITION].dtype)} if evicts(signature) else {}
     return {
         **{name: array if name not in signature.states else _up_to(array, filled) for name, array in batch.items()},
         IDS: generator.integers(0, vocabulary(signature) or 2, (rows, length)).astype(batch[IDS].dtype),
         PAST: past.astype(batch[PAST].dtype),
         COUNT: generator.integers(1, length + 1, rows).astype(batch[COUNT].dtype),
+        **positions,
     }
 
 
@@ -86,8 +118,6 @@ def in_the_middle(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict
     """The call with caches that are half full, as generation meets them on the average: what is timed."""
     rows, length = batch[IDS].shape
     half = min(max_length(signature) // 2, max_length(signature) - length)
-    return {
-        **batch,
-        PAST: np.full(rows, half, batch[PAST].dtype),
-        COUNT: np.full(rows, length, batch[COUNT].dtype),
-    }
+    past = np.full(rows, half, batch[PAST].dtype)
+    positions = {POSITION: past} if evicts(signature) else {}
+    return {**batch, PAST: past, COUNT: np.full(rows, length, batch[COUNT].dtype), **positions}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..compiler.signature import Signature
-from ..compiler.states import COUNT, IDS, LOGITS, PAST, empty_caches
+from ..compiler.states import COUNT, IDS, LOGITS, PAST, POSITION, empty_caches
 from ..errors import EngineError
 from ._onnxruntime import HostRunner, failures, to_numpy
 from .base import Arrays, Bound, HostBound
@@ -30,9 +30,16 @@ def shares_buffers(path: Path, states: Mapping[str, str]) -> bool:
     graph = onnx.load(path, load_external_data=False).graph
     for name, output in states.items():
         readers = [node for node in graph.node if name in node.input]
-        if len(readers) != 1 or output not in readers[0].output or name in {value.name for value in graph.output}:
+        if len(readers) != 1 or name in {value.name for value in graph.output}:
             return False
         (node,) = readers
+        if node.op_type == "Where":  # a buffer of its own, before anything is written into this one
+            nexts = [other for other in graph.node if node.output[0] in other.input]
+            if len(nexts) != 1 or nexts[0].op_type != "Add" or output not in nexts[0].output:
+                return False
+            continue
+        if output not in node.output:
+            return False
         places = [index for index, value in enumerate(node.input) if value == name]
         if len(places) != 1 or places[0] not in _WRITES.get(node.op_type, ()):
             return False
@@ -71,7 +78,7 @@ class StatesRunner(HostRunner):
     def _call(self, inputs: Arrays) -> Callable[[], dict[str, np.ndarray]]:
         states = self._signature.states
         steps = self.steps(len(inputs[IDS]), {name: np.array(inputs[name], order="C") for name in states})
-        call = (inputs[IDS], inputs[PAST], inputs[COUNT])
+        call = (inputs[IDS], inputs[PAST], inputs[COUNT], inputs.get(POSITION))
         outputs = {out: steps.caches[name] for name, out in states.items()}
         return lambda: {LOGITS: steps(*call), **outputs}
 
@@ -95,6 +102,7 @@ class Steps:
         self.caches = dict(caches)
         self._session = session
         self._states = signature.states
+        self._numbers = [spec.name for spec in signature.inputs if spec.name not in signature.states]
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy  # shares the array's memory
         self._buffers = {name: self._value(array) for name, array in self.caches.items()}
         logits = next(spec for spec in signature.outputs if spec.name == LOGITS)
@@ -102,12 +110,15 @@ class Steps:
         self._logits = np.zeros((rows, int(logits.shape[-1])), logits.dtype)
         self._kept: _Call | None = None
 
-    def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, position: np.ndarray | None = None
+    ) -> np.ndarray:
         """The logits (batch, vocabulary) that follow; valid until the next call."""
         if self._kept is None or self._kept.shape != ids.shape:
             self._kept = self._bound(ids.shape)
-        for array, given in zip(self._kept.arrays, (ids, past, count), strict=True):
-            array[...] = given
+        call = {IDS: ids, PAST: past, COUNT: count, POSITION: past if position is None else position}
+        for name, array in self._kept.arrays.items():
+            array[...] = call[name]
         try:
             self._session.run_with_iobinding(self._kept.binding)
         except failures() as problem:
@@ -116,9 +127,9 @@ class Steps:
 
     def _bound(self, shape: Sequence[int]) -> _Call:
         """Inputs of that shape and all outputs, bound to buffers of their own."""
-        arrays = tuple(np.zeros(size, np.int64) for size in (shape, shape[:1], shape[:1]))
+        arrays = {name: np.zeros(shape if name == IDS else shape[:1], np.int64) for name in self._numbers}
         binding = self._session.io_binding()
-        for name, array in zip((IDS, PAST, COUNT), arrays, strict=True):
+        for name, array in arrays.items():
             binding.bind_ortvalue_input(name, self._value(array))
         for name, buffer in self._buffers.items():
             binding.bind_ortvalue_input(name, buffer)
@@ -130,7 +141,7 @@ class Steps:
 class _Call:
     """What calls of one shape reuse."""
 
-    def __init__(self, shape: tuple[int, ...], arrays: tuple[np.ndarray, ...], binding: Any) -> None:
+    def __init__(self, shape: tuple[int, ...], arrays: Arrays, binding: Any) -> None:
         self.shape = shape
         self.arrays = arrays
         self.binding = binding

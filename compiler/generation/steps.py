@@ -8,14 +8,20 @@ import numpy as np
 
 from ...targets.base import Arrays, Runner
 from ..signature import Signature
-from ..states import COUNT, IDS, LOGITS, PAST, empty_caches
+from ..states import COUNT, IDS, LOGITS, PAST, POSITION, empty_caches, evicts
 
 
 class Steps(Protocol):
     """Calls one after the other on the same caches."""
 
-    def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """The logits (batch, vocabulary) that follow; valid until the next call."""
+    def __call__(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, position: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The logits (batch, vocabulary) that follow; valid until the next call.
+
+        Args:
+            position: tokens of each text before `ids`, where that is more than the `past` ones in the cache.
+        """
 
 
 @runtime_checkable
@@ -39,11 +45,17 @@ class _InAndOut:
     def __init__(self, runner: Runner, signature: Signature, batch: int, shared: Arrays | None) -> None:
         self._runner = runner
         self._states = signature.states
+        self._evicts = evicts(signature)
         self._shared = shared
         self._caches = shared or empty_caches(signature, batch)
 
-    def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
-        outputs = self._runner.run({IDS: ids, PAST: past, COUNT: count, **self._caches})
+    def __call__(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, position: np.ndarray | None = None
+    ) -> np.ndarray:
+        call = {IDS: ids, PAST: past, COUNT: count}
+        if self._evicts:
+            call[POSITION] = past if position is None else position
+        outputs = self._runner.run({**call, **self._caches})
         if self._shared is None:
             self._caches = {name: outputs[output] for name, output in self._states.items()}
         else:

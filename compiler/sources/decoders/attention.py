@@ -8,6 +8,9 @@ Here k and v are whole caches, (batch, heads of keys, max_length, width), with t
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +22,42 @@ NAME = "enginesmith"
 
 UNKNOWN = ("softcap", "s_aux", "head_mask", "position_bias")
 """Arguments that change the scores otherwise; each is refused where it is given."""
+
+
+class Total:
+    """Adds up the attention that each entry of a cache gets from a call.
+
+    Args:
+        valid: (batch, time), true for the queries that count.
+        given: of each layer (batch, heads of the cache, length, 1), what earlier calls gave.
+
+    Attributes:
+        sums: as `given`, with this call's added.
+    """
+
+    def __init__(self, valid: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
+        self._valid = valid
+        self.sums = list(given)
+
+    def add(self, layer: int, weights: torch.Tensor) -> None:
+        """Takes softmax(scores) of a layer, (batch, heads, time, length)."""
+        got = (weights * self._valid[:, None, :, None]).sum(dim=2)
+        heads = self.sums[layer].shape[1]
+        shared = got.reshape(got.shape[0], heads, got.shape[1] // heads, got.shape[2]).sum(dim=2)
+        self.sums[layer] = self.sums[layer] + shared[..., None]
+
+
+_summing: contextvars.ContextVar[Total | None] = contextvars.ContextVar("enginesmith-attention", default=None)
+
+
+@contextlib.contextmanager
+def summing(total: Total | None) -> Iterator[None]:
+    """Within it the layers add what they attend to."""
+    token = _summing.set(total)
+    try:
+        yield
+    finally:
+        _summing.reset(token)
 
 
 def attend(
@@ -56,11 +95,16 @@ def attend(
     shared = query.shape[1] // key.shape[1]
     if shared == 1:
         scores = torch.matmul(query, key.transpose(2, 3)) * scale + attention_mask
-        output = torch.matmul(torch.softmax(scores, dim=-1), value)
+        weights = torch.softmax(scores, dim=-1)
+        output = torch.matmul(weights, value)
     else:
         grouped = query.reshape(query.shape[0], key.shape[1], shared, query.shape[2], query.shape[3])
         scores = torch.matmul(grouped, key.unsqueeze(2).transpose(3, 4)) * scale + attention_mask.unsqueeze(2)
-        output = torch.matmul(torch.softmax(scores, dim=-1), value.unsqueeze(2)).flatten(1, 2)
+        weights = torch.softmax(scores, dim=-1)
+        output = torch.matmul(weights, value.unsqueeze(2)).flatten(1, 2)
+        weights = weights.flatten(1, 2)
+    if (total := _summing.get()) is not None:
+        total.add(int(module.layer_idx), weights)  # type: ignore[arg-type]
     return output.transpose(1, 2), None
 
 

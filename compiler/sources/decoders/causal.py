@@ -14,13 +14,15 @@ from ...difference import relative_l2
 from ...signature import AxisRange, Signature, TensorSpec
 from .. import Model, module
 from ..guard import first_line, foreign, quiet
-from .module import Decoder, widths
+from ...states import COUNT, IDS, IMPORTANCE, PAST, POSITION
+from .module import Decoder, Layers, widths
 from .options import DecoderOptions
 
 if TYPE_CHECKING:
     import transformers
 
 DEFAULT_LENGTH = 1024
+CACHES = ("key.", "value.", IMPORTANCE)
 SAME = 1e-4
 """Relative L2 within which the logits with and without cache are the same: sums in another order."""
 
@@ -69,14 +71,16 @@ def load(
 
     Raises:
         SourceError: it computes something else with static caches.
-        RecipeError: a cache longer than what the model was made for.
+        RecipeError: a cache longer than what the model was made for, or with no room for a token.
     """
     model.train(False).to(device)
-    length = _length(model, options)
-    decoder = Decoder(model, length).eval()
+    positions = _positions(model)
+    decoder = Decoder(model, _length(positions, options, type(model).__name__), positions or 0).eval()
     with foreign(lambda error: _failed(model, error)):
         layers = widths(decoder)
-    signature = _signature(layers, length, options.batch)
+    decoder.max_length = length = _within(options, layers, decoder.max_length)
+    decoder.positions = max(positions or length, length)
+    signature = _signature(layers, length, options)
     _check(model, decoder, layers)
     loaded = module.load(
         decoder,
@@ -85,47 +89,83 @@ def load(
         constants={},
         sample=None,
         device=device,
-        identity=f"{identity}{length}{options.batch}",
+        identity=f"{identity}{length}{options.batch}{options.eviction}",
     )
-    states = {name: f"{name}_out" for name in (spec.name for spec in signature.inputs[3:])}
+    states = {spec.name: f"{spec.name}_out" for spec in signature.inputs if spec.name.startswith(CACHES)}
     tokenizer = folder / "tokenizer.json" if folder and (folder / "tokenizer.json").is_file() else None
     return dataclasses.replace(
         loaded,
-        signature=dataclasses.replace(loaded.signature, states=states),
+        signature=dataclasses.replace(
+            loaded.signature, states=states, positions=decoder.positions if options.eviction else None
+        ),
         tokenizer=tokenizer,
         stop=_stop(model),
     )
 
 
-def _length(model: transformers.PreTrainedModel, options: DecoderOptions) -> int:
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _positions(model: transformers.PreTrainedModel) -> int | None:
+    """Tokens of the longest text that the model was made for, where it says so."""
+    made_for: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return made_for
+
+
+def _length(made_for: int | None, options: DecoderOptions, model: str) -> int:
+    """Tokens that a cache holds, whatever memory that takes."""
     if options.max_length is None:
         return min(made_for or DEFAULT_LENGTH, DEFAULT_LENGTH)
     if made_for and options.max_length > made_for:
         raise RecipeError(
-            f"max_length={options.max_length} is more than {type(model).__name__} was made for",
+            f"max_length={options.max_length} is more than {model} was made for",
             expected=f"at most {made_for} tokens",
             found=options.max_length,
         )
     return options.max_length
 
 
-def _signature(layers: list[tuple[tuple[int, int], tuple[int, int]]], length: int, batch: int) -> Signature:
-    rows: str | int = "batch" if batch > 1 else 1
+def _within(options: DecoderOptions, layers: Layers, length: int) -> int:
+    """As many of the tokens as fit into `cache_mib`."""
+    if options.cache_mib is None:
+        return length
+    size = sum(heads * width for layer in layers for heads, width in layer)
+    size += sum(map(_rated, layers)) if options.eviction == "importance" else 0
+    room = int(options.cache_mib * 2**20) // (size * np.dtype(np.float32).itemsize)
+    if room < 2:
+        raise RecipeError(
+            f"cache_mib={options.cache_mib:g} holds no two tokens",
+            expected=f"{size * 4 * 2 / 2**20:.2g} or more",
+            found=options.cache_mib,
+        )
+    return min(length, room)
+
+
+def _signature(layers: Layers, length: int, options: DecoderOptions) -> Signature:
+    rows: str | int = "batch" if options.batch > 1 else 1
     caches = [
         TensorSpec(f"{kind}.{layer}", "float32", (rows, sizes[which][0], length, sizes[which][1]))
         for which, kind in enumerate(("key", "value"))
         for layer, sizes in enumerate(layers)
     ]
-    tokens = TensorSpec("ids", "int64", (rows, "time"))
-    numbers = [TensorSpec(name, "int64", (rows,)) for name in ("past", "count")]
-    axes = {"batch": AxisRange(1, 1, batch), "time": AxisRange(1, 1, length)}
+    if options.eviction == "importance":
+        caches += [
+            TensorSpec(f"{IMPORTANCE}{layer}", "float32", (rows, _rated(sizes), length, 1))
+            for layer, sizes in enumerate(layers)
+        ]
+    tokens = TensorSpec(IDS, "int64", (rows, "time"))
+    names = (PAST, COUNT, POSITION) if options.eviction else (PAST, COUNT)
+    numbers = [TensorSpec(name, "int64", (rows,)) for name in names]
+    axes = {"batch": AxisRange(1, 1, options.batch), "time": AxisRange(1, 1, length)}
     axes = {name: axis for name, axis in axes.items() if name in tokens.shape}
     return Signature(inputs=(tokens, *numbers, *caches), axes=axes)
 
 
+def _rated(layer: tuple[tuple[int, int], tuple[int, int]]) -> int:
+    """Heads that drop entries each by itself: those of the caches, where keys and values have as many."""
+    (of_keys, _), (of_values, _) = layer
+    return of_keys if of_keys == of_values else 1
+
+
 def _check(
-    model: transformers.PreTrainedModel, decoder: Decoder, layers: list[tuple[tuple[int, int], tuple[int, int]]]
+    model: transformers.PreTrainedModel, decoder: Decoder, layers: Layers
 ) -> None:
     """Compares with the model as it was given: a prompt of two rows, one padded, and the token after; at two sizes."""
     generator = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """A plain module whose inputs declare its caches: ``ids``, ``past``, ``count``, and any number of caches.
 
+It may take ``position`` as well, where tokens may be dropped from its caches (see states.py).
+
 Each cache ``x`` comes back as an output that is named as it is: ``forward`` returns ``{"logits": ..., "x": ...}``. An
 output that has the name of an input gets ``_out`` appended.
 """
@@ -10,7 +12,7 @@ import dataclasses
 
 from ....errors import RecipeError, SourceError
 from ...signature import Signature, TensorSpec
-from ...states import COUNT, IDS, LOGITS, PAST
+from ...states import COUNT, IDS, LOGITS, PAST, POSITION
 from .. import Model
 
 CALL = (IDS, PAST, COUNT)
@@ -32,12 +34,12 @@ def with_states(model: Model) -> Model:
             found=", ".join(named) or "none",
             hint=f"declare it with --input {missing[0]}:1:int64",
         )
-    for name, rank in ((IDS, 2), (PAST, 1), (COUNT, 1)):
-        if named[name].dtype != "int64" or len(named[name].shape) != rank:
+    for name, rank in ((IDS, 2), (PAST, 1), (COUNT, 1), (POSITION, 1)):
+        if name in named and (named[name].dtype != "int64" or len(named[name].shape) != rank):
             raise RecipeError(
                 f"input {name!r} of the decoder is of another kind", expected=_kind(rank), found=named[name]
             )
-    caches = [spec for spec in signature.inputs if spec.name not in CALL]
+    caches = [spec for spec in signature.inputs if spec.name not in (*CALL, POSITION)]
     if not caches:
         raise SourceError(
             "the model has no cache",

@@ -15,21 +15,27 @@ if TYPE_CHECKING:
     import transformers
 
 
+Layers = list[tuple[tuple[int, int], tuple[int, int]]]
+"""Heads and width of the keys and of the values that each layer keeps."""
+
+
 class Decoder(torch.nn.Module):
     """Runs the model on new tokens and static caches; shares its weights, and leaves it as it was.
 
     Args:
         model: a causal language model in eval mode.
         max_length: tokens that a cache holds.
+        positions: tokens that a text may have.
 
     Raises:
         SourceError: the model does not let its attention be replaced.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, max_length: int) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, max_length: int, positions: int) -> None:
         super().__init__()
         self.model = _own(model)
         self.max_length = max_length
+        self.positions = positions
         self._last = _Last()
         own: Any = self.model
         head = own.get_output_embeddings()
@@ -44,26 +50,36 @@ class Decoder(torch.nn.Module):
         count: torch.Tensor,
         key: Sequence[torch.Tensor],
         value: Sequence[torch.Tensor],
+        position: torch.Tensor | None = None,
+        importance: Sequence[torch.Tensor] = (),
     ) -> dict[str, Any]:
         """Logits of the last token of each row, and the caches with the new tokens in.
 
-        Whatever `past` and `count` say, nothing is read or written outside.
+        Whatever `past`, `count` and `position` say, nothing is read or written outside.
         """
         length = ids.shape[1]
-        first = past.clamp(0, self.max_length - length)
-        positions = first[:, None] + torch.arange(length, device=ids.device)
-        seen = torch.arange(self.max_length, device=ids.device) <= positions[:, None, :, None]
+        new = torch.arange(length, device=ids.device)
+        entries = past.clamp(0, self.max_length - length)[:, None] + new
+        places = entries if position is None else position.clamp(0, self.positions - length)[:, None] + new
+        numbers = torch.arange(self.max_length, device=ids.device)
+        seen = numbers <= entries[:, None, :, None]
         weight = next(self.model.parameters())
         mask = torch.zeros((), dtype=weight.dtype, device=ids.device).masked_fill(~seen, -torch.inf)
-        rows = Rows(positions, key, value)
+        rows = Rows(entries, key, value)
+        total = None
+        if importance:
+            held = (numbers < entries[:, :1])[:, None, :, None]  # what stands beyond is of entries that are gone
+            total = attention.Total(new < count[:, None], [torch.where(held, sums, 0.0) for sums in importance])
         self._last.index = count.clamp(1, length) - 1
         try:
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=rows, use_cache=True
-            ).logits
+            with attention.summing(total):
+                logits = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=rows, use_cache=True
+                ).logits
         finally:
             self._last.index = None
-        return {"logits": logits[:, 0], "key": tuple(rows.keys), "value": tuple(rows.values)}
+        caches = {"key": tuple(rows.keys), "value": tuple(rows.values)}
+        return {"logits": logits[:, 0], **caches, **({} if total is None else {"importance": tuple(total.sums)})}
 
 
 class Rows:
@@ -106,7 +122,7 @@ class _Widths(Rows):
         return key, value
 
 
-def widths(decoder: Decoder) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def widths(decoder: Decoder) -> Layers:
     """Heads and width of the keys and of the values that each layer keeps; compressed, where the model keeps them so.
 
     Raises:
