@@ -87,8 +87,12 @@ class Signature:
 
     @property
     def batch_axis(self) -> str | None:
-        """The dynamic axis that stands first in an input, along which samples stack; None where there is none."""
-        return next((s.shape[0] for s in self.inputs if s.shape and isinstance(s.shape[0], str)), None)
+        """The dynamic axis that stands first in an input, along which samples stack; None where there is none.
+
+        Of a decoder the one of its caches: each row has one.
+        """
+        stacked = [spec for spec in self.inputs if spec.name in self.states] or self.inputs
+        return next((s.shape[0] for s in stacked if s.shape and isinstance(s.shape[0], str)), None)
 
     def check(self, inputs: Mapping[str, Any]) -> dict[str, int]:
         """Checks arrays against the inputs' names, dtypes and shapes, and returns the sizes of the dynamic axes.

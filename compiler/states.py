@@ -5,7 +5,13 @@
 `ids` (batch, time) are the next tokens of each row, padded on the right; `past` (batch) says how many tokens the row's
 cache holds already, and `count` (batch) how many of its new ones are no padding. A cache has room for all tokens, on
 its third axis: (batch, heads, length, width). `logits` (batch, vocabulary) are those of the token that follows the last
-one of each row. `Signature.states` pairs the caches. Needs NumPy only.
+one of each row. `Signature.states` pairs the caches.
+
+    logits, *caches = decoder(ids, past, count, back, *caches)
+
+A decoder that checks drafts gives logits of several tokens of a row. `back` (kept) says how far before the last new
+token of its row each of them stands, 0 for the last one itself, and `logits` (batch, kept, vocabulary) are those that
+follow each. What would stand before the first new token is taken for the first. Needs NumPy only.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ import numpy as np
 from ..errors import DataError
 from .signature import Signature, TensorSpec
 
-IDS, PAST, COUNT, LOGITS = "ids", "past", "count", "logits"
+IDS, PAST, COUNT, BACK, LOGITS = "ids", "past", "count", "back", "logits"
 
 
 def caches(signature: Signature) -> list[TensorSpec]:
@@ -34,6 +40,19 @@ def vocabulary(signature: Signature) -> int | None:
     """How many tokens there are; None before the outputs are known."""
     size = next((spec.shape[-1] for spec in signature.outputs if spec.name == LOGITS), None)
     return size if isinstance(size, int) else None
+
+
+def looks_back(signature: Signature) -> bool:
+    """Whether a call takes `back`, and gives logits of several tokens of a row."""
+    return any(spec.name == BACK for spec in signature.inputs)
+
+
+def longest_draft(signature: Signature) -> int:
+    """How many tokens of a draft one call checks, at most: one place of `back` is that of the token before them."""
+    if not looks_back(signature):
+        return 0
+    axes = (signature.input(BACK).shape[0], signature.input(IDS).shape[1])
+    return min(signature.axes[axis].max if isinstance(axis, str) else axis for axis in axes) - 1
 
 
 def empty_caches(signature: Signature, batch: int) -> dict[str, np.ndarray]:
@@ -53,6 +72,8 @@ def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str
     given[IDS] = given[IDS].astype(signature.input(IDS).dtype)
     given.setdefault(PAST, np.zeros(rows, signature.input(PAST).dtype))
     given.setdefault(COUNT, np.full(rows, length, signature.input(COUNT).dtype))
+    if looks_back(signature):
+        given.setdefault(BACK, np.zeros(1, signature.input(BACK).dtype))
     if missing := [name for name in signature.states if name not in given]:
         if len(missing) < len(signature.states):
             raise DataError(
@@ -65,17 +86,23 @@ def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str
 def made_up(
     signature: Signature, batch: Mapping[str, np.ndarray], generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """A random batch with tokens of the whole vocabulary, rows of different lengths, and caches filled up to `past`."""
+    """A random batch with tokens of the whole vocabulary, rows of different lengths, and caches filled up to `past`.
+
+    Of a decoder that checks drafts, logits of any of the new tokens are wanted.
+    """
     rows, length = batch[IDS].shape
     room = max_length(signature)
     past = generator.integers(0, room - length + 1, rows)
     filled = np.arange(room) < past[:, None]
-    return {
+    made = {
         **{name: array if name not in signature.states else _up_to(array, filled) for name, array in batch.items()},
         IDS: generator.integers(0, vocabulary(signature) or 2, (rows, length)).astype(batch[IDS].dtype),
         PAST: past.astype(batch[PAST].dtype),
         COUNT: generator.integers(1, length + 1, rows).astype(batch[COUNT].dtype),
     }
+    if looks_back(signature):
+        made[BACK] = generator.integers(0, length, len(batch[BACK])).astype(batch[BACK].dtype)
+    return made
 
 
 def _up_to(cache: np.ndarray, filled: np.ndarray) -> np.ndarray:
@@ -86,8 +113,10 @@ def in_the_middle(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict
     """The call with caches that are half full, as generation meets them on the average: what is timed."""
     rows, length = batch[IDS].shape
     half = min(max_length(signature) // 2, max_length(signature) - length)
+    back = {BACK: np.zeros_like(batch[BACK])} if looks_back(signature) else {}
     return {
         **batch,
+        **back,
         PAST: np.full(rows, half, batch[PAST].dtype),
         COUNT: np.full(rows, length, batch[COUNT].dtype),
     }

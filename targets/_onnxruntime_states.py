@@ -7,14 +7,15 @@ state's input, which `shares_buffers` finds out when the engine is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..compiler.signature import Signature
-from ..compiler.states import COUNT, IDS, LOGITS, PAST, empty_caches
+from ..compiler.states import BACK, COUNT, IDS, LOGITS, PAST, empty_caches, looks_back
 from ..errors import EngineError
 from ._onnxruntime import HostRunner, failures, to_numpy
 from .base import Arrays, Bound, HostBound
@@ -71,7 +72,7 @@ class StatesRunner(HostRunner):
     def _call(self, inputs: Arrays) -> Callable[[], dict[str, np.ndarray]]:
         states = self._signature.states
         steps = self.steps(len(inputs[IDS]), {name: np.array(inputs[name], order="C") for name in states})
-        call = (inputs[IDS], inputs[PAST], inputs[COUNT])
+        call = (inputs[IDS], inputs[PAST], inputs[COUNT], inputs.get(BACK))
         outputs = {out: steps.caches[name] for name, out in states.items()}
         return lambda: {LOGITS: steps(*call), **outputs}
 
@@ -97,40 +98,47 @@ class Steps:
         self._states = signature.states
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy  # shares the array's memory
         self._buffers = {name: self._value(array) for name, array in self.caches.items()}
-        logits = next(spec for spec in signature.outputs if spec.name == LOGITS)
-        rows = len(next(iter(self.caches.values())))
-        self._logits = np.zeros((rows, int(logits.shape[-1])), logits.dtype)
+        self._logits = next(spec for spec in signature.outputs if spec.name == LOGITS)
+        self._looks_back = looks_back(signature)
         self._kept: _Call | None = None
 
-    def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """The logits (batch, vocabulary) that follow; valid until the next call."""
-        if self._kept is None or self._kept.shape != ids.shape:
-            self._kept = self._bound(ids.shape)
-        for array, given in zip(self._kept.arrays, (ids, past, count), strict=True):
-            array[...] = given
+    def __call__(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The logits (batch, vocabulary) that follow, or with `back` (batch, kept, vocabulary); until the next call."""
+        given = {IDS: ids, PAST: past, COUNT: count}
+        if self._looks_back:
+            given[BACK] = np.zeros(1, np.int64) if back is None else back
+        shapes = {name: array.shape for name, array in given.items()}
+        if self._kept is None or self._kept.shapes != shapes:
+            self._kept = self._bound(shapes)
+        for name, array in given.items():
+            self._kept.arrays[name][...] = array
         try:
             self._session.run_with_iobinding(self._kept.binding)
         except failures() as problem:
             raise EngineError(f"ONNX Runtime failed to run the engine: {problem}") from problem
-        return self._logits
+        return self._kept.logits if back is not None or not self._looks_back else self._kept.logits[:, 0]
 
-    def _bound(self, shape: Sequence[int]) -> _Call:
-        """Inputs of that shape and all outputs, bound to buffers of their own."""
-        arrays = tuple(np.zeros(size, np.int64) for size in (shape, shape[:1], shape[:1]))
+    def _bound(self, shapes: Mapping[str, tuple[int, ...]]) -> _Call:
+        """Inputs of these shapes and all outputs, bound to buffers of their own."""
+        arrays = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
+        logits = np.zeros((len(arrays[IDS]), *shapes.get(BACK, ()), int(self._logits.shape[-1])), self._logits.dtype)
         binding = self._session.io_binding()
-        for name, array in zip((IDS, PAST, COUNT), arrays, strict=True):
+        for name, array in arrays.items():
             binding.bind_ortvalue_input(name, self._value(array))
         for name, buffer in self._buffers.items():
             binding.bind_ortvalue_input(name, buffer)
             binding.bind_ortvalue_output(self._states[name], buffer)
-        binding.bind_ortvalue_output(LOGITS, self._value(self._logits))
-        return _Call(tuple(shape), arrays, binding)
+        binding.bind_ortvalue_output(LOGITS, self._value(logits))
+        return _Call(dict(shapes), arrays, logits, binding)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Call:
-    """What calls of one shape reuse."""
+    """What calls of the same shapes reuse."""
 
-    def __init__(self, shape: tuple[int, ...], arrays: tuple[np.ndarray, ...], binding: Any) -> None:
-        self.shape = shape
-        self.arrays = arrays
-        self.binding = binding
+    shapes: Mapping[str, tuple[int, ...]]
+    arrays: Arrays
+    logits: np.ndarray
+    binding: Any

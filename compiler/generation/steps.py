@@ -8,14 +8,19 @@ import numpy as np
 
 from ...targets.base import Arrays, Runner
 from ..signature import Signature
-from ..states import COUNT, IDS, LOGITS, PAST, empty_caches
+from ..states import BACK, COUNT, IDS, LOGITS, PAST, empty_caches, looks_back
 
 
 class Steps(Protocol):
     """Calls one after the other on the same caches."""
 
-    def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """The logits (batch, vocabulary) that follow; valid until the next call."""
+    def __call__(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The logits (batch, vocabulary) that follow; valid until the next call.
+
+        With `back`, of engines that take it, (batch, kept, vocabulary): those that follow each of these tokens.
+        """
 
 
 @runtime_checkable
@@ -39,14 +44,21 @@ class _InAndOut:
     def __init__(self, runner: Runner, signature: Signature, batch: int, shared: Arrays | None) -> None:
         self._runner = runner
         self._states = signature.states
+        self._looks_back = looks_back(signature)
         self._shared = shared
         self._caches = shared or empty_caches(signature, batch)
 
-    def __call__(self, ids: np.ndarray, past: np.ndarray, count: np.ndarray) -> np.ndarray:
-        outputs = self._runner.run({IDS: ids, PAST: past, COUNT: count, **self._caches})
+    def __call__(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+    ) -> np.ndarray:
+        call = {IDS: ids, PAST: past, COUNT: count}
+        if self._looks_back:
+            call[BACK] = np.zeros(1, np.int64) if back is None else back
+        outputs = self._runner.run({**call, **self._caches})
         if self._shared is None:
             self._caches = {name: outputs[output] for name, output in self._states.items()}
         else:
             for name, output in self._states.items():
                 self._shared[name][...] = outputs[output]
-        return np.asarray(outputs[LOGITS])
+        logits = np.asarray(outputs[LOGITS])
+        return logits[:, 0] if self._looks_back and back is None else logits

@@ -12,6 +12,7 @@ import torch
 from ....errors import RecipeError, SourceError
 from ...difference import relative_l2
 from ...signature import AxisRange, Signature, TensorSpec
+from ...states import BACK, COUNT, IDS, PAST
 from .. import Model, module
 from ..guard import first_line, foreign, quiet
 from .module import Decoder, widths
@@ -76,8 +77,9 @@ def load(
     decoder = Decoder(model, length).eval()
     with foreign(lambda error: _failed(model, error)):
         layers = widths(decoder)
-    signature = _signature(layers, length, options.batch)
+    signature, states = _signature(layers, length, options)
     _check(model, decoder, layers)
+    drafted = options.speculative_tokens
     loaded = module.load(
         decoder,
         weights=None,
@@ -85,9 +87,8 @@ def load(
         constants={},
         sample=None,
         device=device,
-        identity=f"{identity}{length}{options.batch}",
+        identity=f"{identity}{length}{options.batch}{f' {drafted}' if drafted else ''}",
     )
-    states = {name: f"{name}_out" for name in (spec.name for spec in signature.inputs[3:])}
     tokenizer = folder / "tokenizer.json" if folder and (folder / "tokenizer.json").is_file() else None
     return dataclasses.replace(
         loaded,
@@ -100,7 +101,9 @@ def load(
 def _length(model: transformers.PreTrainedModel, options: DecoderOptions) -> int:
     made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if options.max_length is None:
-        return min(made_for or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        length = min(made_for or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        options.check_room(length)
+        return length
     if made_for and options.max_length > made_for:
         raise RecipeError(
             f"max_length={options.max_length} is more than {type(model).__name__} was made for",
@@ -110,18 +113,30 @@ def _length(model: transformers.PreTrainedModel, options: DecoderOptions) -> int
     return options.max_length
 
 
-def _signature(layers: list[tuple[tuple[int, int], tuple[int, int]]], length: int, batch: int) -> Signature:
-    rows: str | int = "batch" if batch > 1 else 1
+def _signature(
+    layers: list[tuple[tuple[int, int], tuple[int, int]]], length: int, options: DecoderOptions
+) -> tuple[Signature, dict[str, str]]:
+    """The inputs, and the output of each cache by its input."""
+    rows: str | int = "batch" if options.batch > 1 else 1
     caches = [
         TensorSpec(f"{kind}.{layer}", "float32", (rows, sizes[which][0], length, sizes[which][1]))
         for which, kind in enumerate(("key", "value"))
         for layer, sizes in enumerate(layers)
     ]
-    tokens = TensorSpec("ids", "int64", (rows, "time"))
-    numbers = [TensorSpec(name, "int64", (rows,)) for name in ("past", "count")]
-    axes = {"batch": AxisRange(1, 1, batch), "time": AxisRange(1, 1, length)}
-    axes = {name: axis for name, axis in axes.items() if name in tokens.shape}
-    return Signature(inputs=(tokens, *numbers, *caches), axes=axes)
+    numbers = [
+        TensorSpec(IDS, "int64", (rows, "time")),
+        *(TensorSpec(name, "int64", (rows,)) for name in (PAST, COUNT)),
+    ]
+    if options.speculative_tokens:
+        numbers.append(TensorSpec(BACK, "int64", ("kept",)))
+    axes = {
+        "batch": AxisRange(1, 1, options.batch),
+        "time": AxisRange(1, 1, length),
+        "kept": AxisRange(1, 1, options.speculative_tokens + 1),
+    }
+    used = {size for spec in numbers for size in spec.shape}
+    axes = {name: axis for name, axis in axes.items() if name in used}
+    return Signature(inputs=(*numbers, *caches), axes=axes), {spec.name: f"{spec.name}_out" for spec in caches}
 
 
 def _check(

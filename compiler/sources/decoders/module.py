@@ -44,10 +44,11 @@ class Decoder(torch.nn.Module):
         count: torch.Tensor,
         key: Sequence[torch.Tensor],
         value: Sequence[torch.Tensor],
+        back: torch.Tensor | None = None,
     ) -> dict[str, Any]:
-        """Logits of the last token of each row, and the caches with the new tokens in.
+        """Logits of the last token of each row, or of those that `back` says, and the caches with the new tokens in.
 
-        Whatever `past` and `count` say, nothing is read or written outside.
+        Whatever `past`, `count` and `back` say, nothing is read or written outside.
         """
         length = ids.shape[1]
         first = past.clamp(0, self.max_length - length)
@@ -56,14 +57,16 @@ class Decoder(torch.nn.Module):
         weight = next(self.model.parameters())
         mask = torch.zeros((), dtype=weight.dtype, device=ids.device).masked_fill(~seen, -torch.inf)
         rows = Rows(positions, key, value)
-        self._last.index = count.clamp(1, length) - 1
+        last = (count.clamp(1, length) - 1)[:, None]
+        self._last.index = last if back is None else (last - back).clamp(0, length - 1)
         try:
             logits = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=rows, use_cache=True
             ).logits
         finally:
             self._last.index = None
-        return {"logits": logits[:, 0], "key": tuple(rows.keys), "value": tuple(rows.values)}
+        logits = logits[:, 0] if back is None else logits
+        return {"logits": logits, "key": tuple(rows.keys), "value": tuple(rows.values)}
 
 
 class Rows:
@@ -134,7 +137,11 @@ def widths(decoder: Decoder) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 class _Last:
-    """Before the output embeddings: of each row only the last token's state goes on, to spare the largest product."""
+    """Before the output embeddings: of each row only the states at `index` go on, to spare the largest product.
+
+    Attributes:
+        index: places (batch, kept) among the new tokens.
+    """
 
     index: torch.Tensor | None = None
 
@@ -142,7 +149,7 @@ class _Last:
         if self.index is None:
             return None
         (states,) = arguments
-        index = self.index[:, None, None].expand(-1, 1, states.shape[-1])
+        index = self.index[:, :, None].expand(-1, -1, states.shape[-1])
         return (states.gather(1, index),)
 
 

@@ -15,10 +15,13 @@ class DecoderOptions:
         max_length: tokens that the cache of a row holds, those of the prompt and of the answer together; None for what
             the model was made for, but not more than 1024.
         batch: rows that are generated at the same time, at most.
+        speculative_tokens: tokens of a draft that one call checks, at most; 0 for calls that give the logits of the last
+            token alone.
     """
 
     max_length: int | None = None
     batch: int = 8
+    speculative_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
@@ -27,3 +30,22 @@ class DecoderOptions:
             )
         if self.batch < 1:
             raise RecipeError("batch of the decoder is too small", expected="1 or more rows", found=self.batch)
+        if self.speculative_tokens < 0:
+            raise RecipeError(
+                "speculative_tokens of the decoder is too small", expected="0 or more", found=self.speculative_tokens
+            )
+        if self.max_length is not None:
+            self.check_room(self.max_length)
+
+    def check_room(self, length: int) -> None:
+        """Whether a cache of so many tokens has room for a draft.
+
+        Raises:
+            RecipeError: it has not.
+        """
+        if self.speculative_tokens >= length:
+            raise RecipeError(
+                "speculative_tokens of the decoder is as large as its cache",
+                expected=f"fewer than max_length={length}",
+                found=self.speculative_tokens,
+            )

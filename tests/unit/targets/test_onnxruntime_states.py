@@ -59,7 +59,7 @@ def test_caches_are_updated_in_the_buffers_that_they_are_in(runner):
 def test_a_shape_is_bound_once(runner, monkeypatch):
     steps, bound = runner.steps(1), []
     bind = steps._bound
-    monkeypatch.setattr(steps, "_bound", lambda shape: bound.append(shape) or bind(shape))
+    monkeypatch.setattr(steps, "_bound", lambda shapes: bound.append(shapes["ids"]) or bind(shapes))
     steps(np.array([[1, 2]]), np.array([0]), np.array([2]))
     for past in range(2, 6):
         steps(np.array([[3]]), np.array([past]), np.array([1]))
