@@ -196,10 +196,10 @@ class Engine:
     ) -> list[list[int]]:
         """Goes on with prompts, token by token; of engines of language models that were compiled with their cache.
 
-        With a `draft` a call checks several tokens, which that engine proposed, and the tokens are still those that this
-        engine finds by itself: one that it would not have chosen is replaced. Calls of several tokens round otherwise
-        than calls of one, so where two logits are equal up to rounding the other token may come; and where an
-        engine scales activations by all tokens of a call (int8-dynamic), logits differ by more than rounding.
+        With a `draft` a call checks several tokens that the draft proposed, and the result is what this engine finds by
+        itself: a token that it would not have chosen is replaced. Calls of several tokens round otherwise than calls of
+        one, so where two logits are equal up to rounding the other token may come. Where activations are scaled by all
+        tokens of a call (int8-dynamic), logits differ by more than rounding.
 
         Args:
             ids: tokens of a prompt, or of several, which may differ in length.

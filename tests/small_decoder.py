@@ -130,23 +130,27 @@ def greedy(prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def write_reference(folder: Path) -> None:
-    """A recorded prompt, and the logits that follow."""
+def write_reference(folder: Path, drafted: int = 0) -> None:
+    """A recorded prompt, and the logits that follow; with drafts, those that follow each of its last tokens."""
     prompt, room = [3, 1, 4], (1, HEADS, ROOM, WIDTH)
     inputs = {"ids": np.array([prompt]), "past": np.zeros(1, np.int64), "count": np.array([len(prompt)])}
     inputs |= {name: np.zeros(room, np.float32) for name in ("key", "value")}
+    logits = logits_after(prompt)
+    if drafted:
+        inputs["back"] = np.array([1, 0])
+        logits = np.stack([logits_after(prompt[:-1]), logits])
     folder.mkdir()
-    for name, arrays in (("inputs", inputs), ("outputs", {"logits": logits_after(prompt)[None].astype(np.float32)})):
+    for name, arrays in (("inputs", inputs), ("outputs", {"logits": logits[None].astype(np.float32)})):
         np.savez(folder / f"{name}.npz", **{f"0/{key}": array for key, array in arrays.items()})
 
 
-def write_bundle(folder: Path, made: onnx.ModelProto | None = None, **changes: object) -> Path:
-    """A bundle of one engine; `changes` are fields of its description."""
+def write_bundle(folder: Path, made: onnx.ModelProto | None = None, drafted: int = 0, **changes: object) -> Path:
+    """A bundle of one engine, which checks drafts of so many tokens; `changes` are fields of its description."""
     directory = folder / "engines" / "decoder"
     directory.mkdir(parents=True)
-    onnx.save(made or model(), directory / "model.onnx")
+    onnx.save(made or model(LOOKING_BACK if drafted else GRAPH), directory / "model.onnx")
     info = EngineInfo(
-        "decoder", "onnxruntime-cpu", "fp32", "model.onnx", signature(),
+        "decoder", "onnxruntime-cpu", "fp32", "model.onnx", signature(drafted),
         options={"threads": 1}, details={"in_place": True},
     )  # fmt: skip
     dataclasses.replace(info, **changes).write(directory)  # type: ignore[arg-type]
@@ -154,9 +158,9 @@ def write_bundle(folder: Path, made: onnx.ModelProto | None = None, **changes: o
         "name": "decoder", "target": "onnxruntime-cpu", "status": "ready", "reason": "", "to_do": "",
         "validation": {"passed": True, "tolerance": {"relative_l2": 1e-3}, "outputs": []},
     }  # fmt: skip
-    write_reference(folder / "reference")
+    write_reference(folder / "reference", drafted)
     manifest = {
-        "format": 1, "engines": [record], "benchmark": None, "signature": signature().to_json(),
+        "format": 1, "engines": [record], "benchmark": None, "signature": signature(drafted).to_json(),
         "files": hashes(folder),
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -10,7 +10,6 @@ import numpy as np
 from ...errors import EngineError
 from .sampling import Sampling
 
-
 Stream = Callable[[int, int], Any]
 """Takes the number of a row and its next token, as soon as it is known."""
 

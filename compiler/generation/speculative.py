@@ -136,7 +136,8 @@ def speculate(
         logits: those (vocabulary) that follow the prompt.
         longest: tokens that may be proposed for one call.
     """
-    text, end = prompt.tolist(), len(prompt) + max_new_tokens
+    text: list[int] = prompt.tolist()
+    end = len(text) + max_new_tokens
 
     def add(logits: np.ndarray) -> bool:
         """Whether more tokens are to come."""

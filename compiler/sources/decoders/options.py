@@ -15,8 +15,8 @@ class DecoderOptions:
         max_length: tokens that the cache of a row holds, those of the prompt and of the answer together; None for what
             the model was made for, but not more than 1024.
         batch: rows that are generated at the same time, at most.
-        speculative_tokens: tokens of a draft that one call checks, at most; 0 for calls that give the logits of the last
-            token alone.
+        speculative_tokens: tokens of a draft that one call checks, at most; where it is 0, calls give the logits of the
+            last token alone.
     """
 
     max_length: int | None = None

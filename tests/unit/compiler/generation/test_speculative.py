@@ -148,17 +148,11 @@ def test_tokens_are_streamed_as_they_come():
 @pytest.fixture(scope="module", params=[True, False], ids=["in place", "copied"])
 def engines(request, tmp_path_factory):
     """One that checks drafts, the same without, and one of other weights."""
-    made = {
-        "engine": (small["model"](small["LOOKING_BACK"]), small["signature"](3)),
-        "same": (small["model"](), small["signature"]()),
-        "other": (small["model"](seed=1), small["signature"]()),
-    }
+    made = {"engine": {"drafted": 3}, "same": {}, "other": {"made": small["model"](seed=1)}}
     opened = {}
-    for name, (graph, taken) in made.items():
-        folder = small["write_bundle"](
-            tmp_path_factory.mktemp(name), graph, signature=taken, details={"in_place": request.param}
-        )
-        opened[name] = load(folder)
+    for name, options in made.items():
+        folder = tmp_path_factory.mktemp(name)
+        opened[name] = load(small["write_bundle"](folder, **options, details={"in_place": request.param}))
     yield opened
     for engine in opened.values():
         engine.close()
