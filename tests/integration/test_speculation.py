@@ -1,4 +1,4 @@
-"""Speculative decoding with language models of transformers: the tokens are those of the greedy search without a draft."""
+"""Speculative decoding with models of transformers: the tokens are those of greedy search without a draft."""
 
 from __future__ import annotations
 
