@@ -7,7 +7,8 @@ fast as `AT_LEAST` says. The tokens of engines with fewer bits may differ.
 
 With `--sample` the model is that of samples/text, which is trained, and each candidate's perplexity on text that it
 never saw stands beside its times. Weights of 4 bits are in blocks of 32 and of 128 there, rounded to nearest and by
-GPTQ. The model is so small that engines of fewer bits need not be faster; the perplexity of fp32 must be the model's.
+GPTQ. The fp32 engine also runs with the one of 4 bits as its draft, which must not change a token; the share of
+proposed tokens that it takes, and how many tokens a call gives, stand beside the times. The model is so small that engines of fewer bits need not be faster; the perplexity of fp32 must be the model's.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str | int]]] = {
 }
 """Of the sample: what is added to a name, precisions, and options of quantization."""
 
+CHECKING, PROPOSING, DRAFTED = "engine fp32", "engine int4-weights", 4
+"""Of the sample: the engine that checks drafts of so many tokens, and the one that proposes them."""
+
 Answer = Callable[[int], list[int]]
 """Finds so many new tokens."""
 
@@ -53,10 +57,12 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     model, ids = sample() if options.sample else random_model()
     perplexities: dict[str, float] = {}
+    drafts: dict[str, enginesmith.Speculation] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         candidates = {"transformers": eager(model, ids), "transformers, static cache": eager(model, ids, "static")}
         if options.sample:
             perplexities = dict.fromkeys(candidates, perplexity_of(model))
+        engines: dict[str, enginesmith.Engine] = {}
         variants = VARIANTS if options.sample else {"": (options.precisions, {})}
         for suffix, (precisions, quantization) in variants.items():
             start = time.perf_counter()
@@ -66,10 +72,14 @@ def main() -> int:
             print(f"compiled{suffix} in {time.perf_counter() - start:.0f} s")
             for record in bundle.manifest["engines"]:
                 name = f"engine {record['precision']}{suffix}"
-                opened = stack.enter_context(bundle.load(record["name"]))
-                candidates[name] = engine(opened, ids)
+                engines[name] = stack.enter_context(bundle.load(record["name"]))
+                candidates[name] = engine(engines[name], ids)
                 if options.sample:
-                    perplexities[name] = opened.perplexity(held_out())
+                    perplexities[name] = engines[name].perplexity(held_out())
+        if options.sample:
+            name = f"{CHECKING}, draft {PROPOSING.removeprefix('engine ')}"
+            drafts[name] = enginesmith.Speculation()
+            candidates[name] = engine(engines[CHECKING], ids, engines[PROPOSING], drafts[name])
         found = race(candidates, options.rounds, options.seed)
     best = min(row["token_ms"] for name, row in found.items() if name.startswith("transformers"))
     for name, row in found.items():
@@ -78,6 +88,10 @@ def main() -> int:
         if name in perplexities:
             row["perplexity"] = perplexities[name]
             times += f", perplexity {row['perplexity']:.3f}"
+        if name in drafts:
+            row["accepted"] = drafts[name].accepted / drafts[name].proposed
+            row["tokens_per_call"] = drafts[name].tokens / drafts[name].calls
+            times += f", {row['accepted']:.0%} of the draft taken, {row['tokens_per_call']:.2f} tokens a call"
         print(f"{name:42} {times}, {row['speed_up']:.2f}x")
     reached = {
         "engine fp32": found["engine fp32"]["speed_up"],
@@ -86,6 +100,7 @@ def main() -> int:
     passed = found["engine fp32"]["same_tokens"] and reached["engine fp32"] >= AT_LEAST["engine fp32"]
     if options.sample:
         passed = passed and math.isclose(perplexities["engine fp32"], perplexities["transformers"], rel_tol=1e-3)
+        passed = passed and all(found[name]["same_tokens"] for name in drafts)
     else:
         passed = passed and reached["the fastest engine"] >= AT_LEAST["the fastest engine"]
     what = "generation_sample" if options.sample else "generation"
@@ -132,7 +147,9 @@ def compiled(
     return enginesmith.compile(
         model,
         place,
-        decoder={"max_length": 512 if options.sample else options.max_length, "batch": 4 if options.sample else 1},
+        decoder={"max_length": 512, "batch": 4, "speculative_tokens": DRAFTED}
+        if options.sample
+        else {"max_length": options.max_length, "batch": 1},
         targets=[f"onnxruntime-cpu:threads={options.threads}"],
         precisions=precisions,
         quantization=quantization,
@@ -159,9 +176,14 @@ def eager(model: transformers.PreTrainedModel, ids: np.ndarray, cache: str | Non
     return answer
 
 
-def engine(opened: enginesmith.Engine, ids: np.ndarray) -> Answer:
-    """An engine's greedy search."""
-    return lambda count: opened.generate(ids, count)[0]
+def engine(
+    opened: enginesmith.Engine,
+    ids: np.ndarray,
+    draft: enginesmith.Engine | None = None,
+    counts: enginesmith.Speculation | None = None,
+) -> Answer:
+    """An engine's greedy search, with a draft or without."""
+    return lambda count: opened.generate(ids, count, draft=draft, speculation=counts)[0]
 
 
 def race(candidates: dict[str, Answer], rounds: int, seed: int) -> dict[str, dict[str, float]]:

@@ -55,6 +55,11 @@ def longest_draft(signature: Signature) -> int:
     return min(signature.axes[axis].max if isinstance(axis, str) else axis for axis in axes) - 1
 
 
+def class_scores(signature: Signature) -> frozenset[str]:
+    """The outputs that are class scores, of which a rank of 3 alone would not tell it."""
+    return frozenset([LOGITS] if signature.states and looks_back(signature) else [])
+
+
 def empty_caches(signature: Signature, batch: int) -> dict[str, np.ndarray]:
     """Caches that hold nothing yet, for so many rows."""
     return {

@@ -7,7 +7,15 @@ import pytest
 
 from enginesmith.compiler.data import open_data, random_batch
 from enginesmith.compiler.signature import AxisRange, Signature
-from enginesmith.compiler.states import completed, in_the_middle, longest_draft, made_up, max_length, vocabulary
+from enginesmith.compiler.states import (
+    class_scores,
+    completed,
+    in_the_middle,
+    longest_draft,
+    made_up,
+    max_length,
+    vocabulary,
+)
 from enginesmith.compiler.trial import sized
 from enginesmith.errors import DataError
 
@@ -88,6 +96,7 @@ def test_a_decoder_that_checks_drafts_takes_one_token_more_than_a_draft(signatur
     assert (longest_draft(signature), longest_draft(checking)) == (0, 3)
     short = dataclasses.replace(checking, axes={**checking.axes, "time": AxisRange(1, 1, 2)})
     assert longest_draft(short) == 1
+    assert (class_scores(signature), class_scores(checking)) == (frozenset(), {"logits"})
 
 
 def test_calls_that_look_back_are_made_up_and_completed():
