@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from .manifest import Benchmark, EngineRecord, SpeedUp, Validation
 from .signature import Signature
+from .validation.metrics import TOLERANCES
 
 LEVEL = 1.03
 """Ratio of two medians up to which they are called equal."""
@@ -24,6 +25,9 @@ STEPS = {"pruned": "pruned", "sparse": "made sparse", "aligned": "aligned"}
 LOSSY = "int8"
 """The precision whose bounds hold for an engine with a lossy step: it approximates weights, as 8 bits do."""
 
+STORED = "int8-weights"
+"""Likewise where caches are kept in 8 bits: keys and values are rounded as weights are, and products are not."""
+
 _LOSSY = ("-pruned", "-sparse")
 """Steps that change results, in the names of engines."""
 
@@ -31,6 +35,14 @@ _LOSSY = ("-pruned", "-sparse")
 def is_lossy(engine: EngineRecord) -> bool:
     """Whether an optional step of an engine changes its results."""
     return any(step in engine["name"] for step in _LOSSY)
+
+
+def judged_as(engine: EngineRecord) -> str:
+    """The precision whose bounds hold for an engine."""
+    if is_lossy(engine):
+        return LOSSY
+    stored = bool(engine["details"].get("caches_in_8_bits"))
+    return max((engine["precision"], *([STORED] if stored else [])), key=list(TOLERANCES).index)
 
 
 def drop(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> None:
