@@ -1,7 +1,7 @@
 """Stores the caches of a decoder in 8 bits instead of 32, with scales from calibration.
 
     stored = clip(round(new / scale), -128, 127)        attention reads stored * scale
-    scale  = the largest |new| on the calibration data / 127, for each head and channel of keys and of values
+    scale  = headroom * the largest |new| on the calibration data / 127, for each head and channel
 
 It is for a graph whose attention is fused (`fuse-attention`): GroupQueryAttention takes such caches, and reads a
 quarter of the bytes. Caches of other attention, such as the latent of DeepSeek, are stored likewise; what attends reads
@@ -42,14 +42,19 @@ class KvCache(Pass):
 
     Attributes:
         per_channel: a scale for each head and channel; else one for all keys and one for all values of a layer.
+        headroom: how many times what the data reach can be told. More rounds more, less clips the largest keys of
+            other texts.
         limit: relative L2 by which the result of an attention may change; one that changes more keeps its caches.
     """
 
     name: ClassVar[str] = "kv-cache"
     per_channel: bool = True
+    headroom: float = 1.25
     limit: float = 0.05
 
     def __post_init__(self) -> None:
+        if not 1 <= self.headroom <= 4:
+            raise ValueError(f"headroom lies between 1 and 4, not at {self.headroom}")
         if not 0 < self.limit < 1:
             raise ValueError(f"limit lies between 0 and 1, not at {self.limit}")
 
@@ -101,7 +106,7 @@ class KvCache(Pass):
         found = {}
         for cache in caches:
             if (peaks := _peaks(cache, statistics)) is not None:
-                peaks = np.maximum(peaks, given[cache.name])
+                peaks = self.headroom * np.maximum(peaks, given[cache.name])
                 found[cache.name] = scales(peaks[None, :, None] if self.per_channel else peaks.max(keepdims=True)[0])
         return found
 
@@ -109,7 +114,7 @@ class KvCache(Pass):
         """Why a node's caches are not stored in 8 bits; empty where they are."""
         for cache in writer.caches:
             if cache.name not in chosen:
-                return f"{cache.new.name!r}, which is written, holds NaN, infinite values or none on the data"
+                return f"{cache.new.name!r}, which is written, is not finite on the data, or beyond 1e30"
         error = errors[label(writer.node)]
         if error <= self.limit:
             return ""
