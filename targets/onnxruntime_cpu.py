@@ -132,7 +132,7 @@ class OnnxRuntimeCpu(Target):
         details = examine(request.directory / info.entry, self._session(), sample, request.cache)
         if info.signature.states:
             details["in_place"] = shares_buffers(request.directory / info.entry, info.signature.states)
-            details["cache_bytes_per_row"] = row_bytes(info.signature)
+            details["cache_row_bytes"] = row_bytes(info.signature)
             details["caches_in_8_bits"] = len(in_eight_bits(info.signature))
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
         return dataclasses.replace(info, versions=self.versions(), details=details)

@@ -22,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..graph import Graph
 from ..graph.editing import is_constant
+from ..graph.precision import keep
 from ..graph.schemas import MICROSOFT
 from ..graph.selection import label
 from .patch import Patch, Patcher
@@ -230,12 +231,13 @@ def _quantized(patcher: Patcher, patch: Patch, value: ir.Value, scale: ir.Value)
     """A float value as INT8, rounded to nearest even and clipped, as ONNX Runtime's kernels do."""
     title, shape, dtype = f"{value.name}/8", value.shape, ir.DataType.FLOAT
     low, high = (patcher.initializer(f"{title}/limit", np.array(limit, np.float32)) for limit in (LOWEST, HIGHEST))
-    (value,) = patch.add("Div", [value, scale], [(f"{title}/scaled", dtype, shape)])
-    (value,) = patch.add("Round", [value], [(f"{title}/rounded", dtype, shape)])
-    (value,) = patch.add("Clip", [value, low, high], [(f"{title}/clipped", dtype, shape)])
+    (scaled,) = patch.add("Div", [value, scale], [(f"{title}/scaled", dtype, shape)])
+    (rounded,) = patch.add("Round", [scaled], [(f"{title}/rounded", dtype, shape)])
+    (clipped,) = patch.add("Clip", [rounded, low, high], [(f"{title}/clipped", dtype, shape)])
     integer = ir.DataType.INT8
-    (value,) = patch.add("Cast", [value], [(f"{title}/integer", integer, shape)], {"to": integer.value})
-    return value
+    (result,) = patch.add("Cast", [clipped], [(f"{title}/integer", integer, shape)], {"to": integer.value})
+    _kept(scaled, rounded, clipped, result)
+    return result
 
 
 def _real(patch: Patch, value: ir.Value, scale: ir.Value) -> ir.Value:
@@ -243,7 +245,15 @@ def _real(patch: Patch, value: ir.Value, scale: ir.Value) -> ir.Value:
     dtype = ir.DataType.FLOAT
     (wide,) = patch.add("Cast", [value], [(f"{value.name}/wide", dtype, value.shape)], {"to": dtype.value})
     (real,) = patch.add("Mul", [wide, scale], [(f"{value.name}/real", dtype, value.shape)])
+    _kept(wide, real)
     return real
+
+
+def _kept(*values: ir.Value) -> None:
+    """Has what makes these values stay in float32 where the rest is lowered, so that `stored` finds it."""
+    for value in values:
+        if (node := value.producer()) is not None:
+            keep(node, "it converts a cache that is stored in 8 bits")
 
 
 def _is_divided(node: ir.Node) -> bool:

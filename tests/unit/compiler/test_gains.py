@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from enginesmith.compiler.gains import drop, is_lossy
+from enginesmith.compiler.gains import drop, is_lossy, judged_as
 from enginesmith.compiler.signature import Signature
 from enginesmith.compiler.trial import verdict
 
@@ -120,3 +120,17 @@ def test_alignment_changes_no_result() -> None:
     assert is_lossy(engine("dense-sparse", "dense"))
     assert not is_lossy(engine("dense-aligned", "dense"))
     assert not is_lossy(engine("dense"))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "stored", "expected"),
+    [
+        ("dense", "fp32", 0, "fp32"),
+        ("dense", "fp32", 8, "int8-weights"),
+        ("dense", "fp16", 2, "int8-weights"),
+        ("dense", "int8", 2, "int8"),
+        ("dense-sparse", "fp32", 2, "int8"),
+    ],
+)
+def test_the_bounds_of_an_engine_are_those_of_what_is_coarsest_in_it(name, precision, stored, expected) -> None:
+    assert judged_as(engine(name, precision=precision, details={"caches_in_8_bits": stored})) == expected
