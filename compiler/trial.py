@@ -91,7 +91,8 @@ def validate_engines(
     for number, engine in enumerate(ready):
         update(number / len(ready), engine["name"])
         directory = folder / "engines" / engine["name"]
-        judged_as = gains.judged_as(engine)
+        info = EngineInfo.read(directory)
+        judged_as = gains.judged_as(info)
         spent = budget if judged_as != "fp32" else None
         try:
             runner = open_runner(folder, engine)
@@ -104,7 +105,7 @@ def validate_engines(
                 runner,
                 reference,
                 precision=judged_as,
-                signature=as_floats(EngineInfo.read(directory).signature),
+                signature=as_floats(info.signature),
                 tolerance=_tolerance(recipe, engine["precision"], spent, lossy=gains.is_lossy(engine)),
                 floor=floor,
                 metric=metric,

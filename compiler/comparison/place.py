@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import cast
 
 from ...errors import EngineMismatchError, UsageError
 from ...targets import get_target
@@ -49,8 +48,7 @@ class Place:
     @property
     def judged_as(self) -> str:
         """The precision whose bounds hold for it."""
-        fields = {name: getattr(self.info, name) for name in ("name", "precision", "details")}
-        return gains.judged_as(cast(EngineRecord, fields))
+        return gains.judged_as(self.info)
 
     @property
     def tolerance(self) -> Tolerance:
