@@ -28,6 +28,7 @@ from ..compiler.graph.editing import flattened
 from ..compiler.graph.probe import Arrays, Tapped
 from ..compiler.graph.selection import label
 from ..compiler.quantization.caches import Cache, Writer, beside, find, scales, store
+from ..errors import GraphError
 from .base import Context, Pass, PassResult, Refusal
 
 BATCHES = 4
@@ -82,7 +83,11 @@ class KvCache(Pass):
         caches = [cache for writer in writers for cache in writer.caches]
         statistics = calibration.statistics(work, [cache.new.name or "" for cache in caches])
         chosen = self._scales(caches, statistics, calibration)
-        errors = _errors(work, states, chosen, itertools.islice(calibration.limited(), BATCHES))
+        try:
+            errors = _errors(work, states, chosen, itertools.islice(calibration.limited(), BATCHES))
+        except GraphError as error:  # the data ran through the graph before: it is the new nodes' fault
+            reason = Refusal(f"the caches stay float: this ONNX Runtime does not run them in 8 bits: {error.found}")
+            return PassResult(modified=False, refusals=(reason, *refusals))
         for writer in writers:
             if reason := self._why_not(writer, chosen, errors):
                 refusals.append(Refusal(f"its caches stay float: {reason}", label(writer.node)))

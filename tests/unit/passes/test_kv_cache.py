@@ -7,6 +7,7 @@ import pytest
 from enginesmith.compiler.calibration import Calibration
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.graph.probe import Tapped, run
+from enginesmith.compiler.quantization.patch import Patch
 from enginesmith.compiler.signature import Signature
 from enginesmith.errors import RecipeError
 from enginesmith.passes import parse_pass
@@ -150,6 +151,24 @@ def test_what_changes_too_much_stays_and_says_by_how_much():
     assert made.fingerprint() == graph().fingerprint()
 
 
+def test_a_runtime_without_such_attention_leaves_the_caches(monkeypatch):
+    add = Patch.add
+
+    def unknown(patch, operator, inputs, outputs, attributes=None, **options):
+        if operator == "GroupQueryAttention":
+            attributes = {**attributes, "k_quant_type": "PER_ROW"}
+        return add(patch, operator, inputs, outputs, attributes, **options)
+
+    made = graph()
+    monkeypatch.setattr(Patch, "add", unknown)
+    _, result = stored(made=made)
+    assert not result.modified
+    assert result.refusals[0].reason.startswith(
+        "the caches stay float: this ONNX Runtime does not run them in 8 bits: [ONNXRuntimeError]"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_what_no_scale_reaches_stays():
     text = small["GRAPH"].replace("k0 = MatMul(h, wk)", "k00 = MatMul(h, wk)  k0 = Mul(k00, huge)")
     text = text.replace("float open = {0}", "float open = {0}, float huge = {1e32}")
