@@ -86,8 +86,10 @@ class KvCache(Pass):
         try:
             errors = _errors(work, states, chosen, itertools.islice(calibration.limited(), BATCHES))
         except GraphError as error:  # the data ran through the graph before: it is the new nodes' fault
-            reason = Refusal(f"the caches stay float: this ONNX Runtime does not run them in 8 bits: {error.found}")
-            return PassResult(modified=False, refusals=(reason, *refusals))
+            refused_all = Refusal(
+                f"the caches stay float: this ONNX Runtime does not run them in 8 bits: {error.found}"
+            )
+            return PassResult(modified=False, refusals=(refused_all, *refusals))
         for writer in writers:
             if reason := self._why_not(writer, chosen, errors):
                 refusals.append(Refusal(f"its caches stay float: {reason}", label(writer.node)))

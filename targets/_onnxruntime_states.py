@@ -52,7 +52,7 @@ def saved(request: BuildRequest, entry: Path) -> BuildRequest:
 
     Caches that the graph keeps in 8 bits are taken and given so, and their scales are saved beside it.
     """
-    from ..compiler.quantization.caches import stored
+    from ..compiler.quantization.cache_ends import stored
 
     graph, signature = request.graph, request.signature
     assert graph is not None

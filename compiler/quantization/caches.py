@@ -4,7 +4,7 @@
     past -> / scale, round, clip -> INT8 -> write(new) -> INT8 -> * scale -> present
 
 The graph takes and gives floats as before, so that it can be run and compared like any other. A target whose runtime
-keeps caches from call to call takes the conversions off both ends with `stored`, and keeps the INT8 alone.
+keeps caches from call to call takes the conversions off both ends (cache_ends.py), and keeps the INT8 alone.
 
 A cache is written by GroupQueryAttention, which quantizes new keys and values itself and reads INT8, or by a Scatter:
 what is new is quantized before it, and those that attend read all of the cache times its scale.
@@ -13,21 +13,19 @@ what is new is quantized before it, and those that attend read all of the cache 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..graph import Graph
-from ..graph.editing import is_constant
 from ..graph.precision import keep
 from ..graph.schemas import MICROSOFT
 from ..graph.selection import label
+from .cache_ends import HIGHEST, LOWEST, conversion
 from .patch import Patch, Patcher
 
-LOWEST, HIGHEST = -128, 127
 _LEAST = float(np.finfo(np.float32).tiny)
 
 
@@ -84,7 +82,8 @@ def find(graph: Graph, states: Mapping[str, str]) -> tuple[list[Writer], dict[st
     found: dict[ir.Node, list[Cache]] = {}
     refused: dict[str, str] = {}
     for name, output in states.items():
-        past = inputs[name]
+        if (past := inputs.get(name)) is None:
+            continue
         uses = tuple(past.uses())
         node = uses[0].node if len(uses) == 1 else None
         if past.dtype != ir.DataType.FLOAT or (node is not None and _is_divided(node)):
@@ -138,36 +137,6 @@ def beside(graph: Graph, states: Mapping[str, str], scale: Mapping[str, np.ndarr
 def _chosen(graph: Graph, states: Mapping[str, str], scale: Mapping[str, np.ndarray]) -> list[Writer]:
     writers, _ = find(graph, states)
     return [writer for writer in writers if all(cache.name in scale for cache in writer.caches)]
-
-
-def stored(graph: Graph, states: Mapping[str, str]) -> tuple[Graph, dict[str, np.ndarray]]:
-    """A copy that takes and gives INT8 where the graph converts a cache to it, and the scales by the name of the input.
-
-    A cache of which that does not hold stays as it is, and has no scale.
-    """
-    work = graph.clone()
-    main = work.model.graph
-    inputs = {value.name or "": value for value in main.inputs}
-    found: dict[str, np.ndarray] = {}
-    for name, output in states.items():
-        place = next((place for place, value in enumerate(main.outputs) if value.name == output), None)
-        taken = _conversion(inputs[name])
-        if taken is None or place is None:
-            continue
-        quantized, scale = taken
-        given, real = _origin(main.outputs[place], scale), main.outputs[place]
-        if given is None or given.is_graph_output():
-            continue
-        past = inputs[name]
-        past.type = ir.TensorType(ir.DataType.INT8)
-        ir.convenience.replace_all_uses_with(quantized, past)
-        real.name = f"{output}/real"
-        given.name, given.shape = output, past.shape
-        main.outputs[place] = given
-        found[name] = scale
-    if found:
-        RemoveUnusedNodesPass()(work.model)
-    return work, found
 
 
 def _cache(node: ir.Node, past: ir.Value, place: int, output: str) -> Cache | None:
@@ -250,7 +219,7 @@ def _real(patch: Patch, value: ir.Value, scale: ir.Value) -> ir.Value:
 
 
 def _kept(*values: ir.Value) -> None:
-    """Has what makes these values stay in float32 where the rest is lowered, so that `stored` finds it."""
+    """Has what makes these values stay in float32 where the rest is lowered, so that `cache_ends.stored` finds it."""
     for value in values:
         if (node := value.producer()) is not None:
             keep(node, "it converts a cache that is stored in 8 bits")
@@ -258,45 +227,4 @@ def _kept(*values: ir.Value) -> None:
 
 def _is_divided(node: ir.Node) -> bool:
     """Whether a node is the first of those that make INT8 of a cache."""
-    return node.op_type == "Div" and _conversion(node.inputs[0]) is not None
-
-
-def _conversion(past: ir.Value | None) -> tuple[ir.Value, np.ndarray] | None:
-    """The INT8 that a graph makes of an input, and the scale, where it does nothing else with it."""
-    chain = list(_readers(past, ("Div", "Round", "Clip", "Cast")))
-    if len(chain) != 4 or chain[3].outputs[0].dtype != ir.DataType.INT8:
-        return None
-    scale = _constant(chain[0].inputs[1])
-    limits = [_constant(value) for value in chain[2].inputs[1:3]]
-    if scale is None or [None if limit is None else float(limit) for limit in limits] != [LOWEST, HIGHEST]:
-        return None
-    return chain[3].outputs[0], scale
-
-
-def _readers(value: ir.Value | None, operators: tuple[str, ...]) -> Iterator[ir.Node]:
-    """Nodes of these kinds, each of which alone reads what the one before gives."""
-    for operator in operators:
-        uses = () if value is None else tuple(value.uses())
-        if len(uses) != 1 or uses[0].idx or uses[0].node.op_type != operator or uses[0].node.domain:
-            return
-        yield uses[0].node
-        value = uses[0].node.outputs[0]
-
-
-def _origin(real: ir.Value, scale: np.ndarray) -> ir.Value | None:
-    """The INT8 that times a scale gives a value."""
-    product = real.producer()
-    if product is None or product.op_type != "Mul" or product.domain:
-        return None
-    factor, cast = _constant(product.inputs[1]), product.inputs[0]
-    wide = None if cast is None else cast.producer()
-    if wide is None or wide.op_type != "Cast" or factor is None or not np.array_equal(factor, scale):
-        return None
-    given = wide.inputs[0]
-    return given if given is not None and given.dtype == ir.DataType.INT8 else None
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    if value is None or not is_constant(value) or value.const_value is None:
-        return None
-    return value.const_value.numpy()
+    return node.op_type == "Div" and conversion(node.inputs[0]) is not None
