@@ -7,9 +7,10 @@ fast as `AT_LEAST` says. The tokens of engines with fewer bits may differ.
 
 With `--sample` the model is that of samples/text, which is trained, and each candidate's perplexity on text that it
 never saw stands beside its times. Weights of 4 bits are in blocks of 32 and of 128 there, rounded to nearest and by
-GPTQ. The fp32 engine also runs with the one of 4 bits as its draft, which must not change a token; the share of
-proposed tokens that it takes, and how many tokens a call gives, stand beside the times. The model is so small that
-engines of fewer bits, and a draft, need not be faster; the perplexity of fp32 must be the model's.
+GPTQ, and caches of 8 bits have a scale for each channel or one. The fp32 engine also runs with the one of 4 bits as its
+draft, which must not change a token; the share of proposed tokens that it takes, and how many tokens a call gives, stand
+beside the times. The model is so small that engines of fewer bits, and a draft, need not be faster; the perplexity of
+fp32 must be the model's.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ AT_LEAST = {"engine fp32": 1.0, "the fastest engine": 3.0}
 
 PRECISIONS = ("fp32", "int8-dynamic", "int8-weights", "int4-weights")
 SAMPLE = Path(__file__).parents[1] / "samples" / "text"
-VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str | int]]] = {
-    "": (PRECISIONS, {}),
-    ", GPTQ": (("int8-weights", "int4-weights"), {"rounding": "gptq"}),
-    ", blocks of 128": (("int4-weights",), {"block": 128}),
-    ", blocks of 128, GPTQ": (("int4-weights",), {"block": 128, "rounding": "gptq"}),
+VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str | int], str | None]] = {
+    "": (PRECISIONS, {}, None),
+    ", GPTQ": (("int8-weights", "int4-weights"), {"rounding": "gptq"}, None),
+    ", blocks of 128": (("int4-weights",), {"block": 128}, None),
+    ", blocks of 128, GPTQ": (("int4-weights",), {"block": 128, "rounding": "gptq"}, None),
+    ", caches of 8 bits": (("fp32", "int4-weights"), {}, "kv-cache"),
+    ", caches of 8 bits, one scale": (("fp32",), {}, "kv-cache:per_channel=false"),
 }
-"""Of the sample: what is added to a name, precisions, and options of quantization."""
+"""Of the sample: what is added to a name, precisions, options of quantization, and a pass behind the others."""
 
 CHECKING, PROPOSING, DRAFTED = "engine fp32", "engine int4-weights", 4
 """Of the sample: the engine that checks drafts of so many tokens, and the one that proposes them."""
@@ -64,12 +67,12 @@ def main() -> int:
         if options.sample:
             perplexities = dict.fromkeys(candidates, perplexity_of(model))
         engines: dict[str, enginesmith.Engine] = {}
-        variants = VARIANTS if options.sample else {"": (options.precisions, {})}
-        for suffix, (precisions, quantization) in variants.items():
+        variants = VARIANTS if options.sample else {"": (options.precisions, {}, None)}
+        for suffix, (precisions, quantization, also) in variants.items():
             start = time.perf_counter()
             place = options.bundle or Path(folder) / "bundle"
             place = place / str(len(candidates)) if options.sample else place
-            bundle = compiled(model, place, precisions, quantization, options)
+            bundle = compiled(model, place, precisions, quantization, also, options)
             print(f"compiled{suffix} in {time.perf_counter() - start:.0f} s")
             for record in bundle.manifest["engines"]:
                 name = f"engine {record['precision']}{suffix}"
@@ -142,6 +145,7 @@ def compiled(
     place: Path,
     precisions: Sequence[str],
     quantization: Mapping[str, str | int],
+    also: str | None,
     options: argparse.Namespace,
 ) -> enginesmith.Bundle:
     """The model with its cache and fused attention, in each precision."""
@@ -155,7 +159,7 @@ def compiled(
         precisions=precisions,
         quantization=quantization,
         calibration_data=str(SAMPLE / "calibration.npz") if options.sample else None,
-        passes=["simplify", "dedupe", "fuse-attention"],
+        passes=["simplify", "dedupe", "fuse-attention", *([also] if also else [])],
         random_calibration=not options.sample,
         benchmark=False,
         max_samples=1,

@@ -5,7 +5,8 @@
 `ids` (batch, time) are the next tokens of each row, padded on the right; `past` (batch) says how many tokens the row's
 cache holds already, and `count` (batch) how many of its new ones are no padding. A cache has room for all tokens, on
 its third axis: (batch, heads, length, width). `logits` (batch, vocabulary) are those of the token that follows the last
-one of each row. `Signature.states` pairs the caches.
+one of each row. `Signature.states` pairs the caches. An engine may keep them in int8, with scales of its own: its
+signature says so.
 
     logits, *caches = decoder(ids, past, count, back, *caches)
 
@@ -16,7 +17,9 @@ follow each. What would stand before the first new token is taken for the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -66,6 +69,35 @@ def empty_caches(signature: Signature, batch: int) -> dict[str, np.ndarray]:
         spec.name: np.zeros([batch if isinstance(size, str) else size for size in spec.shape], spec.dtype)
         for spec in caches(signature)
     }
+
+
+def row_bytes(signature: Signature) -> int:
+    """Bytes that the caches of one row take."""
+    return sum(math.prod(map(int, spec.shape[1:])) * np.dtype(spec.dtype).itemsize for spec in caches(signature))
+
+
+def in_eight_bits(signature: Signature) -> list[str]:
+    """The caches that an engine keeps in 8 bits."""
+    return [spec.name for spec in caches(signature) if spec.dtype == "int8"]
+
+
+def as_floats(signature: Signature) -> Signature:
+    """What a call takes and gives whose caches are the model's own: those that are kept in 8 bits come as float32."""
+    return _with_dtype(signature, in_eight_bits(signature), "float32")
+
+
+def as_stored(signature: Signature, names: Collection[str]) -> Signature:
+    """The same with these caches in 8 bits."""
+    return _with_dtype(signature, names, "int8")
+
+
+def _with_dtype(signature: Signature, names: Collection[str], dtype: str) -> Signature:
+    changed = {*names, *(signature.states[name] for name in names)}
+    inputs, outputs = (
+        tuple(dataclasses.replace(spec, dtype=dtype) if spec.name in changed else spec for spec in specs)
+        for specs in (signature.inputs, signature.outputs)
+    )
+    return dataclasses.replace(signature, inputs=inputs, outputs=outputs)
 
 
 def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ PASSES = {
     "fuse-attention": "fuse_attention:FuseAttention",
     "fuse-embeddings": "fuse_embeddings:FuseEmbeddings",
     "fuse-transformer": "fuse_transformer:FuseTransformer",
+    "kv-cache": "kv_cache:KvCache",
     "opset": "opset:Opset",
     "partition": "partition:Partition",
     "pin": "pin:Pin",

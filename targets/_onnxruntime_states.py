@@ -3,6 +3,8 @@
 An output that is bound to the buffer of its input makes ONNX Runtime write into it: GroupQueryAttention then writes the
 new keys and values alone, and ScatterElements leaves the copy out. That is right as long as nothing else reads a
 state's input, which `shares_buffers` finds out when the engine is built.
+
+Caches may be kept in 8 bits. Those of a call that gives them as float32 are stored in copies, and come back as float32.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..compiler.signature import Signature
-from ..compiler.states import BACK, COUNT, IDS, LOGITS, PAST, empty_caches, looks_back
+from ..compiler.states import BACK, COUNT, IDS, LOGITS, PAST, as_stored, empty_caches, looks_back
 from ..errors import EngineError
+from ._caches import Caches
 from ._onnxruntime import HostRunner, failures, to_numpy
-from .base import Arrays, Bound, HostBound
+from .base import Arrays, Bound, BuildRequest, HostBound
 
 _WRITES = {"ScatterElements": (0,), "ScatterND": (0,), "GroupQueryAttention": (3, 4)}
 """Operators that leave what is not new where it is, where input and output share a buffer: places of that input."""
@@ -44,6 +47,28 @@ def shares_buffers(path: Path, states: Mapping[str, str]) -> bool:
     return True
 
 
+def saved(request: BuildRequest, entry: Path) -> BuildRequest:
+    """Saves the graph of a request, and gives the request with the signature of what is saved.
+
+    Caches that the graph keeps in 8 bits are taken and given so, and their scales are saved beside it.
+    """
+    from ..compiler.quantization.cache_ends import stored
+
+    graph, signature = request.graph, request.signature
+    assert graph is not None
+    if not signature.states:
+        graph.save(entry)
+        return request
+    changed, scales = stored(graph, signature.states)
+    changed.save(entry)
+    if scales and not shares_buffers(entry, signature.states):
+        request.log("caches are given and taken as float32: they are not updated in place")
+        graph.save(entry)
+        return request
+    Caches(scales).write(request.directory)
+    return dataclasses.replace(request, graph=changed, signature=as_stored(signature, scales))
+
+
 def _captured(node: Any) -> set[str]:
     """Names that the subgraphs of a node read."""
     found: set[str] = set()
@@ -55,32 +80,51 @@ def _captured(node: Any) -> set[str]:
 
 
 class StatesRunner(HostRunner):
-    """A session whose caches stay where they are."""
+    """A session whose caches stay where they are.
 
-    def __init__(self, session: Any, signature: Signature) -> None:
+    Args:
+        caches: how they are kept.
+    """
+
+    def __init__(self, session: Any, signature: Signature, caches: Caches | None = None) -> None:
         super().__init__(session, [spec.name for spec in signature.outputs])
         self._signature = signature
+        self._caches = caches or Caches()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs by name. The given caches stay as they are: the engine updates copies, in place as always."""
-        return self._call({name: to_numpy(name, value) for name, value in inputs.items()})()
+        bound = self.bind({name: to_numpy(name, value) for name, value in inputs.items()})
+        bound.run()
+        return bound.outputs()
 
     def bind(self, inputs: Arrays) -> Bound:
         """The inputs, ready for repeated runs, each of which writes the same tokens into the same caches."""
-        return HostBound(self._call(inputs))
-
-    def _call(self, inputs: Arrays) -> Callable[[], dict[str, np.ndarray]]:
-        states = self._signature.states
-        steps = self.steps(len(inputs[IDS]), {name: np.array(inputs[name], order="C") for name in states})
+        states, stored = self._signature.states, self._caches.stored(inputs)
+        steps = self.steps(len(inputs[IDS]), {name: np.array(stored[name], order="C") for name in states})
         call = (inputs[IDS], inputs[PAST], inputs[COUNT], inputs.get(BACK))
+        floats = {states[name]: name for name in self._caches.given(inputs)}
         outputs = {out: steps.caches[name] for name, out in states.items()}
-        return lambda: {LOGITS: steps(*call), **outputs}
+        return _BoundCall(lambda: {LOGITS: steps(*call), **outputs}, self._caches, floats)
 
     def steps(self, batch: int, caches: Mapping[str, np.ndarray] | None = None) -> Steps:
         """Calls for so many rows, which share caches: empty ones, or those that are given."""
         if self._session is None:
             raise EngineError("the engine is closed", hint="load it again")
         return Steps(self._session, self._signature, caches or empty_caches(self._signature, batch))
+
+
+class _BoundCall(HostBound):
+    """A call whose caches come back as they were given: `floats`, by the output their input, were no stored ones."""
+
+    def __init__(self, call: Callable[[], dict[str, np.ndarray]], caches: Caches, floats: Mapping[str, str]) -> None:
+        super().__init__(call)
+        self._caches = caches
+        self._floats = floats
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The outputs of the last run."""
+        outputs = super().outputs()
+        return {**outputs, **{out: self._caches.real(name, outputs[out]) for out, name in self._floats.items()}}
 
 
 class Steps:
