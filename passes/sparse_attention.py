@@ -50,7 +50,7 @@ class SparseAttention(Pass):
         top_k: or so many keys of each head, those with the largest scores.
         blocks: or so many blocks of keys of each head beside its own, those with the largest scores of their mean key.
         block: keys of a block.
-        budget: the mean ln p of held-out tokens, or the relative L2 of logits where the data have none, changes by less;
+        budget: the mean ln p of held-out tokens changes by less, or the relative L2 of logits where the data have none;
             0.01 of ln p is 1 % of perplexity.
         calls: of the model on data, for one measurement.
         keep: names or globs of nodes that stay dense.

@@ -62,9 +62,7 @@ class Nodes:
         outputs = [
             ir.Value(name=self._patcher.name(name), type=ir.TensorType(dtype)) for dtype in dtypes or (self.dtype,)
         ]
-        node = ir.node(
-            operator, inputs, attributes, domain=domain, outputs=outputs, name=self._patcher.node_name(name)
-        )
+        node = ir.node(operator, inputs, attributes, domain=domain, outputs=outputs, name=self._patcher.node_name(name))
         self.nodes.append(node)
         if domain == MICROSOFT:
             self._patcher.graph.model.opset_imports.setdefault(MICROSOFT, 1)

@@ -24,18 +24,13 @@ def attend(nodes: Nodes, given: Operands, kind: Kind) -> ir.Value:
         number = nodes.integer("Div", above, nodes.whole(kind.size))
         reach = nodes.integer("Mul", number, nodes.whole(kind.size))
     end = nodes.reshape(reach, 1)
-    keys, values = (
-        nodes("Slice", cache, nodes.shape(0), end, nodes.shape(2)) for cache in (given.keys, given.values)
-    )
+    keys, values = (nodes("Slice", cache, nodes.shape(0), end, nodes.shape(2)) for cache in (given.keys, given.values))
     slots = nodes.integer("Range", nodes.whole(0), reach, nodes.whole(1))
     places = nodes.integer("Unsqueeze", given.positions, nodes.constants(np.array([1, 3])))
     open_ = nodes.truth("LessOrEqual", slots, places)
     causal = nodes("Where", open_, nodes.number(0.0), nodes.number(float("-inf")))
     masked = nodes("Add", scores(nodes, layer, query, keys), causal)
-    if isinstance(kind, TopK):
-        masked = _top(nodes, kind, masked, end)
-    else:
-        masked = _blocks(nodes, kind, masked, places, end)
+    masked = _top(nodes, kind, masked, end) if isinstance(kind, TopK) else _blocks(nodes, kind, masked, places, end)
     weights = nodes.reshape(nodes("Softmax", masked, axis=-1), 0, layer.shared, -1, 0)
     result = nodes.reshape(nodes("MatMul", weights, values), 0, layer.heads, -1, layer.width)
     return nodes.reshape(nodes.transpose(result, 0, 2, 1, 3), 0, 0, layer.heads * layer.width)

@@ -46,9 +46,7 @@ class _Writer:
         query, key, value, past_key, past_value, last, most = (given for given in node.inputs if given is not None)
         nodes = Nodes(self._constants, layer.name, query.dtype or ir.DataType.FLOAT)
         positions, ends, single = self._positions(nodes, query, last)
-        caches = [
-            _written(nodes, layer, positions, new, past) for new, past in ((key, past_key), (value, past_value))
-        ]
+        caches = [_written(nodes, layer, positions, new, past) for new, past in ((key, past_key), (value, past_value))]
         given = Operands(layer, query, key, value, caches[0], caches[1], last, most, positions, ends)
         seen = self._seen(nodes, given, kind)
         one, many = (Nodes(self._constants, f"{layer.name}/{name}", nodes.dtype) for name in ("token", "prompt"))

@@ -36,8 +36,8 @@ def attend(nodes: Nodes, given: Operands, kind: Kind, seen: tuple[ir.Value, ...]
         return nodes.reshape(result, 0, 1, -1)
     (mask,) = seen
     masked = nodes("Add", scores(nodes, layer, query, given.keys), mask)
-    weights, values = (_top if isinstance(kind, TopK) else _blocks)(nodes, given, kind, masked)  # type: ignore[operator]
-    return nodes.reshape(nodes("MatMul", weights, values), 0, 1, -1)
+    attended = _top(nodes, given, kind, masked) if isinstance(kind, TopK) else _blocks(nodes, given, kind, masked)
+    return nodes.reshape(nodes("MatMul", *attended), 0, 1, -1)
 
 
 def _window(nodes: Nodes, given: Operands, kind: Window) -> tuple[ir.Value, ...]:
