@@ -107,15 +107,20 @@ class Judge:
 
     def _cut(self) -> Iterator[tuple[Mapping[str, np.ndarray], np.ndarray]]:
         """Calls, and which of their rows count."""
-        for share in CUTS:
+        for number, share in enumerate(CUTS):
             for batch in self._samples:
                 past, count = batch[PAST].astype(np.int64), batch[COUNT].astype(np.int64)
-                most = np.maximum(count - 1, 1)
-                least = np.maximum(self._beyond - past, 0)
-                counts = np.maximum(least + np.ceil((most - least) * share).astype(np.int64), 1).clip(max=most)
+                counts = self._counts(past, count, share)
                 rows = past + counts > self._beyond
+                if number:  # short texts are cut where they were before
+                    rows &= counts < self._counts(past, count, CUTS[number - 1])
                 if rows.any():
                     yield {**batch, COUNT: counts.astype(batch[COUNT].dtype), "behind": counts < count}, rows
+
+    def _counts(self, past: np.ndarray, count: np.ndarray, share: float) -> np.ndarray:
+        """How many tokens of each row stand before a cut."""
+        most, least = np.maximum(count - 1, 1), np.maximum(self._beyond - past, 0)
+        return np.maximum(least + np.ceil((most - least) * share).astype(np.int64), 1).clip(max=most)
 
 
 @dataclasses.dataclass(frozen=True)
