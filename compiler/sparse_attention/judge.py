@@ -120,7 +120,8 @@ class Judge:
     def _counts(self, past: np.ndarray, count: np.ndarray, share: float) -> np.ndarray:
         """How many tokens of each row stand before a cut."""
         most, least = np.maximum(count - 1, 1), np.maximum(self._beyond - past, 0)
-        return np.maximum(least + np.ceil((most - least) * share).astype(np.int64), 1).clip(max=most)
+        counts = least + np.ceil((most - least) * share).astype(np.int64)
+        return np.asarray(np.minimum(np.maximum(counts, 1), most))
 
 
 @dataclasses.dataclass(frozen=True)
