@@ -5,8 +5,8 @@ Time: a model as Llama is, with random weights and a cache of 8,192 tokens, is b
 the rounds are interleaved, in random order. What is computed is not judged here: random weights attend evenly, so that
 no kind would be close.
 
-Perplexity: the model of samples/text, which is trained, on windows of 512 tokens that it never saw, token by token, with
-a cache as long. A kind sees the same share of them as of the long cache: in all layers, and in those that the pass
+Perplexity: the model of samples/text, which is trained, on windows of 512 tokens that it never saw, token by token,
+with a cache as long. A kind sees the same share of them as of the long cache: in all layers, and in those that the pass
 chooses on other text with its budget of 0.01.
 
 The two are different models: a time of the first and a perplexity of the second make no claim about one engine. For
