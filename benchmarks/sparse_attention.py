@@ -42,6 +42,7 @@ from enginesmith.compiler.graph.editing import flattened
 from enginesmith.compiler.sparse_attention.found import layers
 from enginesmith.compiler.sparse_attention.kinds import Blocks, Kind, TopK, Window
 from enginesmith.compiler.sparse_attention.rewrite import rewrite
+from enginesmith.compiler.states import empty_caches
 from enginesmith.compiler.trial import open_runner
 from enginesmith.passes.base import Context
 from enginesmith.passes.sparse_attention import SparseAttention
@@ -98,8 +99,8 @@ def times(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, dict
     bundle = compiled(transformers.LlamaForCausalLM(config).eval(), folder / "long", options, options.length)
     signature = engine_info(bundle.path, ENGINE).signature
     generator = np.random.default_rng(0)
-    shapes = {name: signature.input(name).shape for name in signature.states}
-    caches = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    empty = empty_caches(signature, 1)
+    caches = {name: generator.standard_normal(cache.shape, dtype=np.float32) for name, cache in empty.items()}
     places = {"dense": bundle.path}
     for number, (name, kind) in enumerate(kinds(options.length, BLOCK).items()):
         places[name] = with_graph(bundle, folder / f"long{number}", in_all_layers(graph_of(bundle), kind))

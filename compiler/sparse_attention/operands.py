@@ -33,12 +33,6 @@ class Operands:
     ends: ir.Value
 
 
-def scores(nodes: Nodes, layer: Layer, query: ir.Value, keys: ir.Value) -> ir.Value:
-    """Scaled products (batch, heads, time, keys) of queries (batch, shared, heads / shared * time, width)."""
-    product = nodes("MatMul", query, nodes.transpose(keys, 0, 1, 3, 2))
-    return nodes.reshape(nodes("Mul", product, nodes.number(layer.scale)), 0, layer.heads, -1, 0)
-
-
 def ranked(nodes: Nodes, blocks: ir.Value, numbers: ir.Value, own: ir.Value) -> ir.Value:
     """How much a block of scores (..., blocks, size) counts: its own the most, then those of the largest mean.
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from ..graph.schemas import MICROSOFT
 from .kinds import Blocks, Kind, TopK, Window
 from .nodes import INTEGER, Nodes
-from .operands import Operands, ranked, scores
+from .operands import Operands, ranked
 
 
 def attend(nodes: Nodes, given: Operands, kind: Kind) -> ir.Value:
@@ -29,7 +29,8 @@ def attend(nodes: Nodes, given: Operands, kind: Kind) -> ir.Value:
     places = nodes.integer("Unsqueeze", given.positions, nodes.constants(np.array([1, 3])))
     open_ = nodes.truth("LessOrEqual", slots, places)
     causal = nodes("Where", open_, nodes.number(0.0), nodes.number(float("-inf")))
-    masked = nodes("Add", scores(nodes, layer, query, keys), causal)
+    products = nodes("Mul", nodes("MatMul", query, nodes.transpose(keys, 0, 1, 3, 2)), nodes.number(layer.scale))
+    masked = nodes("Add", nodes.reshape(products, 0, layer.heads, -1, 0), causal)
     masked = _top(nodes, kind, masked, end) if isinstance(kind, TopK) else _blocks(nodes, kind, masked, places, end)
     weights = nodes.reshape(nodes("Softmax", masked, axis=-1), 0, layer.shared, -1, 0)
     result = nodes.reshape(nodes("MatMul", weights, values), 0, layer.heads, -1, layer.width)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from .kinds import Blocks, Kind, TopK, Window
 from .nodes import Nodes
-from .operands import Operands, ranked, scores
+from .operands import Operands, ranked
 
 
 def shared(given: Operands, kind: Kind) -> tuple[object, ...]:
@@ -27,17 +27,33 @@ def seen(nodes: Nodes, given: Operands, kind: Kind) -> tuple[ir.Value, ...]:
 def attend(nodes: Nodes, given: Operands, kind: Kind, seen: tuple[ir.Value, ...]) -> ir.Value:
     """The result (batch, 1, heads * width) for what `seen` gives."""
     layer = given.layer
-    query = nodes.reshape(given.query, 0, layer.shared, -1, layer.width)
     if isinstance(kind, Window):
         places, mask = seen
         keys, values = (_rows(nodes, cache, places) for cache in (given.keys, given.values))
-        weights = nodes("Softmax", nodes("Add", scores(nodes, layer, query, keys), mask), axis=-1)
+        weights = nodes("Softmax", nodes("Add", _scores(nodes, given, keys), mask), axis=-1)
         result = nodes("MatMul", nodes.reshape(weights, 0, layer.shared, -1, kind.sees), values)
         return nodes.reshape(result, 0, 1, -1)
     (mask,) = seen
-    masked = nodes("Add", scores(nodes, layer, query, given.keys), mask)
+    masked = nodes("Add", _scores(nodes, given, given.keys), mask)
     attended = _top(nodes, given, kind, masked) if isinstance(kind, TopK) else _blocks(nodes, given, kind, masked)
     return nodes.reshape(nodes("MatMul", *attended), 0, 1, -1)
+
+
+def _scores(nodes: Nodes, given: Operands, keys: ir.Value) -> ir.Value:
+    """Scaled products (batch, heads, 1, keys) of the query with keys (batch, shared, keys, width).
+
+    Keys stand on the left, where a product of matrices reads them as they are: those on the right it copies.
+    """
+    layer, queries = given.layer, given.layer.heads // given.layer.shared
+    if (
+        queries == 1
+    ):  # a vector, and nothing to transpose, nor a factor beside it: either would be fused to a slower product
+        product = nodes("MatMul", keys, nodes.reshape(given.query, 0, layer.shared, layer.width, 1))
+    else:
+        query = nodes.reshape(given.query, 0, layer.shared, queries, layer.width)
+        product = nodes("MatMul", keys, nodes.transpose(query, 0, 1, 3, 2))
+        product = nodes.transpose(product, 0, 1, 3, 2)
+    return nodes("Mul", nodes.reshape(product, 0, layer.heads, 1, -1), nodes.number(layer.scale))
 
 
 def _window(nodes: Nodes, given: Operands, kind: Window) -> tuple[ir.Value, ...]:
