@@ -8,7 +8,7 @@ fast as `AT_LEAST` says. The tokens of engines with fewer bits may differ.
 With `--sample` the model is that of samples/text, which is trained, and each candidate's perplexity on text that it
 never saw stands beside its times. Weights of 4 bits are in blocks of 32 and of 128 there, rounded to nearest and by
 GPTQ, and caches of 8 bits have a scale for each channel or one. The fp32 engine also runs with the one of 4 bits as its
-draft, which must not change a token; the share of proposed tokens that it takes, and how many tokens a call gives, stand
+draft, which must not change a token; the share of proposed tokens that it takes, and how many tokens a call gives, are
 beside the times. The model is so small that engines of fewer bits, and a draft, need not be faster; the perplexity of
 fp32 must be the model's.
 """

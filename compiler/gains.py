@@ -24,17 +24,17 @@ LEVEL = 1.03
 FASTER = 1.02
 """Ratio to its sibling's speed that an engine has to beat with its whole interval; less is not worth another model."""
 
-STEPS = {"pruned": "pruned", "sparse": "made sparse", "aligned": "aligned"}
+STEPS = {"pruned": "pruned", "sparse": "made sparse", "sparse-attention": "attended to sparsely", "aligned": "aligned"}
 """Optional steps, as names of engines end, and what they do in a sentence."""
 
 LOSSY = "int8"
-"""The precision whose bounds hold for an engine with a lossy step: it approximates weights, as 8 bits do."""
+"""The precision whose bounds hold for an engine with a lossy step: it approximates the model, as 8 bits do."""
 
 STORED = "int8-weights"
 """Likewise where caches are kept in 8 bits: keys and values are rounded as weights are, and products are not."""
 
 _LOSSY = ("-pruned", "-sparse")
-"""Steps that change results, in the names of engines."""
+"""Steps that change results, in the names of engines; the latter is sparse weights and sparse attention."""
 
 
 def is_lossy(engine: EngineRecord) -> bool:

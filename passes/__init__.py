@@ -29,6 +29,7 @@ PASSES = {
     "quantize-static": "quantize_static:QuantizeStatic",
     "quantize-weights": "quantize_weights:QuantizeWeights",
     "simplify": "simplify:Simplify",
+    "sparse-attention": "sparse_attention:SparseAttention",
     "sparsify": "sparsify:Sparsify",
 }
 """Name of a pass: module in this package and class."""

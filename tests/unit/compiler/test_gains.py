@@ -119,6 +119,7 @@ def test_a_sibling_does_not_stand_for_full_precision() -> None:
 
 def test_alignment_changes_no_result() -> None:
     assert is_lossy(engine("dense-sparse", "dense"))
+    assert is_lossy(engine("dense-sparse-attention", "dense"))
     assert not is_lossy(engine("dense-aligned", "dense"))
     assert not is_lossy(engine("dense"))
 
