@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .compiler.comparison.comparison import compare
     from .compiler.engine import Engine, load
     from .compiler.generation.prefixes import Prefixes
+    from .compiler.generation.speculative import Speculation
     from .compiler.pipeline import compile
     from .compiler.recipe import Recipe
     from .offline.results import Outputs
@@ -32,6 +33,7 @@ __all__ = [
     "Outputs",
     "Prefixes",
     "Recipe",
+    "Speculation",
     "Split",
     "__version__",
     "compare",
@@ -47,6 +49,7 @@ _HOMES = {
     "Outputs": ".offline.results",
     "Prefixes": ".compiler.generation.prefixes",
     "Recipe": ".compiler.recipe",
+    "Speculation": ".compiler.generation.speculative",
     "Split": ".serving.split",
     "compare": ".compiler.comparison.comparison",
     "compile": ".compiler.pipeline",

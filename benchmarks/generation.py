@@ -7,7 +7,10 @@ fast as `AT_LEAST` says. The tokens of engines with fewer bits may differ.
 
 With `--sample` the model is that of samples/text, which is trained, and each candidate's perplexity on text that it
 never saw stands beside its times. Weights of 4 bits are in blocks of 32 and of 128 there, rounded to nearest and by
-GPTQ. The model is so small that engines of fewer bits need not be faster; the perplexity of fp32 must be the model's.
+GPTQ, and caches of 8 bits have a scale for each channel or one. The fp32 engine also runs with the one of 4 bits as its
+draft, which must not change a token; the share of proposed tokens that it takes, and how many tokens a call gives, are
+beside the times. The model is so small that engines of fewer bits, and a draft, need not be faster; the perplexity of
+fp32 must be the model's.
 """
 
 from __future__ import annotations
@@ -35,13 +38,18 @@ AT_LEAST = {"engine fp32": 1.0, "the fastest engine": 3.0}
 
 PRECISIONS = ("fp32", "int8-dynamic", "int8-weights", "int4-weights")
 SAMPLE = Path(__file__).parents[1] / "samples" / "text"
-VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str | int]]] = {
-    "": (PRECISIONS, {}),
-    ", GPTQ": (("int8-weights", "int4-weights"), {"rounding": "gptq"}),
-    ", blocks of 128": (("int4-weights",), {"block": 128}),
-    ", blocks of 128, GPTQ": (("int4-weights",), {"block": 128, "rounding": "gptq"}),
+VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str | int], str | None]] = {
+    "": (PRECISIONS, {}, None),
+    ", GPTQ": (("int8-weights", "int4-weights"), {"rounding": "gptq"}, None),
+    ", blocks of 128": (("int4-weights",), {"block": 128}, None),
+    ", blocks of 128, GPTQ": (("int4-weights",), {"block": 128, "rounding": "gptq"}, None),
+    ", caches of 8 bits": (("fp32", "int4-weights"), {}, "kv-cache"),
+    ", caches of 8 bits, one scale": (("fp32",), {}, "kv-cache:per_channel=false"),
 }
-"""Of the sample: what is added to a name, precisions, and options of quantization."""
+"""Of the sample: what is added to a name, precisions, options of quantization, and a pass behind the others."""
+
+CHECKING, PROPOSING, DRAFTED = "engine fp32", "engine int4-weights", 4
+"""Of the sample: the engine that checks drafts of so many tokens, and the one that proposes them."""
 
 Answer = Callable[[int], list[int]]
 """Finds so many new tokens."""
@@ -53,23 +61,29 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     model, ids = sample() if options.sample else random_model()
     perplexities: dict[str, float] = {}
+    drafts: dict[str, enginesmith.Speculation] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         candidates = {"transformers": eager(model, ids), "transformers, static cache": eager(model, ids, "static")}
         if options.sample:
             perplexities = dict.fromkeys(candidates, perplexity_of(model))
-        variants = VARIANTS if options.sample else {"": (options.precisions, {})}
-        for suffix, (precisions, quantization) in variants.items():
+        engines: dict[str, enginesmith.Engine] = {}
+        variants = VARIANTS if options.sample else {"": (options.precisions, {}, None)}
+        for suffix, (precisions, quantization, also) in variants.items():
             start = time.perf_counter()
             place = options.bundle or Path(folder) / "bundle"
             place = place / str(len(candidates)) if options.sample else place
-            bundle = compiled(model, place, precisions, quantization, options)
+            bundle = compiled(model, place, precisions, quantization, also, options)
             print(f"compiled{suffix} in {time.perf_counter() - start:.0f} s")
             for record in bundle.manifest["engines"]:
                 name = f"engine {record['precision']}{suffix}"
-                opened = stack.enter_context(bundle.load(record["name"]))
-                candidates[name] = engine(opened, ids)
+                engines[name] = stack.enter_context(bundle.load(record["name"]))
+                candidates[name] = engine(engines[name], ids)
                 if options.sample:
-                    perplexities[name] = opened.perplexity(held_out())
+                    perplexities[name] = engines[name].perplexity(held_out())
+        if options.sample:
+            name = f"{CHECKING}, draft {PROPOSING.removeprefix('engine ')}"
+            drafts[name] = enginesmith.Speculation()
+            candidates[name] = engine(engines[CHECKING], ids, engines[PROPOSING], drafts[name])
         found = race(candidates, options.rounds, options.seed)
     best = min(row["token_ms"] for name, row in found.items() if name.startswith("transformers"))
     for name, row in found.items():
@@ -78,6 +92,10 @@ def main() -> int:
         if name in perplexities:
             row["perplexity"] = perplexities[name]
             times += f", perplexity {row['perplexity']:.3f}"
+        if name in drafts:
+            row["accepted"] = drafts[name].accepted / drafts[name].proposed
+            row["tokens_per_call"] = drafts[name].tokens / drafts[name].calls
+            times += f", {row['accepted']:.0%} of the draft taken, {row['tokens_per_call']:.2f} tokens a call"
         print(f"{name:42} {times}, {row['speed_up']:.2f}x")
     reached = {
         "engine fp32": found["engine fp32"]["speed_up"],
@@ -86,6 +104,7 @@ def main() -> int:
     passed = found["engine fp32"]["same_tokens"] and reached["engine fp32"] >= AT_LEAST["engine fp32"]
     if options.sample:
         passed = passed and math.isclose(perplexities["engine fp32"], perplexities["transformers"], rel_tol=1e-3)
+        passed = passed and all(found[name]["same_tokens"] for name in drafts)
     else:
         passed = passed and reached["the fastest engine"] >= AT_LEAST["the fastest engine"]
     what = "generation_sample" if options.sample else "generation"
@@ -126,18 +145,21 @@ def compiled(
     place: Path,
     precisions: Sequence[str],
     quantization: Mapping[str, str | int],
+    also: str | None,
     options: argparse.Namespace,
 ) -> enginesmith.Bundle:
     """The model with its cache and fused attention, in each precision."""
     return enginesmith.compile(
         model,
         place,
-        decoder={"max_length": 512 if options.sample else options.max_length, "batch": 4 if options.sample else 1},
+        decoder={"max_length": 512, "batch": 4, "speculative_tokens": DRAFTED}
+        if options.sample
+        else {"max_length": options.max_length, "batch": 1},
         targets=[f"onnxruntime-cpu:threads={options.threads}"],
         precisions=precisions,
         quantization=quantization,
         calibration_data=str(SAMPLE / "calibration.npz") if options.sample else None,
-        passes=["simplify", "dedupe", "fuse-attention"],
+        passes=["simplify", "dedupe", "fuse-attention", *([also] if also else [])],
         random_calibration=not options.sample,
         benchmark=False,
         max_samples=1,
@@ -159,9 +181,14 @@ def eager(model: transformers.PreTrainedModel, ids: np.ndarray, cache: str | Non
     return answer
 
 
-def engine(opened: enginesmith.Engine, ids: np.ndarray) -> Answer:
-    """An engine's greedy search."""
-    return lambda count: opened.generate(ids, count)[0]
+def engine(
+    opened: enginesmith.Engine,
+    ids: np.ndarray,
+    draft: enginesmith.Engine | None = None,
+    counts: enginesmith.Speculation | None = None,
+) -> Answer:
+    """An engine's greedy search, with a draft or without."""
+    return lambda count: opened.generate(ids, count, draft=draft, speculation=counts)[0]
 
 
 def race(candidates: dict[str, Answer], rounds: int, seed: int) -> dict[str, dict[str, float]]:

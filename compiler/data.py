@@ -335,7 +335,11 @@ class _Entry:
 def _rows(shapes: Mapping[str, tuple[int, ...]], signature: Signature) -> int | None:
     """Length of the leading axis along which a file is cut; None where it holds one batch as it is."""
     specs = [spec for spec in signature.inputs if shapes.get(spec.name) and spec.shape]
-    batched = [s for s in specs if s.shape[0] == signature.batch_axis or shapes[s.name][0] != s.shape[0]]
+    batched = [
+        s
+        for s in specs
+        if (shapes[s.name][0] != s.shape[0] if isinstance(s.shape[0], int) else s.shape[0] == signature.batch_axis)
+    ]
     return shapes[batched[0].name][0] if batched else None
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from .generation.continuous import Batcher
     from .generation.prefixes import Prefixes
+    from .generation.speculative import Speculation
 
 Device = Literal["cpu", "cuda"]
 Result = TypeVar("Result")
@@ -190,8 +191,15 @@ class Engine:
         seed: int = 0,
         stream: Callable[[int, int], Any] | None = None,
         prefixes: Prefixes | None = None,
+        draft: Engine | None = None,
+        speculation: Speculation | None = None,
     ) -> list[list[int]]:
         """Goes on with prompts, token by token; of engines of language models that were compiled with their cache.
+
+        With a `draft` a call checks several tokens that the draft proposed, and the result is what this engine finds by
+        itself: a token that it would not have chosen is replaced. Calls of several tokens round otherwise than calls of
+        one, so where two logits are equal up to rounding the other token may come. Where activations are scaled by all
+        tokens of a call (int8-dynamic), logits differ by more than rounding.
 
         Args:
             ids: tokens of a prompt, or of several, which may differ in length.
@@ -205,6 +213,9 @@ class Engine:
             stream: takes the number of a row and its next token, as soon as it is known.
             prefixes: what earlier prompts left in the caches (`enginesmith.Prefixes`); a prompt that begins alike is
                 read from where it differs. For one prompt at a time.
+            draft: a faster engine with a cache and the same tokens, a smaller model or the same one in fewer bits. This
+                engine has to be compiled with ``speculative_tokens``. For greedy search and one prompt at a time.
+            speculation: counts what the draft brought (`enginesmith.Speculation`).
 
         Returns:
             the new tokens of each row.
@@ -212,6 +223,7 @@ class Engine:
         Raises:
             DataError: prompts that do not fit the engine.
             RecipeError: an option that is out of range.
+            EngineMismatchError: the engine checks no drafts, or the draft is of another vocabulary.
             EngineError: the engine has no cache, fails, or gives logits that are no numbers.
         """
         from .generation.generate import generate
@@ -219,6 +231,7 @@ class Engine:
         return generate(
             self._open_runner(), self._signature, ids, max_new_tokens=max_new_tokens, do_sample=do_sample,
             temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed, stream=stream, prefixes=prefixes,
+            draft=(draft._open_runner(), draft._signature) if draft is not None else None, speculation=speculation,
         )  # fmt: skip
 
     def log_likelihoods(self, texts: Any) -> list[np.ndarray]:

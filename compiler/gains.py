@@ -8,9 +8,15 @@ as sparse weights          and stays within its bounds on the error
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from .manifest import Benchmark, EngineRecord, SpeedUp, Validation
 from .signature import Signature
+from .states import in_eight_bits
+from .validation.metrics import TOLERANCES
+
+if TYPE_CHECKING:
+    from ..targets.base import EngineInfo
 
 LEVEL = 1.03
 """Ratio of two medians up to which they are called equal."""
@@ -18,19 +24,34 @@ LEVEL = 1.03
 FASTER = 1.02
 """Ratio to its sibling's speed that an engine has to beat with its whole interval; less is not worth another model."""
 
-STEPS = {"pruned": "pruned", "sparse": "made sparse", "aligned": "aligned"}
+STEPS = {"pruned": "pruned", "sparse": "made sparse", "sparse-attention": "attended to sparsely", "aligned": "aligned"}
 """Optional steps, as names of engines end, and what they do in a sentence."""
 
 LOSSY = "int8"
-"""The precision whose bounds hold for an engine with a lossy step: it approximates weights, as 8 bits do."""
+"""The precision whose bounds hold for an engine with a lossy step: it approximates the model, as 8 bits do."""
+
+STORED = "int8-weights"
+"""Likewise where caches are kept in 8 bits: keys and values are rounded as weights are, and products are not."""
 
 _LOSSY = ("-pruned", "-sparse")
-"""Steps that change results, in the names of engines."""
+"""Steps that change results, in the names of engines; the latter is sparse weights and sparse attention."""
 
 
 def is_lossy(engine: EngineRecord) -> bool:
     """Whether an optional step of an engine changes its results."""
-    return any(step in engine["name"] for step in _LOSSY)
+    return _is_lossy(engine["name"])
+
+
+def judged_as(info: EngineInfo) -> str:
+    """The precision whose bounds hold for an engine."""
+    if _is_lossy(info.name):
+        return LOSSY
+    stored = [STORED] if in_eight_bits(info.signature) else []
+    return max((info.precision, *stored), key=list(TOLERANCES).index)
+
+
+def _is_lossy(name: str) -> bool:
+    return any(step in name for step in _LOSSY)
 
 
 def drop(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> None:

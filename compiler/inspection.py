@@ -140,6 +140,8 @@ def _bundle(path: Path) -> dict[str, Any]:
         }
         for engine in manifest["engines"]
     ]
+    details = {engine["name"]: engine["details"] for engine in manifest["engines"]}
+    caches = {name: row for name, found in details.items() if (row := found.get("cache_row_bytes"))}
     built = [engine["name"] for engine in manifest["engines"] if engine["status"] in ("ready", "built")]
     graphs = {name: facts for name in built if (facts := _engine_graph(path / "engines" / name))}
     return {
@@ -155,6 +157,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "parameters": {name: facts["parameters"] for name, facts in graphs.items()},
         "macs": {name: facts["macs"] for name, facts in graphs.items()},
         "aligned_share": {name: facts["aligned_share"] for name, facts in graphs.items()},
+        **({"cache_row_bytes": caches} if caches else {}),
         "size_bytes": size_bytes(path),
     }
 

@@ -259,15 +259,22 @@ def _check_calibration(recipe: Recipe, variants: Sequence[Variant]) -> None:
     """Fails before any work where a precision or a step needs calibration data, and there are none."""
     if recipe.data or recipe.calibration_data or recipe.random_calibration:
         return
+    for rewrite in (parse_pass(text) for text in recipe.passes if text != "none"):
+        if rewrite.calibrates:
+            raise _no_data(f"pass {rewrite}", "to see what tensors hold")
     for variant in variants:
         lowered = any(rewrite.calibrates for rewrite in variant.lowering)
         if lowered or any(rewrite.calibrates for rewrite in variant.steps):
             who = f"precision {variant.precision!r}" if lowered else f"engine {variant.name!r}"
             why = "to see the ranges of activations" if lowered else "to see what its layers read"
-            raise RecipeError(
-                f"{who} needs calibration data, {why}",
-                hint="give --data with 32 to 512 real samples, or --random-calibration",
-            )
+            raise _no_data(who, why)
+
+
+def _no_data(who: str, why: str) -> RecipeError:
+    return RecipeError(
+        f"{who} needs calibration data, {why}",
+        hint="give --data with 32 to 512 real samples, or --random-calibration",
+    )
 
 
 def _what(recipe: Recipe, targets: Sequence[Target]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from .ladder.objective import Objective
 from .options import build
 from .pruning.goal import parse_goal
 from .sources.decoders.options import DecoderOptions
+from .sparse_attention.asked import pass_text
 from .validation.metrics import resolve_tolerance
 
 PATHS = ("model", "weights", "data", "calibration_data", "metric")
@@ -81,8 +82,8 @@ class Recipe(BaseModel):
     dynamic: Annotated[tuple[str, ...], Flag(metavar="NAME:AXIS=MIN..OPT..MAX")] = ()
     """Dynamic axis of an input, for instance image:0=1..8..64."""
     decoder: Annotated[dict[str, Any], Flag(metavar="OPTION=VALUE")] = Field(default_factory=dict)
-    """Option of a language model's cache: max_length=1024, the tokens that it holds, or batch=8, the most rows that are
-    generated at the same time."""
+    """Option of a language model's cache: max_length=1024, the tokens that it holds, batch=8, the most rows that are
+    generated at the same time, or speculative_tokens=4, the most tokens of a draft that one call checks."""
     data: Annotated[str | None, Flag(None, "--load-inputs")] = None
     """Samples: .npz by input name, .npy, folder of .npz, Polygraphy .json, or file.py:function."""
     calibration_data: Annotated[str | None, Flag(None, "--calibration-data-path")] = None
@@ -126,6 +127,10 @@ class Recipe(BaseModel):
     sparsify: Literal["2:4"] | None = None
     """Build each engine with 2:4 sparse weights too, where its target has kernels for them, and drop it where it is not
     faster. --budget bounds what it may cost."""
+    sparse_attention: Annotated[str | None, Flag(metavar="auto|OPTION=VALUE,...")] = None
+    """Build each engine of a decoder with attention to few keys too, with options of the pass sparse-attention, for
+    instance window=512,sinks=4, top_k=256 or blocks=8; each layer has to keep the pass' budget of ln p, and the engine
+    is dropped where it is not faster."""
     align: Literal["auto", "8", "16", "32", "64", "128", "off"] | None = None
     """Build each engine with dimensions grown to a multiple too, and drop it where it is not faster; auto: the multiple
     that the target's Tensor Cores take. The ladder tries that by itself, unless it is off."""
@@ -214,6 +219,15 @@ class Recipe(BaseModel):
     @classmethod
     def _pattern_is_no_time(cls, value: Any) -> Any:
         return "2:4" if value == 2 * 60 + 4 else value  # as YAML 1.1 reads it without quotes, in base 60
+
+    @pydantic.field_validator("sparse_attention")
+    @classmethod
+    def _options_are_those_of_the_pass(cls, text: str | None) -> str | None:
+        if text is not None:
+            from ..passes import parse_pass
+
+            parse_pass(pass_text(text))
+        return text
 
     @pydantic.field_validator("budget")
     @classmethod

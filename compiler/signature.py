@@ -64,7 +64,7 @@ class Signature:
             stands for None.
         states: output that takes the place of an input in the next call, by the name of the input: the cache of a
             decoder (see states.py). Both have the same shape, and may lie in one buffer.
-        positions: how many tokens a text may have, of a decoder whose caches may be shorter; None where nothing says so.
+        positions: how many tokens a text may have, of a decoder whose caches may be shorter; None for any number.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -89,8 +89,12 @@ class Signature:
 
     @property
     def batch_axis(self) -> str | None:
-        """The dynamic axis that stands first in an input, along which samples stack; None where there is none."""
-        return next((s.shape[0] for s in self.inputs if s.shape and isinstance(s.shape[0], str)), None)
+        """The dynamic axis that stands first in an input, along which samples stack; None where there is none.
+
+        Of a decoder the one of its caches: each row has one.
+        """
+        stacked = [spec for spec in self.inputs if spec.name in self.states] or self.inputs
+        return next((s.shape[0] for s in stacked if s.shape and isinstance(s.shape[0], str)), None)
 
     def check(self, inputs: Mapping[str, Any]) -> dict[str, int]:
         """Checks arrays against the inputs' names, dtypes and shapes, and returns the sizes of the dynamic axes.

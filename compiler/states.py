@@ -5,7 +5,14 @@
 `ids` (batch, time) are the next tokens of each row, padded on the right; `past` (batch) says how many tokens the row's
 cache holds already, and `count` (batch) how many of its new ones are no padding. A cache has room for all tokens, on
 its third axis: (batch, heads, length, width). `logits` (batch, vocabulary) are those of the token that follows the last
-one of each row. `Signature.states` pairs the caches. Needs NumPy only.
+one of each row. `Signature.states` pairs the caches. An engine may keep them in int8, with scales of its own: its
+signature says so.
+
+    logits, *caches = decoder(ids, past, count, back, *caches)
+
+A decoder that checks drafts gives logits of several tokens of a row. `back` (kept) says how far before the last new
+token of its row each of them stands, 0 for the last one itself, and `logits` (batch, kept, vocabulary) are those that
+follow each. What would stand before the first new token is taken for the first.
 
 Where a cache may be shorter than a text, since tokens are dropped from it, two things are told apart:
 
@@ -14,20 +21,22 @@ Where a cache may be shorter than a text, since tokens are dropped from it, two 
 `position` (batch) is how many tokens of the text stand before `ids`, and `past` how many of them the cache still holds.
 A key keeps the position at which it was made, whatever is dropped before it. Of a decoder that drops by importance each
 layer has one more cache, `importance.N` (batch, heads, length, 1): the attention that its entries got so far, which is
-the sum of softmax(scores) over all queries since an entry was written, and over the query heads that share its key.
+the sum of softmax(scores) over all queries since an entry was written, and over the query heads that share its
+key. Needs NumPy only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from ..errors import DataError
 from .signature import Signature, TensorSpec
 
-IDS, PAST, COUNT, LOGITS = "ids", "past", "count", "logits"
-POSITION = "position"
+IDS, PAST, COUNT, BACK, POSITION, LOGITS = "ids", "past", "count", "back", "position", "logits"
 IMPORTANCE = "importance."
 """What the names of the caches begin with that hold attention, before the number of the layer."""
 
@@ -63,12 +72,80 @@ def vocabulary(signature: Signature) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def looks_back(signature: Signature) -> bool:
+    """Whether a call takes `back`, and gives logits of several tokens of a row."""
+    return any(spec.name == BACK for spec in signature.inputs)
+
+
+def longest_draft(signature: Signature) -> int:
+    """How many tokens of a draft one call checks, at most: one place of `back` is that of the token before them."""
+    if not looks_back(signature):
+        return 0
+    axes = (signature.input(BACK).shape[0], signature.input(IDS).shape[1])
+    return min(signature.axes[axis].max if isinstance(axis, str) else axis for axis in axes) - 1
+
+
+def class_scores(signature: Signature) -> frozenset[str]:
+    """The outputs that are class scores, of which a rank of 3 alone would not tell it."""
+    return frozenset([LOGITS] if signature.states and looks_back(signature) else [])
+
+
 def empty_caches(signature: Signature, batch: int) -> dict[str, np.ndarray]:
     """Caches that hold nothing yet, for so many rows."""
     return {
         spec.name: np.zeros([batch if isinstance(size, str) else size for size in spec.shape], spec.dtype)
         for spec in caches(signature)
     }
+
+
+def row_bytes(signature: Signature) -> int:
+    """Bytes that the caches of one row take."""
+    return sum(math.prod(map(int, spec.shape[1:])) * np.dtype(spec.dtype).itemsize for spec in caches(signature))
+
+
+def in_eight_bits(signature: Signature) -> list[str]:
+    """The caches that an engine keeps in 8 bits."""
+    return [spec.name for spec in caches(signature) if spec.dtype == "int8"]
+
+
+def as_floats(signature: Signature) -> Signature:
+    """What a call takes and gives whose caches are the model's own: those that are kept in 8 bits come as float32."""
+    return _with_dtype(signature, in_eight_bits(signature), "float32")
+
+
+def as_stored(signature: Signature, names: Collection[str]) -> Signature:
+    """The same with these caches in 8 bits."""
+    return _with_dtype(signature, names, "int8")
+
+
+def _with_dtype(signature: Signature, names: Collection[str], dtype: str) -> Signature:
+    changed = {*names, *(signature.states[name] for name in names)}
+    inputs, outputs = (
+        tuple(dataclasses.replace(spec, dtype=dtype) if spec.name in changed else spec for spec in specs)
+        for specs in (signature.inputs, signature.outputs)
+    )
+    return dataclasses.replace(signature, inputs=inputs, outputs=outputs)
+
+
+def numbers(signature: Signature) -> tuple[str, ...]:
+    """The inputs that are no caches."""
+    return tuple(spec.name for spec in signature.inputs if spec.name not in signature.states)
+
+
+def call(
+    names: Collection[str],
+    ids: np.ndarray,
+    past: np.ndarray,
+    count: np.ndarray,
+    back: np.ndarray | None,
+    position: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """The inputs of these names; where they are not said, `back` is the last token, and nothing was dropped."""
+    given = {
+        IDS: ids, PAST: past, COUNT: count, BACK: np.zeros(1, np.int64) if back is None else back,
+        POSITION: past if position is None else position,
+    }  # fmt: skip
+    return {name: given[name] for name in names}
 
 
 def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -82,6 +159,8 @@ def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str
     given.setdefault(COUNT, np.full(rows, length, signature.input(COUNT).dtype))
     if evicts(signature):
         given.setdefault(POSITION, given[PAST])
+    if looks_back(signature):
+        given.setdefault(BACK, np.zeros(1, signature.input(BACK).dtype))
     if missing := [name for name in signature.states if name not in given]:
         if len(missing) < len(signature.states):
             raise DataError(
@@ -94,20 +173,26 @@ def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str
 def made_up(
     signature: Signature, batch: Mapping[str, np.ndarray], generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """A random batch with tokens of the whole vocabulary, rows of different lengths, and caches filled up to `past`."""
+    """A random batch with tokens of the whole vocabulary, rows of different lengths, and caches filled up to `past`.
+
+    Of a decoder that checks drafts, logits of any of the new tokens are wanted.
+    """
     rows, length = batch[IDS].shape
     room = max_length(signature)
     past = generator.integers(0, room - length + 1, rows)
     filled = np.arange(room) < past[:, None]
-    dropped = generator.integers(0, (signature.positions or room) - room + 1, rows)
-    positions = {POSITION: (past + dropped).astype(batch[POSITION].dtype)} if evicts(signature) else {}
-    return {
+    made = {
         **{name: array if name not in signature.states else _up_to(array, filled) for name, array in batch.items()},
         IDS: generator.integers(0, vocabulary(signature) or 2, (rows, length)).astype(batch[IDS].dtype),
         PAST: past.astype(batch[PAST].dtype),
         COUNT: generator.integers(1, length + 1, rows).astype(batch[COUNT].dtype),
-        **positions,
     }
+    if evicts(signature):
+        dropped = generator.integers(0, (signature.positions or room) - room + 1, rows)
+        made[POSITION] = (past + dropped).astype(batch[POSITION].dtype)
+    if looks_back(signature):
+        made[BACK] = generator.integers(0, length, len(batch[BACK])).astype(batch[BACK].dtype)
+    return made
 
 
 def _up_to(cache: np.ndarray, filled: np.ndarray) -> np.ndarray:
@@ -119,5 +204,6 @@ def in_the_middle(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict
     rows, length = batch[IDS].shape
     half = min(max_length(signature) // 2, max_length(signature) - length)
     past = np.full(rows, half, batch[PAST].dtype)
-    positions = {POSITION: past} if evicts(signature) else {}
-    return {**batch, PAST: past, COUNT: np.full(rows, length, batch[COUNT].dtype), **positions}
+    back = {BACK: np.zeros_like(batch[BACK])} if looks_back(signature) else {}
+    position = {POSITION: past} if evicts(signature) else {}
+    return {**batch, **back, **position, PAST: past, COUNT: np.full(rows, length, batch[COUNT].dtype)}

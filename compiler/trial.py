@@ -18,7 +18,7 @@ from .data import open_data, resized
 from .manifest import Benchmark, EngineRecord, OutputMetrics, Timing
 from .recipe import Recipe
 from .signature import Signature, parse_inputs
-from .states import in_the_middle
+from .states import as_floats, in_the_middle
 from .storage.memory import release
 from .validation.metrics import resolve_tolerance
 from .validation.reference import ReferenceOutputs
@@ -91,8 +91,9 @@ def validate_engines(
     for number, engine in enumerate(ready):
         update(number / len(ready), engine["name"])
         directory = folder / "engines" / engine["name"]
-        lossy = gains.is_lossy(engine)
-        spent = budget if engine["precision"] != "fp32" or lossy else None
+        info = EngineInfo.read(directory)
+        judged_as = gains.judged_as(info)
+        spent = budget if judged_as != "fp32" else None
         try:
             runner = open_runner(folder, engine)
         except EnginesmithError as error:
@@ -103,9 +104,9 @@ def validate_engines(
                 engine["name"],
                 runner,
                 reference,
-                precision=gains.LOSSY if lossy else engine["precision"],
-                signature=EngineInfo.read(directory).signature,
-                tolerance=_tolerance(recipe, engine["precision"], spent, lossy=lossy),
+                precision=judged_as,
+                signature=as_floats(info.signature),
+                tolerance=_tolerance(recipe, engine["precision"], spent, lossy=gains.is_lossy(engine)),
                 floor=floor,
                 metric=metric,
                 budget=spent,

@@ -15,9 +15,13 @@ from .manifest import PassRecord
 from .options import split
 from .pruning.goal import parse_goal
 from .recipe import AUTO, HIGH, Recipe
+from .sparse_attention.asked import pass_text
 
 DEFINING = frozenset(("bits", "dtype", "keep", "scheme", "to"))
 """Options of passes that make the precision and the target's placement."""
+
+FUSING = "fuse-attention"
+"""The pass that makes what sparse attention is made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Variant:
 
     Attributes:
         name: ``<target>-<precision>``, numbered from the second on where one target is asked for with other options,
-            and ``-pruned``, ``-sparse`` or ``-aligned`` behind it with such an optional step.
+            and ``-pruned``, ``-sparse``, ``-sparse-attention`` or ``-aligned`` behind it with such an optional step.
         lowering: what lowers the float32 graph.
         steps: the optional steps before that.
         sibling: name of the engine without the optional step that this one has, which this one has to beat; None where
@@ -75,7 +79,7 @@ def make_variants(recipe: Recipe, targets: Sequence[Target]) -> tuple[Variant, .
                 variants.append(plain)
                 continue
             for base in (plain, *pruned(recipe, plain)):
-                variants += [base, *sparse(recipe, base), *aligned(recipe, base)]
+                variants += [base, *sparse(recipe, base), *attending(recipe, base), *aligned(recipe, base)]
     _check_options(recipe, variants)
     return tuple(variants)
 
@@ -103,7 +107,7 @@ def without_effect(variants: Sequence[Variant], records: Sequence[PassRecord]) -
         ran = [record for record in records if variant.name in record["engines"] and record["variant"] != "all"]
         own = ran[len(variant.steps) - 1 : len(variant.steps)] if variant.steps else []
         if own and not own[0]["modified"]:
-            done = gains.STEPS[variant.name.rpartition("-")[2]]
+            done = next(done for word, done in gains.STEPS.items() if variant.name.endswith(f"-{word}"))
             notes.append(f"{variant.name} is as {variant.sibling}, nothing was {done}{_first_reason(own)}")
     return notes
 
@@ -163,6 +167,20 @@ def sparse(recipe: Recipe, dense: Variant) -> tuple[Variant, ...]:
         return (dense.with_step("sparse", None, f"{target.name} has no kernels for {recipe.sparsify} sparse weights"),)
     step = parse_pass(f"sparsify:pattern={recipe.sparsify}") if builds(target, dense.precision) else None
     return (dense.with_step("sparse", step),)
+
+
+def attending(recipe: Recipe, dense: Variant) -> tuple[Variant, ...]:
+    """The engine with sparse attention beside a dense one, where the recipe asks: both with fused attention."""
+    target = dense.target
+    if recipe.sparse_attention is None or dense.refusal or not builds(target, dense.precision):
+        return ()
+    refusal = ""
+    if target.capabilities.consumes != "graph" or FUSING not in target.rewrites(dense.precision):
+        refusal = f"{target.name} has no operator for attention over a cache, which sparse attention is made of"
+    elif not any(split(text)[0] == FUSING for text in (*recipe.passes, *map(str, dense.steps))):
+        refusal = f"attention is not fused, which sparse attention is made of and has to beat: add --pass {FUSING}"
+    step = None if refusal else parse_pass(pass_text(recipe.sparse_attention))
+    return (dense.with_step("sparse-attention", step, refusal),)
 
 
 def aligned(recipe: Recipe, plain: Variant) -> tuple[Variant, ...]:

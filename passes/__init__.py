@@ -19,6 +19,7 @@ PASSES = {
     "fuse-attention": "fuse_attention:FuseAttention",
     "fuse-embeddings": "fuse_embeddings:FuseEmbeddings",
     "fuse-transformer": "fuse_transformer:FuseTransformer",
+    "kv-cache": "kv_cache:KvCache",
     "opset": "opset:Opset",
     "partition": "partition:Partition",
     "pin": "pin:Pin",
@@ -28,6 +29,7 @@ PASSES = {
     "quantize-static": "quantize_static:QuantizeStatic",
     "quantize-weights": "quantize_weights:QuantizeWeights",
     "simplify": "simplify:Simplify",
+    "sparse-attention": "sparse_attention:SparseAttention",
     "sparsify": "sparsify:Sparsify",
 }
 """Name of a pass: module in this package and class."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..compiler.signature import Signature
-from ..compiler.states import COUNT, IDS, LOGITS, PAST
+from ..compiler.states import BACK, COUNT, IDS, LOGITS, PAST, looks_back
 from ..compiler.validation.reference import ReferenceOutputs
 from ..errors import DataError
 from .decoding import PROMPT, TOKEN
@@ -64,7 +64,13 @@ def _prompts(bundle: Path, signature: Signature) -> Iterator[tuple[np.ndarray, n
     try:
         for sample in ReferenceOutputs(bundle / "reference", signature):
             for row in np.flatnonzero(sample.inputs[PAST] == 0):
-                yield sample.inputs[IDS][row, : sample.inputs[COUNT][row]], sample.outputs[LOGITS][row]
+                logits = sample.outputs[LOGITS][row]
+                if looks_back(signature):
+                    last = np.flatnonzero(sample.inputs[BACK] == 0)
+                    if not len(last):
+                        continue
+                    logits = logits[last[0]]
+                yield sample.inputs[IDS][row, : sample.inputs[COUNT][row]], logits
     except (DataError, ValueError, OSError):
         return
 

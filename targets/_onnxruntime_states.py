@@ -3,21 +3,37 @@
 An output that is bound to the buffer of its input makes ONNX Runtime write into it: GroupQueryAttention then writes the
 new keys and values alone, and ScatterElements leaves the copy out. That is right as long as nothing else reads a
 state's input, which `shares_buffers` finds out when the engine is built.
+
+Caches may be kept in 8 bits. Those of a call that gives them as float32 are stored in copies, and come back as float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..compiler.signature import Signature
-from ..compiler.states import COUNT, IDS, LOGITS, PAST, POSITION, empty_caches
+from ..compiler.states import (
+    BACK,
+    COUNT,
+    IDS,
+    LOGITS,
+    PAST,
+    POSITION,
+    as_stored,
+    call,
+    empty_caches,
+    looks_back,
+    numbers,
+)
 from ..errors import EngineError
+from ._caches import Caches
 from ._onnxruntime import HostRunner, failures, to_numpy
-from .base import Arrays, Bound, HostBound
+from .base import Arrays, Bound, BuildRequest, HostBound
 
 _WRITES = {"ScatterElements": (0,), "ScatterND": (0,), "GroupQueryAttention": (3, 4)}
 """Operators that leave what is not new where it is, where input and output share a buffer: places of that input."""
@@ -50,6 +66,28 @@ def shares_buffers(path: Path, states: Mapping[str, str]) -> bool:
     return True
 
 
+def saved(request: BuildRequest, entry: Path) -> BuildRequest:
+    """Saves the graph of a request, and gives the request with the signature of what is saved.
+
+    Caches that the graph keeps in 8 bits are taken and given so, and their scales are saved beside it.
+    """
+    from ..compiler.quantization.cache_ends import stored
+
+    graph, signature = request.graph, request.signature
+    assert graph is not None
+    if not signature.states:
+        graph.save(entry)
+        return request
+    changed, scales = stored(graph, signature.states)
+    changed.save(entry)
+    if scales and not shares_buffers(entry, signature.states):
+        request.log("caches are given and taken as float32: they are not updated in place")
+        graph.save(entry)
+        return request
+    Caches(scales).write(request.directory)
+    return dataclasses.replace(request, graph=changed, signature=as_stored(signature, scales))
+
+
 def _captured(node: Any) -> set[str]:
     """Names that the subgraphs of a node read."""
     found: set[str] = set()
@@ -61,32 +99,51 @@ def _captured(node: Any) -> set[str]:
 
 
 class StatesRunner(HostRunner):
-    """A session whose caches stay where they are."""
+    """A session whose caches stay where they are.
 
-    def __init__(self, session: Any, signature: Signature) -> None:
+    Args:
+        caches: how they are kept.
+    """
+
+    def __init__(self, session: Any, signature: Signature, caches: Caches | None = None) -> None:
         super().__init__(session, [spec.name for spec in signature.outputs])
         self._signature = signature
+        self._caches = caches or Caches()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs by name. The given caches stay as they are: the engine updates copies, in place as always."""
-        return self._call({name: to_numpy(name, value) for name, value in inputs.items()})()
+        bound = self.bind({name: to_numpy(name, value) for name, value in inputs.items()})
+        bound.run()
+        return bound.outputs()
 
     def bind(self, inputs: Arrays) -> Bound:
         """The inputs, ready for repeated runs, each of which writes the same tokens into the same caches."""
-        return HostBound(self._call(inputs))
-
-    def _call(self, inputs: Arrays) -> Callable[[], dict[str, np.ndarray]]:
-        states = self._signature.states
-        steps = self.steps(len(inputs[IDS]), {name: np.array(inputs[name], order="C") for name in states})
-        call = (inputs[IDS], inputs[PAST], inputs[COUNT], inputs.get(POSITION))
+        states, stored = self._signature.states, self._caches.stored(inputs)
+        steps = self.steps(len(inputs[IDS]), {name: np.array(stored[name], order="C") for name in states})
+        call = (inputs[IDS], inputs[PAST], inputs[COUNT], inputs.get(BACK), inputs.get(POSITION))
+        floats = {states[name]: name for name in self._caches.given(inputs)}
         outputs = {out: steps.caches[name] for name, out in states.items()}
-        return lambda: {LOGITS: steps(*call), **outputs}
+        return _BoundCall(lambda: {LOGITS: steps(*call), **outputs}, self._caches, floats)
 
     def steps(self, batch: int, caches: Mapping[str, np.ndarray] | None = None) -> Steps:
         """Calls for so many rows, which share caches: empty ones, or those that are given."""
         if self._session is None:
             raise EngineError("the engine is closed", hint="load it again")
         return Steps(self._session, self._signature, caches or empty_caches(self._signature, batch))
+
+
+class _BoundCall(HostBound):
+    """A call whose caches come back as they were given: `floats`, by the output their input, were no stored ones."""
+
+    def __init__(self, call: Callable[[], dict[str, np.ndarray]], caches: Caches, floats: Mapping[str, str]) -> None:
+        super().__init__(call)
+        self._caches = caches
+        self._floats = floats
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The outputs of the last run."""
+        outputs = super().outputs()
+        return {**outputs, **{out: self._caches.real(name, outputs[out]) for out, name in self._floats.items()}}
 
 
 class Steps:
@@ -102,46 +159,53 @@ class Steps:
         self.caches = dict(caches)
         self._session = session
         self._states = signature.states
-        self._numbers = [spec.name for spec in signature.inputs if spec.name not in signature.states]
+        self._numbers = numbers(signature)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy  # shares the array's memory
         self._buffers = {name: self._value(array) for name, array in self.caches.items()}
-        logits = next(spec for spec in signature.outputs if spec.name == LOGITS)
-        rows = len(next(iter(self.caches.values())))
-        self._logits = np.zeros((rows, int(logits.shape[-1])), logits.dtype)
+        self._logits = next(spec for spec in signature.outputs if spec.name == LOGITS)
+        self._looks_back = looks_back(signature)
         self._kept: _Call | None = None
 
     def __call__(
-        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, position: np.ndarray | None = None
+        self,
+        ids: np.ndarray,
+        past: np.ndarray,
+        count: np.ndarray,
+        back: np.ndarray | None = None,
+        position: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The logits (batch, vocabulary) that follow; valid until the next call."""
-        if self._kept is None or self._kept.shape != ids.shape:
-            self._kept = self._bound(ids.shape)
-        call = {IDS: ids, PAST: past, COUNT: count, POSITION: past if position is None else position}
-        for name, array in self._kept.arrays.items():
-            array[...] = call[name]
+        """The logits (batch, vocabulary) that follow, or with `back` (batch, kept, vocabulary); until the next call."""
+        given = call(self._numbers, ids, past, count, back, position)
+        shapes = {name: array.shape for name, array in given.items()}
+        if self._kept is None or self._kept.shapes != shapes:
+            self._kept = self._bound(shapes)
+        for name, array in given.items():
+            self._kept.arrays[name][...] = array
         try:
             self._session.run_with_iobinding(self._kept.binding)
         except failures() as problem:
             raise EngineError(f"ONNX Runtime failed to run the engine: {problem}") from problem
-        return self._logits
+        return self._kept.logits if back is not None or not self._looks_back else self._kept.logits[:, 0]
 
-    def _bound(self, shape: Sequence[int]) -> _Call:
-        """Inputs of that shape and all outputs, bound to buffers of their own."""
-        arrays = {name: np.zeros(shape if name == IDS else shape[:1], np.int64) for name in self._numbers}
+    def _bound(self, shapes: Mapping[str, tuple[int, ...]]) -> _Call:
+        """Inputs of these shapes and all outputs, bound to buffers of their own."""
+        arrays = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
+        logits = np.zeros((len(arrays[IDS]), *shapes.get(BACK, ()), int(self._logits.shape[-1])), self._logits.dtype)
         binding = self._session.io_binding()
         for name, array in arrays.items():
             binding.bind_ortvalue_input(name, self._value(array))
         for name, buffer in self._buffers.items():
             binding.bind_ortvalue_input(name, buffer)
             binding.bind_ortvalue_output(self._states[name], buffer)
-        binding.bind_ortvalue_output(LOGITS, self._value(self._logits))
-        return _Call(tuple(shape), arrays, binding)
+        binding.bind_ortvalue_output(LOGITS, self._value(logits))
+        return _Call(dict(shapes), arrays, logits, binding)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Call:
-    """What calls of one shape reuse."""
+    """What calls of the same shapes reuse."""
 
-    def __init__(self, shape: tuple[int, ...], arrays: Arrays, binding: Any) -> None:
-        self.shape = shape
-        self.arrays = arrays
-        self.binding = binding
+    shapes: Mapping[str, tuple[int, ...]]
+    arrays: Arrays
+    logits: np.ndarray
+    binding: Any

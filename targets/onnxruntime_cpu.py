@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..compiler.difference import relative_l2
+from ..compiler.states import in_eight_bits, row_bytes
 from ..errors import BuildError, RecipeError, TargetUnavailableError
+from ._caches import Caches
 from ._onnxruntime import MINIMUM, OPSET, HostRunner, Optimization, Session, examine, require_onnxruntime
-from ._onnxruntime_states import StatesRunner, shares_buffers
+from ._onnxruntime_states import StatesRunner, saved, shares_buffers
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .profile import Profile
 
@@ -109,9 +111,8 @@ class OnnxRuntimeCpu(Target):
     def build(self, request: BuildRequest) -> EngineInfo:
         """Saves the graph, and records what ONNX Runtime makes of it on this machine."""
         require_onnxruntime("cpu")
-        assert request.graph is not None
         entry = request.directory / "model.onnx"
-        request.graph.save(entry)
+        request = saved(request, entry)
         info = self.describe(self.info(request, entry.name, {}), request)
         if not self.optimized_model:
             return info
@@ -127,9 +128,12 @@ class OnnxRuntimeCpu(Target):
         """Looks at what ONNX Runtime makes of the file on this machine; an optimized one stays as it is."""
         if info.requires:
             return info
-        details = examine(request.directory / info.entry, self._session(), request.sample, request.cache)
+        sample = Caches.read(request.directory, info.signature).stored(request.sample)
+        details = examine(request.directory / info.entry, self._session(), sample, request.cache)
         if info.signature.states:
             details["in_place"] = shares_buffers(request.directory / info.entry, info.signature.states)
+            details["cache_row_bytes"] = row_bytes(info.signature)
+            details["caches_in_8_bits"] = len(in_eight_bits(info.signature))
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
         return dataclasses.replace(info, versions=self.versions(), details=details)
 
@@ -141,7 +145,7 @@ class OnnxRuntimeCpu(Target):
         check_machine(info, self)
         session = self._session(optimized=self.optimized_model).open(directory / info.entry)
         if info.details.get("in_place"):
-            return StatesRunner(session, info.signature)
+            return StatesRunner(session, info.signature, Caches.read(directory, info.signature))
         return HostRunner(session, [spec.name for spec in info.signature.outputs])
 
     def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
@@ -149,14 +153,16 @@ class OnnxRuntimeCpu(Target):
         from ._onnxruntime_profile import profile
 
         require_onnxruntime("cpu")
-        return profile(directory / info.entry, self._session(optimized=self.optimized_model), inputs)
+        stored = Caches.read(directory, info.signature).stored(inputs)
+        return profile(directory / info.entry, self._session(optimized=self.optimized_model), stored)
 
     def _optimized(self, entry: Path, request: BuildRequest) -> Path:
         """Puts the graph as ONNX Runtime optimizes it in the place of the one in `entry`, where it gives the same."""
         optimized = entry.with_name("optimized.onnx")
         before = self._session().open(entry, optimized=optimized)
         after = self._session(optimized=True).open(optimized)
-        feed = {value.name: request.sample[value.name] for value in before.get_inputs()}
+        sample = Caches.read(request.directory, request.signature).stored(request.sample)
+        feed = {value.name: sample[value.name] for value in before.get_inputs()}
         for spec, expected, found in zip(
             before.get_outputs(), before.run(None, feed), after.run(None, feed), strict=True
         ):

@@ -16,6 +16,7 @@ from ..compiler.comparison.place import Place, find
 from ..compiler.engine import Engine
 from ..compiler.manifest import OutputMetrics, Tolerance
 from ..compiler.signature import TensorSpec
+from ..compiler.states import class_scores
 from ..compiler.validation.metrics import Difference, Judge, coarser, failures, resolve_tolerance
 from ..errors import DataError
 from .expected import pairs
@@ -81,7 +82,8 @@ def assert_engine_close(
     __tracebackhide__ = True  # pytest shows the caller's line
     with _opened(engine) as (loaded, place):
         bounds = _bounds(loaded, place, tolerance)
-        judge = Judge(bounds, {spec.name: _host_dtype(spec) for spec in loaded.signature.outputs})
+        signature = loaded.signature
+        judge = Judge(bounds, {spec.name: _host_dtype(spec) for spec in signature.outputs}, class_scores(signature))
         worst: dict[str, _Worst] = {}
         count = 0
         for count, (given, expected) in enumerate(pairs(loaded, place, reference, inputs, max_samples, seed), start=1):

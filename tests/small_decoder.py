@@ -1,6 +1,8 @@
 """A decoder of one layer as a graph, written in milliseconds; and what it computes, in NumPy and without a cache.
 
 h = embedding[ids] + place[positions]        logits = (h + softmax(q k^T / 2 + causal mask) v wo) head
+
+`LOOKING_BACK` is the same decoder with the input `back`.
 """
 
 from __future__ import annotations
@@ -50,18 +52,31 @@ decoder (int64[batch, time] ids, int64[batch] past, int64[batch] count,
 """
 
 
-def weights() -> dict[str, np.ndarray]:
+_LAST = GRAPH[GRAPH.index("at = Unsqueeze") : GRAPH.rindex("\n}")]
+_KEPT = """at = Unsqueeze(last, axis1)
+  before = Sub(at, back)  place_of = Clip(before, zero)  spread_out = Unsqueeze(place_of, axis2)
+  rows = Expand(spread_out, wide)  states = GatherElements<axis = 1>(y, rows)
+  logits = MatMul(states, head)"""
+LOOKING_BACK = (
+    GRAPH.replace(_LAST, _KEPT)
+    .replace("int64[batch] count,", "int64[batch] count, int64[kept] back,")
+    .replace(f"float[batch, {VOCABULARY}] logits", f"float[batch, kept, {VOCABULARY}] logits")
+    .replace("int64[1] axis1 = {1},", "int64[1] axis1 = {1}, int64[1] axis2 = {2},")
+)
+
+
+def weights(seed: int = 0) -> dict[str, np.ndarray]:
     """Of the network, by name."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     shapes = {"embedding": (VOCABULARY, WIDE), "place": (ROOM, WIDE), "head": (WIDE, VOCABULARY)}
     shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), (WIDE, WIDE))
     return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def model(text: str = GRAPH) -> onnx.ModelProto:
+def model(text: str = GRAPH, seed: int = 0) -> onnx.ModelProto:
     """The graph with its weights."""
     made = onnx.parser.parse_model(text)
-    constants = {**weights(), "slots": np.arange(ROOM), "never": np.array(-np.inf, np.float32)}
+    constants = {**weights(seed), "slots": np.arange(ROOM), "never": np.array(-np.inf, np.float32)}
     made.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
     return made
 
@@ -76,17 +91,19 @@ def spoilt() -> onnx.ModelProto:
     return made
 
 
-def signature() -> Signature:
-    """What it takes and gives."""
+def signature(drafted: int = 0) -> Signature:
+    """What it takes and gives; with drafts of so many tokens, what that of `LOOKING_BACK` does."""
     caches = [TensorSpec(name, "float32", ("batch", HEADS, ROOM, WIDTH)) for name in ("key", "value")]
     numbers = [TensorSpec(name, "int64", ("batch",)) for name in ("past", "count")]
+    kept = {"kept": AxisRange(1, 1, drafted + 1)} if drafted else {}
+    back = [TensorSpec("back", "int64", (axis,)) for axis in kept]
     return Signature(
-        inputs=(TensorSpec("ids", "int64", ("batch", "time")), *numbers, *caches),
+        inputs=(TensorSpec("ids", "int64", ("batch", "time")), *numbers, *back, *caches),
         outputs=(
-            TensorSpec("logits", "float32", ("batch", VOCABULARY)),
+            TensorSpec("logits", "float32", ("batch", *kept, VOCABULARY)),
             *(dataclasses.replace(cache, name=f"{cache.name}_out") for cache in caches),
         ),
-        axes={"batch": AxisRange(1, 1, BATCH), "time": AxisRange(1, 1, ROOM)},
+        axes={"batch": AxisRange(1, 1, BATCH), "time": AxisRange(1, 1, ROOM), **kept},
         structure={"dict": {name: name for name in ("logits", "key_out", "value_out")}},
         states={"key": "key_out", "value": "value_out"},
     )
@@ -113,23 +130,27 @@ def greedy(prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def write_reference(folder: Path) -> None:
-    """A recorded prompt, and the logits that follow."""
+def write_reference(folder: Path, drafted: int = 0) -> None:
+    """A recorded prompt, and the logits that follow; with drafts, those that follow each of its last tokens."""
     prompt, room = [3, 1, 4], (1, HEADS, ROOM, WIDTH)
     inputs = {"ids": np.array([prompt]), "past": np.zeros(1, np.int64), "count": np.array([len(prompt)])}
     inputs |= {name: np.zeros(room, np.float32) for name in ("key", "value")}
+    logits = logits_after(prompt)
+    if drafted:
+        inputs["back"] = np.array([1, 0])
+        logits = np.stack([logits_after(prompt[:-1]), logits])
     folder.mkdir()
-    for name, arrays in (("inputs", inputs), ("outputs", {"logits": logits_after(prompt)[None].astype(np.float32)})):
+    for name, arrays in (("inputs", inputs), ("outputs", {"logits": logits[None].astype(np.float32)})):
         np.savez(folder / f"{name}.npz", **{f"0/{key}": array for key, array in arrays.items()})
 
 
-def write_bundle(folder: Path, made: onnx.ModelProto | None = None, **changes: object) -> Path:
-    """A bundle of one engine; `changes` are fields of its description."""
+def write_bundle(folder: Path, made: onnx.ModelProto | None = None, drafted: int = 0, **changes: object) -> Path:
+    """A bundle of one engine, which checks drafts of so many tokens; `changes` are fields of its description."""
     directory = folder / "engines" / "decoder"
     directory.mkdir(parents=True)
-    onnx.save(made or model(), directory / "model.onnx")
+    onnx.save(made or model(LOOKING_BACK if drafted else GRAPH), directory / "model.onnx")
     info = EngineInfo(
-        "decoder", "onnxruntime-cpu", "fp32", "model.onnx", signature(),
+        "decoder", "onnxruntime-cpu", "fp32", "model.onnx", signature(drafted),
         options={"threads": 1}, details={"in_place": True},
     )  # fmt: skip
     dataclasses.replace(info, **changes).write(directory)  # type: ignore[arg-type]
@@ -137,9 +158,9 @@ def write_bundle(folder: Path, made: onnx.ModelProto | None = None, **changes: o
         "name": "decoder", "target": "onnxruntime-cpu", "status": "ready", "reason": "", "to_do": "",
         "validation": {"passed": True, "tolerance": {"relative_l2": 1e-3}, "outputs": []},
     }  # fmt: skip
-    write_reference(folder / "reference")
+    write_reference(folder / "reference", drafted)
     manifest = {
-        "format": 1, "engines": [record], "benchmark": None, "signature": signature().to_json(),
+        "format": 1, "engines": [record], "benchmark": None, "signature": signature(drafted).to_json(),
         "files": hashes(folder),
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))

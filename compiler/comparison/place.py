@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import cast
 
 from ...errors import EngineMismatchError, UsageError
 from ...targets import get_target
@@ -18,6 +17,7 @@ from ..engine import Engine, load
 from ..machine.requirements import check_machine
 from ..manifest import EngineRecord, Tolerance
 from ..signature import Signature
+from ..states import as_floats
 from ..validation.metrics import coarser, resolve_tolerance
 from ..validation.reference import ReferenceOutputs
 
@@ -37,8 +37,8 @@ class Place:
 
     @property
     def signature(self) -> Signature:
-        """What the engine takes and gives."""
-        return self.info.signature
+        """What the engine takes and gives, with the caches of a decoder as floats."""
+        return as_floats(self.info.signature)
 
     @property
     def record(self) -> EngineRecord | None:
@@ -48,8 +48,7 @@ class Place:
     @property
     def judged_as(self) -> str:
         """The precision whose bounds hold for it."""
-        record = cast(EngineRecord, {"name": self.info.name})
-        return gains.LOSSY if gains.is_lossy(record) else self.info.precision
+        return gains.judged_as(self.info)
 
     @property
     def tolerance(self) -> Tolerance:

@@ -12,6 +12,7 @@ from ...errors import EngineError, EnginesmithError
 from ..again import validate_bundle
 from ..manifest import Tolerance, Validation
 from ..recipe import Recipe, read_recipe
+from ..states import class_scores
 from ..trial import load_metric
 from ..validation.metrics import Judge, resolve_tolerance
 from ..validation.polygraphy_io import EngineRunner, host_dtype
@@ -42,7 +43,7 @@ def look(both: Pair, recipe: Recipe, given: Mapping[str, Any]) -> tuple[Results,
             own[label] = _on_record_of(other, place, recipe)
             notes.append(f"{label} has no record of a reference: it was judged on that of {other.bundle.path}")
     bounds = looser(_bounds(a, own["A"], recipe), _bounds(b, own["B"], recipe))
-    judge = Judge(bounds, {spec.name: host_dtype(spec) for spec in b.signature.outputs})
+    judge = Judge(bounds, {spec.name: host_dtype(spec) for spec in b.signature.outputs}, class_scores(b.signature))
     scores = _Scores(_metric(a, b, recipe, given, notes), recipe.seed)
     count = _run_both(both, judge, scores)
     return Results(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ...errors import EngineError
 from .sampling import Sampling
+
+Stream = Callable[[int, int], Any]
+"""Takes the number of a row and its next token, as soon as it is known."""
 
 
 class Choice:
@@ -31,10 +35,20 @@ class Choice:
             EngineError: they are no numbers.
         """
         self._step += 1
-        best = int(logits.argmax())
-        if not np.isfinite(logits[best]):  # NaN is the largest to argmax
-            raise no_numbers(f"for row {self._row} at token {self._step}", logits[best])
+        best = likeliest(logits, f"for row {self._row} at token {self._step}")
         return best if self._sampling is None else self._sampling.draw(logits, self._generator)
+
+
+def likeliest(logits: np.ndarray, where: str) -> int:
+    """The token with the largest logit (vocabulary).
+
+    Raises:
+        EngineError: they are no numbers, `where` they are given.
+    """
+    best = int(logits.argmax())
+    if not np.isfinite(logits[best]):  # NaN is the largest to argmax
+        raise no_numbers(where, logits[best])
+    return best
 
 
 def no_numbers(where: str, found: np.floating[Any]) -> EngineError:

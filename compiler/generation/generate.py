@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,13 @@ import numpy as np
 from ...errors import EngineError, EngineMismatchError, RecipeError
 from ...targets.base import Runner
 from ..signature import Signature
-from ..states import COUNT, IDS, LOGITS, PAST, empty_caches
-from .choice import Choice
+from ..states import COUNT, IDS, LOGITS, PAST, empty_caches, longest_draft, looks_back
+from .choice import Choice, Stream
 from .prefixes import Prefixes, read
 from .prompts import check, rows_of, side_by_side
 from .sampling import sampling_of
+from .speculative import Proposer, Speculation, check_draft, speculate
 from .steps import steps_of
-
-Stream = Callable[[int, int], Any]
-"""Takes the number of a row and its next token, as soon as it is known."""
 
 
 def generate(
@@ -35,6 +33,8 @@ def generate(
     seed: int,
     stream: Stream | None,
     prefixes: Prefixes | None = None,
+    draft: tuple[Runner, Signature] | None = None,
+    speculation: Speculation | None = None,
 ) -> list[list[int]]:
     """The new tokens of each row; see `Engine.generate`."""
     check_decoder(signature)
@@ -45,12 +45,13 @@ def generate(
             "prefixes are of one prompt at a time", expected="one prompt", found=f"{len(rows)} prompts",
             hint="give each to Engine.batcher(prefixes=...), which runs them side by side",
         )  # fmt: skip
+    if draft is not None:
+        check_decoder(draft[1])
+    check_draft(signature, len(rows), draft[1] if draft else None, speculation, do_sample=do_sample)
     sampling = sampling_of(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
     choices = [Choice(sampling, (seed, row), row=row) for row in range(len(rows))]
     ends = stops(stop)
     ids, counts = side_by_side(rows)
-    found: list[list[int]] = [[] for _ in rows]
-    live = list(range(len(rows)))
     if prefixes is None:
         steps = steps_of(runner, signature, len(rows))
         logits = steps(ids, np.zeros_like(counts), counts)
@@ -58,8 +59,16 @@ def generate(
         caches = empty_caches(signature, 1)
         steps = steps_of(runner, signature, 1, caches)
         logits = read(steps, rows[0], caches, prefixes)
+    if draft is not None:
+        tokens = speculate(
+            steps, Proposer(*draft), rows[0], logits[0], longest=longest_draft(signature), choice=choices[0],
+            max_new_tokens=max_new_tokens, ends=ends, stream=stream, counts=speculation or Speculation(),
+        )  # fmt: skip
+        return [tokens]
     past, one = counts.copy(), np.ones_like(counts)
     last = np.zeros((len(rows), 1), np.int64)
+    found: list[list[int]] = [[] for _ in rows]
+    live = list(range(len(rows)))
     while True:
         for row in live:
             token = choices[row](logits[row])
@@ -108,6 +117,14 @@ def check_decoder(signature: Signature) -> None:
             )
     if missing := [name for name in (IDS, PAST, COUNT, LOGITS) if name not in shapes]:
         raise EngineMismatchError(f"the engine has caches, and no {missing[0]!r}", hint="compile the model again")
+    form = ("batch", "kept", "vocabulary") if looks_back(signature) else ("batch", "vocabulary")
+    if len(shapes[LOGITS]) != len(form):
+        raise EngineMismatchError(
+            "the logits of the engine have the wrong shape",
+            expected=f"({', '.join(form)})",
+            found=shapes[LOGITS],
+            hint="compile the model again",
+        )
 
 
 def stops(stop: Iterable[int]) -> Collection[int]:

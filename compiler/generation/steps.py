@@ -8,18 +8,24 @@ import numpy as np
 
 from ...targets.base import Arrays, Runner
 from ..signature import Signature
-from ..states import COUNT, IDS, LOGITS, PAST, POSITION, empty_caches, evicts
+from ..states import BACK, LOGITS, call, empty_caches, numbers
 
 
 class Steps(Protocol):
     """Calls one after the other on the same caches."""
 
     def __call__(
-        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, position: np.ndarray | None = None
+        self,
+        ids: np.ndarray,
+        past: np.ndarray,
+        count: np.ndarray,
+        back: np.ndarray | None = None,
+        position: np.ndarray | None = None,
     ) -> np.ndarray:
         """The logits (batch, vocabulary) that follow; valid until the next call.
 
         Args:
+            back: of engines that take it; the logits are (batch, kept, vocabulary) then: what follows these tokens.
             position: tokens of each text before `ids`, where that is more than the `past` ones in the cache.
         """
 
@@ -45,20 +51,25 @@ class _InAndOut:
     def __init__(self, runner: Runner, signature: Signature, batch: int, shared: Arrays | None) -> None:
         self._runner = runner
         self._states = signature.states
-        self._evicts = evicts(signature)
+        self._numbers = numbers(signature)
+        self._looks_back = BACK in self._numbers
         self._shared = shared
         self._caches = shared or empty_caches(signature, batch)
 
     def __call__(
-        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, position: np.ndarray | None = None
+        self,
+        ids: np.ndarray,
+        past: np.ndarray,
+        count: np.ndarray,
+        back: np.ndarray | None = None,
+        position: np.ndarray | None = None,
     ) -> np.ndarray:
-        call = {IDS: ids, PAST: past, COUNT: count}
-        if self._evicts:
-            call[POSITION] = past if position is None else position
-        outputs = self._runner.run({**call, **self._caches})
+        given = call(self._numbers, ids, past, count, back, position)
+        outputs = self._runner.run({**given, **self._caches})
         if self._shared is None:
             self._caches = {name: outputs[output] for name, output in self._states.items()}
         else:
             for name, output in self._states.items():
                 self._shared[name][...] = outputs[output]
-        return np.asarray(outputs[LOGITS])
+        logits = np.asarray(outputs[LOGITS])
+        return logits[:, 0] if self._looks_back and back is None else logits

@@ -24,7 +24,7 @@ from .trials import Contender
 
 IRRELEVANT = (
     *("targets", "precisions", "require", "baselines", "benchmark"),
-    *("effort", "time_limit_s", "timeout_s", "align", "prune", "sparsify"),
+    *("effort", "time_limit_s", "timeout_s", "align", "prune", "sparsify", "sparse_attention"),
 )
 """Fields of a recipe that decide which steps are tried, and not what comes of one."""
 

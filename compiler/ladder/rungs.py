@@ -7,6 +7,7 @@
     sparsity        2:4, likewise
     alignment       dimensions grown to what Tensor Cores take
     rewrites        what the target runs better, as fused attention
+    attention       to few keys of a decoder's cache, where the user asks for it
     options         of the target, one question a rung
 
 Passes that change the float32 graph are run before those that lower it, whichever rung found them.
@@ -23,7 +24,7 @@ from ...passes.base import Pass
 from ...targets.base import Effort, Target, Tuning
 from ..manifest import LadderStep
 from ..recipe import Recipe
-from ..variants import Variant, aligned, builds, lowering_of, pruned, sparse
+from ..variants import Variant, aligned, attending, builds, lowering_of, pruned, sparse
 
 EFFORTS: tuple[Effort, ...] = ("quick", "default", "thorough")
 
@@ -90,6 +91,8 @@ def own_rungs(situation: Situation) -> Iterator[Rung]:
     if incumbent.target.capabilities.consumes == "graph":
         for text in incumbent.target.rewrites(incumbent.precision):
             yield _rewriting(incumbent, parse_pass(text))
+        if recipe.sparse_attention is not None:
+            yield _attention(situation, recipe.sparse_attention)
     for tuning in incumbent.target.tunings(incumbent.precision):
         if _reaches(recipe.effort, tuning.effort):
             yield Rung(tuning.what, retuned(incumbent, tuning, recipe))
@@ -163,6 +166,16 @@ def _sparsity(situation: Situation) -> Rung:
     if left_out := {str(variant.target): variant.refusal for variant in found if variant.refusal}:
         return Rung("sparsity", (), left_out, asked=asked)
     return _with_data("sparsity", "2:4", found, situation, asked=asked)
+
+
+def _attention(situation: Situation, asked: str) -> Rung:
+    name, incumbent = "sparse attention", situation.incumbent
+    if any(step.name == "sparse-attention" for step in incumbent.steps):
+        return Rung(name, asked=True)
+    found = attending(situation.recipe, incumbent)
+    if reason := next((variant.refusal for variant in found if variant.refusal), ""):
+        return Rung(name, (), {asked: reason}, asked=True)
+    return _with_data(name, asked, found, situation, asked=True)
 
 
 def _with_data(name: str, what: str, found: tuple[Variant, ...], situation: Situation, *, asked: bool) -> Rung:

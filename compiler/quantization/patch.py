@@ -1,4 +1,4 @@
-"""Replaces one node by several; the values it gave keep their names, and every new name is its own."""
+"""Replaces one node by several, or puts them beside it; its values keep their names, and every new name is its own."""
 
 from __future__ import annotations
 
@@ -77,6 +77,10 @@ class Patch:
         old = [self._old, *also]
         outputs = [value for node in old for value in node.outputs if value.name]
         ir.convenience.replace_nodes_and_values(graph, self._old, old, self._new, outputs, results)
+
+    def beside(self) -> None:
+        """Puts the new nodes in behind the old one, which stays."""
+        self._patcher.graph.model.graph.insert_after(self._old, self._new)
 
 
 def _unused(wanted: str, taken: set[str | None]) -> str:

@@ -12,15 +12,16 @@ magnitude is at least MASK_MAGNITUDE and MASK_RATIO times all others, the two gr
 one counts.
 
 An output is taken for class scores, and its best classes are compared, where it is a float array (rows, classes >= 2)
-whose rows are not unit vectors with negative values (those are embeddings). A class that the reference scores equal to
-its best, within float32 rounding, is as good as the best, and one row may always differ unless all must agree.
+whose rows are not unit vectors with negative values (those are embeddings); with more axes, where it is known to be
+one. A class that the reference scores equal to its best, within float32 rounding, is as good as the best, and one
+row may always differ unless all must agree.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import cast
 
 import numpy as np
@@ -108,8 +109,13 @@ class Difference:
     problem: str = ""
 
 
-def compare(reference: np.ndarray, output: np.ndarray, dtype: str | None = None) -> Difference:
-    """Compares one output of one sample; `dtype` is what the output should have where it is not the reference's."""
+def compare(reference: np.ndarray, output: np.ndarray, dtype: str | None = None, *, scores: bool = False) -> Difference:
+    """Compares one output of one sample.
+
+    Args:
+        dtype: what the output should have where it is not the reference's.
+        scores: it is class scores (..., classes), whatever its rank.
+    """
     if (found := str(output.dtype)) != (expected := dtype or str(reference.dtype)):
         return Difference(problem=f"dtype is {found}, expected {expected}")
     if output.shape != reference.shape:
@@ -126,6 +132,8 @@ def compare(reference: np.ndarray, output: np.ndarray, dtype: str | None = None)
     unlike = np.count_nonzero(~finite & (r != y) & ~(np.isnan(r) & np.isnan(y)))
     with np.errstate(all="ignore"):
         parts = [_measure(r[group], y[group]) for group in _groups(r, finite)]
+        if scores:
+            r, y = (array.reshape(-1, array.shape[-1]) for array in (r, y))
         rows, top1, top5 = _agreement(r, y) if _is_scores(r) else (0, 0, None)
     return Difference(
         relative_l2=_worst(max, (part.relative_l2 for part in parts)),
@@ -146,11 +154,15 @@ class Judge:
 
     Args:
         dtypes: what an output should have where that is not the reference's dtype.
+        scores: outputs that are known to be class scores, whatever their rank.
     """
 
-    def __init__(self, tolerance: Tolerance, dtypes: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, tolerance: Tolerance, dtypes: Mapping[str, str] | None = None, scores: Collection[str] = ()
+    ) -> None:
         self.tolerance = tolerance
         self._dtypes = dtypes or {}
+        self._scores = scores
         self._differences: dict[str, Difference] = {}
         self._problems: dict[str, list[str]] = {}
         self._searched: set[str] = set()
@@ -163,7 +175,7 @@ class Judge:
             if name not in outputs:
                 sample[name] = Difference(problem=f"is missing; the engine gives {', '.join(outputs) or 'nothing'}")
                 continue
-            found = compare(array, outputs[name], self._dtypes.get(name))
+            found = compare(array, outputs[name], self._dtypes.get(name), scores=name in self._scores)
             if failures(found, self.tolerance) and (twin := self._twin(name, array, outputs)):
                 found = dataclasses.replace(found, problem=f"equals the engine's output {twin!r}: outputs are swapped")
             sample[name] = found

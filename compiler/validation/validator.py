@@ -18,6 +18,7 @@ from ...errors import DataError, EngineError, EnginesmithError, RecipeError
 from ..budget import Budget, Meter
 from ..manifest import BudgetRecord, OutputMetrics, TaskMetric, Validation
 from ..signature import Signature
+from ..states import class_scores
 from .metrics import Judge, coarser, resolve_tolerance
 from .polygraphy_io import EngineRunner, Trail, host_dtype
 from .reference import Recorded, ReferenceOutputs
@@ -63,7 +64,7 @@ def validate(
     """
     signature = signature or reference.signature
     bounds = resolve_tolerance(coarser(precision, (s.dtype for s in reference.signature.outputs)), tolerance)
-    judge = Judge(bounds, {spec.name: host_dtype(spec) for spec in signature.outputs})
+    judge = Judge(bounds, {spec.name: host_dtype(spec) for spec in signature.outputs}, class_scores(signature))
     trail = Trail(engine, bounds)
     scores = _Scores(metric)
     meter = Meter(budget) if budget else None

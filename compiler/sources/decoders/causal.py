@@ -12,9 +12,9 @@ import torch
 from ....errors import RecipeError, SourceError
 from ...difference import relative_l2
 from ...signature import AxisRange, Signature, TensorSpec
+from ...states import BACK, COUNT, IDS, IMPORTANCE, PAST, POSITION
 from .. import Model, module
 from ..guard import first_line, foreign, quiet
-from ...states import COUNT, IDS, IMPORTANCE, PAST, POSITION
 from .module import Decoder, Layers, widths
 from .options import DecoderOptions
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import transformers
 
 DEFAULT_LENGTH = 1024
-CACHES = ("key.", "value.", IMPORTANCE)
 SAME = 1e-4
 """Relative L2 within which the logits with and without cache are the same: sums in another order."""
 
@@ -80,8 +79,9 @@ def load(
         layers = widths(decoder)
     decoder.max_length = length = _within(options, layers, decoder.max_length)
     decoder.positions = max(positions or length, length)
-    signature = _signature(layers, length, options)
+    signature, states = _signature(layers, length, options)
     _check(model, decoder, layers)
+    drafted = options.speculative_tokens
     loaded = module.load(
         decoder,
         weights=None,
@@ -89,9 +89,8 @@ def load(
         constants={},
         sample=None,
         device=device,
-        identity=f"{identity}{length}{options.batch}{options.eviction}",
+        identity=f"{identity}{length}{options.batch}{f' {drafted}' if drafted else ''}{options.eviction}",
     )
-    states = {spec.name: f"{spec.name}_out" for spec in signature.inputs if spec.name.startswith(CACHES)}
     tokenizer = folder / "tokenizer.json" if folder and (folder / "tokenizer.json").is_file() else None
     return dataclasses.replace(
         loaded,
@@ -112,7 +111,9 @@ def _positions(model: transformers.PreTrainedModel) -> int | None:
 def _length(made_for: int | None, options: DecoderOptions, model: str) -> int:
     """Tokens that a cache holds, whatever memory that takes."""
     if options.max_length is None:
-        return min(made_for or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        length = min(made_for or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        options.check_room(length)
+        return length
     if made_for and options.max_length > made_for:
         raise RecipeError(
             f"max_length={options.max_length} is more than {model} was made for",
@@ -138,7 +139,8 @@ def _within(options: DecoderOptions, layers: Layers, length: int) -> int:
     return min(length, room)
 
 
-def _signature(layers: Layers, length: int, options: DecoderOptions) -> Signature:
+def _signature(layers: Layers, length: int, options: DecoderOptions) -> tuple[Signature, dict[str, str]]:
+    """The inputs, and the output of each cache by its input."""
     rows: str | int = "batch" if options.batch > 1 else 1
     caches = [
         TensorSpec(f"{kind}.{layer}", "float32", (rows, sizes[which][0], length, sizes[which][1]))
@@ -150,12 +152,20 @@ def _signature(layers: Layers, length: int, options: DecoderOptions) -> Signatur
             TensorSpec(f"{IMPORTANCE}{layer}", "float32", (rows, _rated(sizes), length, 1))
             for layer, sizes in enumerate(layers)
         ]
-    tokens = TensorSpec(IDS, "int64", (rows, "time"))
-    names = (PAST, COUNT, POSITION) if options.eviction else (PAST, COUNT)
-    numbers = [TensorSpec(name, "int64", (rows,)) for name in names]
-    axes = {"batch": AxisRange(1, 1, options.batch), "time": AxisRange(1, 1, length)}
-    axes = {name: axis for name, axis in axes.items() if name in tokens.shape}
-    return Signature(inputs=(tokens, *numbers, *caches), axes=axes)
+    numbers = [
+        TensorSpec(IDS, "int64", (rows, "time")),
+        *(TensorSpec(name, "int64", (rows,)) for name in (PAST, COUNT, *([POSITION] if options.eviction else []))),
+    ]
+    if options.speculative_tokens:
+        numbers.append(TensorSpec(BACK, "int64", ("kept",)))
+    axes = {
+        "batch": AxisRange(1, 1, options.batch),
+        "time": AxisRange(1, 1, length),
+        "kept": AxisRange(1, 1, options.speculative_tokens + 1),
+    }
+    used = {size for spec in numbers for size in spec.shape}
+    axes = {name: axis for name, axis in axes.items() if name in used}
+    return Signature(inputs=(*numbers, *caches), axes=axes), {spec.name: f"{spec.name}_out" for spec in caches}
 
 
 def _rated(layer: tuple[tuple[int, int], tuple[int, int]]) -> int:
@@ -164,9 +174,7 @@ def _rated(layer: tuple[tuple[int, int], tuple[int, int]]) -> int:
     return of_keys if of_keys == of_values else 1
 
 
-def _check(
-    model: transformers.PreTrainedModel, decoder: Decoder, layers: Layers
-) -> None:
+def _check(model: transformers.PreTrainedModel, decoder: Decoder, layers: Layers) -> None:
     """Compares with the model as it was given: a prompt of two rows, one padded, and the token after; at two sizes."""
     generator = np.random.default_rng(0)
     device = next(model.parameters()).device

@@ -1,6 +1,7 @@
 """A plain module whose inputs declare its caches: ``ids``, ``past``, ``count``, and any number of caches.
 
-It may take ``position`` as well, where tokens may be dropped from its caches (see states.py).
+It may take ``back`` (kept) too, and then gives logits (batch, kept, vocabulary), and ``position`` (batch), where tokens
+may be dropped from its caches: see states.py.
 
 Each cache ``x`` comes back as an output that is named as it is: ``forward`` returns ``{"logits": ..., "x": ...}``. An
 output that has the name of an input gets ``_out`` appended.
@@ -12,7 +13,7 @@ import dataclasses
 
 from ....errors import RecipeError, SourceError
 from ...signature import Signature, TensorSpec
-from ...states import COUNT, IDS, LOGITS, PAST, POSITION
+from ...states import BACK, COUNT, IDS, LOGITS, PAST, POSITION, looks_back
 from .. import Model
 
 CALL = (IDS, PAST, COUNT)
@@ -39,7 +40,9 @@ def with_states(model: Model) -> Model:
             raise RecipeError(
                 f"input {name!r} of the decoder is of another kind", expected=_kind(rank), found=named[name]
             )
-    caches = [spec for spec in signature.inputs if spec.name not in (*CALL, POSITION)]
+    if looks_back(signature):
+        _check_back(signature, named[BACK])
+    caches = [spec for spec in signature.inputs if spec.name not in (*CALL, BACK, POSITION)]
     if not caches:
         raise SourceError(
             "the model has no cache",
@@ -48,14 +51,37 @@ def with_states(model: Model) -> Model:
             hint="give a transformers model or folder, or leave --decoder out",
         )
     outputs = {spec.name: spec for spec in signature.outputs}
-    if LOGITS not in outputs or len(outputs[LOGITS].shape) != 2:
-        raise SourceError(
-            "the decoder gives no logits", expected="output 'logits' (batch, vocabulary)", found=", ".join(outputs)
-        )
+    _check_logits(signature, outputs.get(LOGITS))
     for spec in caches:
         _check_pair(signature, spec, outputs.get(f"{spec.name}_out"))
     states = {spec.name: f"{spec.name}_out" for spec in caches}
     return dataclasses.replace(model, signature=dataclasses.replace(signature, states=states))
+
+
+def _check_back(signature: Signature, back: TensorSpec) -> None:
+    (axis,) = back.shape if len(back.shape) == 1 else (None,)
+    if back.dtype != "int64" or not isinstance(axis, str) or signature.axes[axis].min != 1:
+        raise RecipeError(
+            "input 'back' of the decoder is of another kind",
+            expected="(kept) of int64, an axis that is dynamic from 1 on",
+            found=f"{back.dtype} {signature.describe(back)}",
+            hint="declare it with --input back:1:int64 --dynamic back:0=kept@1..1..5",
+        )
+
+
+def _check_logits(signature: Signature, logits: TensorSpec | None) -> None:
+    expected = "(batch, kept, vocabulary)" if looks_back(signature) else "(batch, vocabulary)"
+    if logits is None:
+        raise SourceError(
+            "the decoder gives no logits",
+            expected=f"output 'logits' {expected}",
+            found=", ".join(spec.name for spec in signature.outputs),
+        )
+    kept = signature.input(BACK).shape if looks_back(signature) else ()
+    if len(logits.shape) != 2 + len(kept) or logits.shape[1:-1] != kept:
+        raise SourceError(
+            "the logits of the decoder have the wrong shape", expected=expected, found=signature.describe(logits)
+        )
 
 
 def _check_pair(signature: Signature, given: TensorSpec, returned: TensorSpec | None) -> None:

@@ -53,7 +53,7 @@ def load_folder(
     if inputs is not None or dynamic or constants:
         raise RecipeError(
             f"{path.name} takes no inputs, dynamic axes and arguments: its cache decides them",
-            expected="--decoder max_length=1024 --decoder batch=8",
+            expected="--decoder max_length=1024 --decoder batch=8 --decoder speculative_tokens=4",
             hint="to compile it without its cache, write a factory that loads it, and declare its inputs",
         )
     require_transformers(path)

@@ -52,10 +52,11 @@ class Decoder(torch.nn.Module):
         value: Sequence[torch.Tensor],
         position: torch.Tensor | None = None,
         importance: Sequence[torch.Tensor] = (),
+        back: torch.Tensor | None = None,
     ) -> dict[str, Any]:
-        """Logits of the last token of each row, and the caches with the new tokens in.
+        """Logits of the last token of each row, or of those that `back` says, and the caches with the new tokens in.
 
-        Whatever `past`, `count` and `position` say, nothing is read or written outside.
+        Whatever `past`, `count`, `back` and `position` say, nothing is read or written outside.
         """
         length = ids.shape[1]
         new = torch.arange(length, device=ids.device)
@@ -70,7 +71,8 @@ class Decoder(torch.nn.Module):
         if importance:
             held = (numbers < entries[:, :1])[:, None, :, None]  # what stands beyond is of entries that are gone
             total = attention.Total(new < count[:, None], [torch.where(held, sums, 0.0) for sums in importance])
-        self._last.index = count.clamp(1, length) - 1
+        last = (count.clamp(1, length) - 1)[:, None]
+        self._last.index = last if back is None else (last - back).clamp(0, length - 1)
         try:
             with attention.summing(total):
                 logits = self.model(
@@ -78,8 +80,9 @@ class Decoder(torch.nn.Module):
                 ).logits
         finally:
             self._last.index = None
+        logits = logits[:, 0] if back is None else logits
         caches = {"key": tuple(rows.keys), "value": tuple(rows.values)}
-        return {"logits": logits[:, 0], **caches, **({} if total is None else {"importance": tuple(total.sums)})}
+        return {"logits": logits, **caches, **({} if total is None else {"importance": tuple(total.sums)})}
 
 
 class Rows:
@@ -150,7 +153,11 @@ def widths(decoder: Decoder) -> Layers:
 
 
 class _Last:
-    """Before the output embeddings: of each row only the last token's state goes on, to spare the largest product."""
+    """Before the output embeddings: of each row only the states at `index` go on, to spare the largest product.
+
+    Attributes:
+        index: places (batch, kept) among the new tokens.
+    """
 
     index: torch.Tensor | None = None
 
@@ -158,7 +165,7 @@ class _Last:
         if self.index is None:
             return None
         (states,) = arguments
-        index = self.index[:, None, None].expand(-1, 1, states.shape[-1])
+        index = self.index[:, :, None].expand(-1, -1, states.shape[-1])
         return (states.gather(1, index),)
 
 

@@ -20,12 +20,15 @@ class DecoderOptions:
             first and the newest tokens; "importance", tokens that got little attention as well, for which the engine
             adds up the attention that each token of the cache gets. Empty for nothing.
         cache_mib: memory for the caches of a row, at most, which makes them shorter than `max_length` where it must.
+        speculative_tokens: tokens of a draft that one call checks, at most; where it is 0, calls give the logits of the
+            last token alone.
     """
 
     max_length: int | None = None
     batch: int = 8
     eviction: str = ""
     cache_mib: float | None = None
+    speculative_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.eviction not in ("", *POLICIES):
@@ -38,3 +41,22 @@ class DecoderOptions:
             )
         if self.batch < 1:
             raise RecipeError("batch of the decoder is too small", expected="1 or more rows", found=self.batch)
+        if self.speculative_tokens < 0:
+            raise RecipeError(
+                "speculative_tokens of the decoder is too small", expected="0 or more", found=self.speculative_tokens
+            )
+        if self.max_length is not None:
+            self.check_room(self.max_length)
+
+    def check_room(self, length: int) -> None:
+        """Whether a cache of so many tokens has room for a draft.
+
+        Raises:
+            RecipeError: it has not.
+        """
+        if self.speculative_tokens >= length:
+            raise RecipeError(
+                "speculative_tokens of the decoder is as large as its cache",
+                expected=f"fewer than max_length={length}",
+                found=self.speculative_tokens,
+            )

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from enginesmith.compiler.gains import drop, is_lossy
-from enginesmith.compiler.signature import Signature
+from enginesmith.compiler.gains import drop, is_lossy, judged_as
+from enginesmith.compiler.signature import Signature, TensorSpec
 from enginesmith.compiler.trial import verdict
+from enginesmith.targets.base import EngineInfo
 
 example = runpy.run_path(str(Path(__file__).with_name("manifest_example.py")))["example"]
 SIGNATURE = Signature.from_json(example()["signature"])
@@ -118,5 +119,22 @@ def test_a_sibling_does_not_stand_for_full_precision() -> None:
 
 def test_alignment_changes_no_result() -> None:
     assert is_lossy(engine("dense-sparse", "dense"))
+    assert is_lossy(engine("dense-sparse-attention", "dense"))
     assert not is_lossy(engine("dense-aligned", "dense"))
     assert not is_lossy(engine("dense"))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "cache", "expected"),
+    [
+        ("dense", "fp32", "float32", "fp32"),
+        ("dense", "fp32", "int8", "int8-weights"),
+        ("dense", "fp16", "int8", "int8-weights"),
+        ("dense", "int8", "int8", "int8"),
+        ("dense-sparse", "fp32", "int8", "int8"),
+    ],
+)
+def test_the_bounds_of_an_engine_are_those_of_what_is_coarsest_in_it(name, precision, cache, expected) -> None:
+    specs = [TensorSpec(name, cache, (1, 2, 8, 4)) for name in ("key", "key_out")]
+    signature = Signature((specs[0],), (specs[1],), states={"key": "key_out"})
+    assert judged_as(EngineInfo(name, "trt", precision, "model.onnx", signature)) == expected

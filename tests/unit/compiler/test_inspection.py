@@ -57,6 +57,15 @@ def test_a_bundle_shows_the_graphs_of_its_engines(bundle):
     assert len(found["engines"]) == 2
 
 
+def test_a_bundle_shows_what_the_caches_of_a_row_take(bundle):
+    folder, name = bundle
+    assert "cache_row_bytes" not in inspect(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["engines"][0]["details"]["cache_row_bytes"] = 4096
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert inspect(folder)["cache_row_bytes"] == {name: 4096}
+
+
 def test_an_engine_shows_its_graph(bundle):
     folder, name = bundle
     found = inspect(folder / "engines" / name)

@@ -218,6 +218,20 @@ def test_layers_made_sparse_are_listed_and_so_are_those_that_run_sparse() -> Non
     assert "2:4 sparse layers eligible conv<1> + relu, head picked none source log of the build" in text
 
 
+def test_layers_that_attend_sparsely_are_listed_with_what_each_changes() -> None:
+    manifest = example()
+    row = {"layer": "attention<1>", "kind": "window of 64", "chosen": True, "error": 0.004, "change": -0.002}
+    row |= {"relative_l2": 0.03, "tokens": 64}
+    other = {**row, "kind": "top 32", "chosen": False}
+    details = {"sparse_attention": [row, other], "budget": 0.01, "data": "texts.npz", "calls": 64}
+    manifest["passes"][0] |= {"text": "sparse-attention", "details": {**details, "together": {**row, "error": 0.005}}}
+    text = page(manifest).text
+    assert "1 of 1 layers made to attend sparsely by sparse-attention" in text
+    assert f"on texts.npz; together they change {numbers.error(0.005)}, and {numbers.error(0.01)} is allowed" in text
+    assert f"attention<1> window of 64 yes {numbers.error(0.004)} {numbers.error(-0.002)} 64" in text
+    assert f"attention<1> top 32 no {numbers.error(0.004)}" in text
+
+
 def test_dimensions_that_were_grown_are_listed() -> None:
     manifest = example()
     row = {"group": "up<1>", "before": 1001, "after": 1008, "macs_before": 2522520, "macs_after": 2540160}

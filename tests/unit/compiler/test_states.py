@@ -1,3 +1,4 @@
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -5,8 +6,16 @@ import numpy as np
 import pytest
 
 from enginesmith.compiler.data import open_data, random_batch
-from enginesmith.compiler.signature import Signature
-from enginesmith.compiler.states import completed, in_the_middle, made_up, max_length, vocabulary
+from enginesmith.compiler.signature import AxisRange, Signature
+from enginesmith.compiler.states import (
+    class_scores,
+    completed,
+    in_the_middle,
+    longest_draft,
+    made_up,
+    max_length,
+    vocabulary,
+)
 from enginesmith.compiler.trial import sized
 from enginesmith.errors import DataError
 
@@ -80,3 +89,42 @@ def test_what_is_timed_are_caches_that_are_half_full(signature):
     timed = sized(signature, batch, {"batch": 2, "time": 12})
     assert timed.arrays["past"].tolist() == [4, 4]
     assert timed.arrays["count"].tolist() == [12, 12]
+
+
+def test_a_decoder_that_checks_drafts_takes_one_token_more_than_a_draft(signature):
+    checking = small["signature"](3)
+    assert (longest_draft(signature), longest_draft(checking)) == (0, 3)
+    short = dataclasses.replace(checking, axes={**checking.axes, "time": AxisRange(1, 1, 2)})
+    assert longest_draft(short) == 1
+    assert (class_scores(signature), class_scores(checking)) == (frozenset(), {"logits"})
+
+
+def test_calls_that_look_back_are_made_up_and_completed():
+    checking, generator, seen = small["signature"](3), np.random.default_rng(0), set()
+    for _ in range(20):
+        batch = random_batch(checking, generator, {"batch": 2, "time": 5, "kept": 4})
+        checking.check(batch)
+        seen |= {*batch["back"].tolist()}
+    assert seen == set(range(5))
+    assert in_the_middle(checking, batch)["back"].tolist() == [0] * 4
+    batch = completed(checking, {"ids": np.ones((2, 5), np.int64)})
+    checking.check(batch)
+    assert batch["back"].tolist() == [0]
+
+
+def test_rows_of_a_decoder_stack_along_the_axis_of_its_caches(tmp_path):
+    checking = small["signature"](3)
+    assert checking.batch_axis == "batch"
+    np.savez(tmp_path / "test.npz", ids=np.arange(6).reshape(3, 2), back=np.array([1, 0]))
+    inputs = tuple(
+        dataclasses.replace(spec, shape=tuple(1 if size == "batch" else size for size in spec.shape))
+        for spec in checking.inputs
+    )
+    alone = dataclasses.replace(checking, inputs=inputs)
+    assert alone.batch_axis is None
+    for taken in (checking, alone):
+        batches = list(open_data(str(tmp_path / "test.npz"), taken))
+        assert [(batch["ids"].tolist(), batch["back"].tolist()) for batch in batches] == [
+            ([[0, 1]], [1, 0]), ([[2, 3]], [1, 0]), ([[4, 5]], [1, 0]),
+        ]  # fmt: skip
+        assert sized(taken, batches[0], taken.sizes()).batch == 1

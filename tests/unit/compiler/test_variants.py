@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -226,3 +227,47 @@ def test_a_pruned_engine_gets_its_own_sparse_and_aligned_ones() -> None:
     assert sparse.sibling == aligned.sibling == "tensorrt-rtx-fp16-pruned"
     assert [text.split(":")[0] for text in passes(sparse)][:2] == ["prune", "sparsify"]
     assert [text.split(":")[0] for text in passes(aligned)][:2] == ["prune", "align"]
+
+
+DECODING = {"passes": ["simplify", "fuse-attention"], "precisions": ["fp32"]}
+
+
+def test_an_engine_with_sparse_attention_stands_beside_the_one_with_fused_attention() -> None:
+    found = variants("onnxruntime-cpu", **DECODING, sparse_attention="window=512,sinks=4", prune=0.3, align="8")
+    assert list(found) == [
+        f"onnxruntime-cpu-fp32{end}"
+        for end in ("", "-sparse-attention", "-aligned", "-pruned", "-pruned-sparse-attention", "-pruned-aligned")
+    ]
+    sparse = found["onnxruntime-cpu-fp32-sparse-attention"]
+    assert (sparse.sibling, sparse.refusal) == ("onnxruntime-cpu-fp32", "")
+    assert passes(sparse) == ["sparse-attention:window=512,sinks=4"]
+    assert passes(found["onnxruntime-cpu-fp32-pruned-sparse-attention"])[1:] == passes(sparse)
+    (auto,) = passes(variants("onnxruntime-cpu", **DECODING, sparse_attention="auto")[sparse.name])
+    assert auto == "sparse-attention"
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "reason"),
+    [
+        ("onnxruntime-cpu", {"passes": ["simplify"]}, "attention is not fused, .* add --pass fuse-attention"),
+        ("openvino", {}, "openvino has no operator for attention over a cache"),
+        ("torchscript", {}, "torchscript has no operator for attention over a cache"),
+    ],
+)
+def test_where_sparse_attention_has_nothing_to_be_made_of(target, fields, reason) -> None:
+    found = variants(target, **{**DECODING, **fields}, sparse_attention="auto")
+    assert list(found) == [f"{target}-fp32", f"{target}-fp32-sparse-attention"]
+    sparse = found[f"{target}-fp32-sparse-attention"]
+    assert passes(sparse) == []
+    assert re.match(reason, sparse.refusal)
+
+
+def test_an_engine_without_a_layer_that_attends_sparsely_is_named() -> None:
+    made = list(variants("onnxruntime-cpu", **DECODING, sparse_attention="auto").values())
+    refusals = [{"reason": "attention stays dense: it costs too much", "node": "layer"}]
+    engines = ["onnxruntime-cpu-fp32-sparse-attention"]
+    record: Any = {"variant": "x", "engines": engines, "modified": False, "refusals": refusals}
+    assert without_effect(made, [record]) == [
+        "onnxruntime-cpu-fp32-sparse-attention is as onnxruntime-cpu-fp32, nothing was attended to sparsely: "
+        "attention stays dense: it costs too much"
+    ]

@@ -146,3 +146,24 @@ def test_a_node_that_computes_something_else_is_reverted(monkeypatch):
     _, result = fused()
     assert not result.modified
     assert "fused, tensor 'turned' changes: relative L2 " in result.refusals[0].reason
+
+
+@pytest.mark.parametrize(("past", "length"), [(0, 5), (7, 4), (12, 4)])
+def test_a_decoder_that_checks_drafts_is_fused_too(past, length):
+    before, after = graph(small["LOOKING_BACK"]), graph(small["LOOKING_BACK"])
+    result = parse_pass("fuse-attention")(after, Context(small["signature"](3)))
+    assert result.changes == {"attention over a cache fused": 1}
+    generator = np.random.default_rng(2)
+    shape = (1, small["HEADS"], small["ROOM"], small["WIDTH"])
+    filled = (np.arange(small["ROOM"]) < past)[None, None, :, None]
+    inputs = {
+        "ids": generator.integers(0, small["VOCABULARY"], (1, length)),
+        "past": np.array([past]),
+        "count": np.array([length]),
+        "back": np.array([3, 2, 1, 0]),
+        **{name: np.where(filled, generator.standard_normal(shape), 0).astype(np.float32) for name in ("key", "value")},
+    }
+    expected, found = run(before, inputs), run(after, inputs)
+    assert expected["logits"].shape == (1, 4, small["VOCABULARY"])
+    for name, array in expected.items():
+        assert found[name] == pytest.approx(array, rel=1e-4, abs=1e-5)

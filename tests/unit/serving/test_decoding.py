@@ -86,9 +86,11 @@ class Client:
         self._callback(SimpleNamespace(as_numpy=lambda name: token, get_response=lambda: response), None)
 
 
-def test_a_probe_tells_right_tokens_from_wrong_ones(tmp_path):
+@pytest.mark.parametrize("drafted", [0, 3])
+def test_a_probe_tells_right_tokens_from_wrong_ones(tmp_path, drafted):
     pytest.importorskip("tritonclient.grpc")
-    probe = Prompt(small["write_bundle"](tmp_path / "gpt"), small["signature"](), 1e-3)
+    bundle = small["write_bundle"](tmp_path / "gpt", drafted=drafted)
+    probe = Prompt(bundle, small["signature"](drafted), 1e-3)
     (right,) = small["greedy"]([3, 1, 4], 1)
     assert probe(Client(right), "gpt", "1", 5.0) == ""
     wrong = (right + 1) % small["VOCABULARY"]

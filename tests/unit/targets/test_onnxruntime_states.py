@@ -59,7 +59,7 @@ def test_caches_are_updated_in_the_buffers_that_they_are_in(runner):
 def test_a_shape_is_bound_once(runner, monkeypatch):
     steps, bound = runner.steps(1), []
     bind = steps._bound
-    monkeypatch.setattr(steps, "_bound", lambda shape: bound.append(shape) or bind(shape))
+    monkeypatch.setattr(steps, "_bound", lambda shapes: bound.append(shapes["ids"]) or bind(shapes))
     steps(np.array([[1, 2]]), np.array([0]), np.array([2]))
     for past in range(2, 6):
         steps(np.array([[3]]), np.array([past]), np.array([1]))
@@ -137,3 +137,18 @@ def test_a_cache_that_is_read_otherwise_has_no_shared_buffer(tmp_path, spoil):
     spoil(made)
     onnx.save(made, tmp_path / "model.onnx")
     assert not shares_buffers(tmp_path / "model.onnx", STATES)
+
+
+def test_logits_of_several_tokens_are_those_that_follow_each(tmp_path):
+    with load(small["write_bundle"](tmp_path, drafted=3)) as engine:
+        steps, tokens = engine._runner.steps(1), [3, 1, 4, 1, 5]
+        steps(np.array([tokens[:2]]), np.array([0]), np.array([2]))
+        found = steps(np.array([tokens[2:]]), np.array([2]), np.array([3]), np.array([2, 0]))
+        assert found[0] == pytest.approx(np.stack([small["logits_after"](tokens[:n]) for n in (3, 5)]), rel=1e-4)
+        found = steps(np.array([tokens[2:]]), np.array([2]), np.array([3]))
+        assert found == pytest.approx(small["logits_after"](tokens)[None], rel=1e-4)
+        given = {**call(1), "back": np.array([1, 0])}
+        assert engine.run(given)["logits"].shape == (1, 2, small["VOCABULARY"])
+        bound = engine._runner.bind(given)
+        bound.run()
+        assert np.array_equal(bound.outputs()["logits"], engine.run(given)["logits"])

@@ -30,6 +30,12 @@ def bundle(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def checking(tmp_path_factory):
+    """The same model, and it checks drafts of three tokens."""
+    return str(small["write_bundle"](tmp_path_factory.mktemp("checking"), drafted=3))
+
+
 @pytest.fixture
 def generate(monkeypatch, capsys):
     def run(*arguments):
@@ -81,6 +87,45 @@ def test_options_of_sampling_reach_the_engine(generate, bundle):
     assert len(drawn) > 1
     code, _, err = generate(bundle, "d", "-n", "8", "--top-k", "3")
     assert (code, "top_k says how to sample" in err) == (2, True)
+
+
+def test_a_draft_says_what_it_brought(generate, bundle, checking):
+    tokens = small["greedy"]([3, 1, 4], 9)
+    shown = ",".join(map(str, tokens)) + "\n"
+    said = "enginesmith: 6 of 6 tokens that draft decoder proposed were taken, 4.00 tokens a call\n"
+    prompt = ["--ids", "3,1,4", "-n", "9"]
+    assert generate(checking, *prompt, "--draft", bundle) == (0, shown, said)
+    assert generate(checking, *prompt, "--draft", bundle, "--quiet") == (0, "", "")
+    code, out, err = generate(checking, *prompt, "--draft", bundle, "--draft-engine", "decoder", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["tokens"] == tokens
+    assert json.loads(out)["draft"] == {
+        "engine": "decoder", "proposed": 6, "accepted": 6, "calls": 2, "tokens": 8, "tokens_per_call": 4.0,
+    }  # fmt: skip
+    assert json.loads(generate(checking, *prompt, "--json")[1])["draft"] is None
+
+
+def test_a_draft_that_proposes_nothing_says_so(generate, bundle, checking):
+    said = "enginesmith: draft decoder proposed nothing\n"
+    assert generate(checking, "--ids", "3", "-n", "2", "--draft", bundle)[::2] == (0, said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--draft-engine", "decoder"], 2, "--draft-engine names an engine of a draft, and there is none"),
+        (["--draft", "BUNDLE", "--draft-engine", "decoded"], 2, "did you mean 'decoder'?"),
+        (["--draft", "nowhere"], 2, "nowhere is not a bundle"),
+        (["--draft", "BUNDLE", "--sample"], 2, "a draft is for greedy search"),
+        (["--draft", "BUNDLE"], 4, "the engine checks no drafts"),
+    ],
+)
+def test_a_draft_that_will_not_do_is_an_error(generate, bundle, checking, arguments, code, message):
+    target = bundle if code == 4 else checking
+    arguments = [bundle if part == "BUNDLE" else part for part in arguments]
+    found, _, err = generate(target, "--ids", "3", "-n", "4", *arguments)
+    assert found == code
+    assert message in err
 
 
 @pytest.mark.parametrize(

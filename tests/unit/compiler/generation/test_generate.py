@@ -138,3 +138,12 @@ def test_a_decoder_without_counts_is_refused():
 
 def test_ranges_of_axes_limit_the_batch():
     assert small["signature"]().axes["batch"] == AxisRange(1, 1, 4)
+
+
+@pytest.mark.parametrize("drafted", [0, 3])
+def test_logits_of_another_shape_are_refused(drafted):
+    good, other = small["signature"](drafted), small["signature"](0 if drafted else 3)
+    check_decoder(good)
+    message = rf"(?s)the logits of the engine have the wrong shape.*\(batch, {'kept, ' if drafted else ''}vocabulary\)"
+    with pytest.raises(EngineMismatchError, match=message):
+        check_decoder(dataclasses.replace(good, outputs=other.outputs))

@@ -138,3 +138,36 @@ def test_a_tuned_engine_is_tuned_once_in_its_name(name):
     found = dataclasses.replace(situation(Tunable()), incumbent=tuned)
     (rung,) = own_rungs(found)
     assert {variant.name for variant in rung.candidates} == {"tunable-fp32-tuned"}
+
+
+def attending(found):
+    (rung,) = (rung for rung in own_rungs(found) if rung.name == "sparse attention")
+    return rung
+
+
+def test_sparse_attention_is_tried_behind_fused_attention_where_it_is_asked_for():
+    passes = ["simplify", "fuse-attention"]
+    assert "sparse attention" not in [rung.name for rung in own_rungs(situation(passes=passes))]
+    found = situation(passes=passes, sparse_attention="window=64")
+    names = [rung.name for rung in own_rungs(found)]
+    assert names.index("sparse attention") > names.index("fuse-attention")
+    rung = attending(found)
+    (candidate,) = rung.candidates
+    assert rung.asked
+    assert candidate.name == "onnxruntime-cpu-fp32-sparse-attention"
+    assert [str(step) for step in candidate.steps] == ["sparse-attention:window=64"]
+    assert attending(dataclasses.replace(found, incumbent=candidate)).candidates == ()
+
+
+def test_sparse_attention_takes_what_the_ladder_fused():
+    found = situation(sparse_attention="window=64")
+    (reason,) = attending(found).left_out.values()
+    assert "add --pass fuse-attention" in reason
+    (fused,) = next(rung for rung in own_rungs(found) if rung.name == "fuse-attention").candidates
+    (candidate,) = attending(dataclasses.replace(found, incumbent=fused)).candidates
+    assert [step.name for step in candidate.steps] == ["fuse-attention", "sparse-attention"]
+
+
+def test_sparse_attention_needs_data():
+    found = situation(data=None, passes=["fuse-attention"], sparse_attention="window=64")
+    assert attending(found).left_out["window=64"].startswith("it needs calibration data")

@@ -282,6 +282,17 @@ def test_probabilities_have_a_best_class() -> None:
     assert compare(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)).rows == 3
 
 
+def test_class_scores_of_more_axes_are_known_by_name() -> None:
+    reference = np.eye(4, dtype=np.float32).reshape(2, 2, 4)
+    output = reference[:, :, [0, 1, 3, 2]]
+    for scores, rows, top1 in (((), 0, None), (("logits",), 4, 0.5)):
+        judge = Judge(resolve_tolerance("int8"), scores=scores)
+        difference = judge.update({"logits": reference}, {"logits": output})["logits"]
+        assert difference.rows == rows
+        (found,) = judge.metrics()
+        assert found["top1"] == top1
+
+
 def test_a_bound_can_be_replaced() -> None:
     assert resolve_tolerance("fp32", {"max_abs": 0.5}) == {**TOLERANCES["fp32"], "max_abs": 0.5}
 

@@ -11,6 +11,7 @@ from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import load_model
 from enginesmith.compiler.sources.decoders.causal import open_folder
 from enginesmith.compiler.sources.decoders.detect import is_causal
+from enginesmith.compiler.states import completed
 from enginesmith.errors import RecipeError, SourceError
 
 SIZES = {"vocab_size": 43, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}
@@ -71,6 +72,39 @@ def test_logits_are_those_without_a_cache(make):
     for at in range(9, 12):
         logits, caches = call(model, tokens[at : at + 1], at, caches)
         assert logits == pytest.approx(expected[at : at + 1], abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_logits_of_several_tokens_are_those_that_follow_each(make):
+    torch.manual_seed(0)
+    original = make().eval()
+    model = load_model(original, decoder={"max_length": 24, "batch": 3, "speculative_tokens": 4})
+    tokens = np.random.default_rng(0).integers(0, 43, (2, 6))
+    with torch.no_grad():
+        expected = original(torch.from_numpy(tokens)).logits.numpy()
+    inputs = completed(model.signature, {"ids": tokens})
+    inputs |= {"count": np.array([6, 4]), "back": np.array([3, 0, 1])}
+    found = model.reference.run(inputs)["logits"]
+    assert found[0] == pytest.approx(expected[0, [2, 5, 4]], abs=1e-4)
+    assert found[1] == pytest.approx(expected[1, [0, 3, 2]], abs=1e-4)
+    found = model.reference.run({**inputs, "back": np.array([4, -1])})["logits"]  # what is outside is clamped
+    assert found[1] == pytest.approx(expected[1, [0, 4]], abs=1e-4)
+    for back in (-99, 99, -(1 << 63)):
+        assert np.isfinite(model.reference.run({**inputs, "back": np.array([back])})["logits"]).all()
+
+
+def test_a_decoder_that_checks_drafts_looks_back():
+    signature = load_model(llama(), decoder={"batch": 1, "speculative_tokens": 4}).signature
+    assert [str(spec) for spec in signature.inputs][:4] == [
+        "ids:1xtime:int64", "past:1:int64", "count:1:int64", "back:kept:int64",
+    ]  # fmt: skip
+    assert str(signature.outputs[0]) == "logits:1xkeptx43:float32"
+    assert {name: str(axis) for name, axis in signature.axes.items()} == {"time": "1..1..32", "kept": "1..1..5"}
+    assert signature.states["key.0"] == "key.0_out"
+    assert signature.batch_axis is None
+    check_decoder(signature)
+    plain = load_model(llama(), decoder={"batch": 1}).signature
+    assert [str(spec) for spec in plain.inputs][2:4] == ["count:1:int64", "key.0:1x2x32x4:float32"]
 
 
 def test_the_signature_pairs_caches():
@@ -229,6 +263,9 @@ def test_code_in_a_folder_is_never_run(folder):
         ({"dynamic": ["ids:0=1..2..4"]}, "takes no inputs, dynamic axes and arguments"),
         ({"decoder": {"max_length": 1}}, r"(?s)max_length of the decoder is too small.*found: 1"),
         ({"decoder": {"batch": 0}}, r"(?s)batch of the decoder is too small.*found: 0"),
+        ({"decoder": {"speculative_tokens": -1}}, r"(?s)speculative_tokens of the decoder is too small.*found: -1"),
+        ({"decoder": {"speculative_tokens": 32}}, r"(?s)as large as its cache.*fewer than max_length=32.*found: 32"),
+        ({"decoder": {"speculative_tokens": 8, "max_length": 8}}, "fewer than max_length=8"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder, options, message):

@@ -3,6 +3,7 @@ import torch
 
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import load_model
+from enginesmith.compiler.states import longest_draft
 from enginesmith.errors import RecipeError, SourceError
 
 INPUTS = ["ids:1x1:int64", "past:1:int64", "count:1:int64", "seen:1x1x8x4"]
@@ -22,6 +23,15 @@ class Sums(torch.nn.Module):
         seen = seen.scatter(2, index, self.embedding(ids)[:, None])
         read = torch.arange(8) < (past + count)[:, None]
         return {"logits": (seen[:, 0] * read[:, :, None]).sum(1), "seen": seen}
+
+
+class Several(Sums):
+    """Of several tokens of each row."""
+
+    def forward(self, ids, past, count, back, seen):
+        seen = super().forward(ids, past, count, seen)["seen"]
+        read = torch.arange(8) < ((past + count)[:, None] - back)[:, :, None]
+        return {"logits": (seen * read[..., None]).sum(2), "seen": seen}
 
 
 class Nothing(Sums):
@@ -54,6 +64,41 @@ def test_caches_are_paired_by_name():
     model = load(Sums())
     assert model.signature.states == {"seen": "seen_out"}
     assert not load_model(Sums(), inputs=parse_inputs(INPUTS, DYNAMIC)).signature.states  # only where it is asked for
+
+
+BACK, KEPT = ["back:1:int64"], ["back:0=kept@1..1..5"]
+
+
+def test_a_decoder_may_look_back():
+    model = load(Several(), [*INPUTS, *BACK], [*DYNAMIC, *KEPT])
+    assert model.signature.states == {"seen": "seen_out"}
+    assert longest_draft(model.signature) == 4
+    assert str(model.signature.outputs[0]) == "logits:batchxkeptx4:float32"
+
+
+@pytest.mark.parametrize(
+    ("back", "dynamic", "found"),
+    [
+        ("back:5:int64", [], r"int64 \(5\)"),
+        ("back:1:int32", KEPT, r"int32 \(kept=1\.\.1\.\.5\)"),
+        ("back:2:int64", ["back:0=kept@2..2..5"], r"int64 \(kept=2\.\.2\.\.5\)"),
+        ("back:1x1:int64", ["back:0=kept@1..1..5"], "int64 "),
+    ],
+)
+def test_another_way_of_looking_back_is_refused(back, dynamic, found):
+    with pytest.raises(RecipeError, match=rf"(?s)input 'back' of the decoder is of another kind.*found: {found}"):
+        load(Several(), [*INPUTS, back], [*DYNAMIC, *dynamic])
+
+
+def test_logits_of_another_shape_are_refused():
+    class Last(Several):
+        def forward(self, ids, past, count, back, seen):
+            outputs = super().forward(ids, past, count, back, seen)
+            return {**outputs, "logits": outputs["logits"][:, 0]}
+
+    expected = r"\(batch, kept, vocabulary\).*found: \(batch=1..1..4, 4\)"
+    with pytest.raises(SourceError, match=rf"(?s)the logits of the decoder have the wrong shape.*{expected}"):
+        load(Last(), [*INPUTS, *BACK], [*DYNAMIC, *KEPT])
 
 
 @pytest.mark.parametrize(

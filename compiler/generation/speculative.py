@@ -1,0 +1,166 @@
+"""Generates with a draft: a faster engine proposes tokens, and one call of the engine itself checks them all.
+
+    text        the prompt and the tokens so far, of which the last is in no cache yet
+    proposed    d[1..k], what the draft finds likeliest, one after the other
+    one call    on text[-1], d[1], ..., d[k] gives what the engine finds likeliest after each: t[0..k]
+    taken       t[0], and t[i] as long as t[i - 1] = d[i]: what the engine finds by itself, whatever is proposed
+
+What was proposed and not taken lies in the caches behind the tokens of the text: nothing sees it, and later tokens are
+written over it. Needs NumPy and the engine's runtime only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import numpy as np
+
+from ...errors import EngineMismatchError, RecipeError
+from ...targets.base import Runner
+from ..signature import Signature
+from ..states import longest_draft, max_length, vocabulary
+from .choice import Choice, Stream, likeliest
+from .steps import Steps, steps_of
+
+
+@dataclasses.dataclass
+class Speculation:
+    """What drafts brought, summed over all answers that it is given to.
+
+    Attributes:
+        proposed: tokens of the draft.
+        accepted: those of them that the engine found too.
+        calls: of the engine, beside those that read a prompt.
+        tokens: new ones that these calls gave.
+    """
+
+    proposed: int = 0
+    accepted: int = 0
+    calls: int = 0
+    tokens: int = 0
+
+    @property
+    def tokens_per_call(self) -> float | None:
+        """On the average, at least 1, which is what a call gives without a draft; None before any call."""
+        return self.tokens / self.calls if self.calls else None
+
+
+class Proposer:
+    """The greedy search of a draft, which goes on with a text that grows in another way than it proposed.
+
+    It may fill its cache: after that it proposes nothing.
+    """
+
+    def __init__(self, runner: Runner, signature: Signature) -> None:
+        self._steps = steps_of(runner, signature, 1)
+        self._room = max_length(signature)
+        self._past = 0
+
+    def __call__(self, text: list[int], most: int) -> list[int]:
+        """At most so many tokens that may follow. All but the last token of a text come back in the next one.
+
+        Raises:
+            EngineError: the draft fails, or gives logits that are no numbers.
+        """
+        found: list[int] = []
+        self._past = min(self._past, len(text) - 1)  # behind it lies what was proposed and not taken
+        unread = text[self._past :]
+        while len(found) < min(most, self._room - len(text) + 1):  # the last one that is found is not read
+            logits = self._steps(np.array([unread]), np.array([self._past]), np.array([len(unread)]))
+            self._past += len(unread)
+            unread = [likeliest(logits[0], f"for token {len(found) + 1} of a draft")]
+            found += unread
+        return found
+
+
+def check_draft(
+    signature: Signature, prompts: int, draft: Signature | None, counts: Speculation | None, *, do_sample: bool
+) -> None:
+    """Whether an engine can check what a draft proposes.
+
+    Raises:
+        RecipeError: sampling or several prompts, which no draft is for; counts without a draft.
+        EngineMismatchError: the engine gives logits of one token a call, or the draft is of another vocabulary.
+    """
+    if draft is None:
+        if counts is not None:
+            raise RecipeError("speculation counts what a draft brings, and there is none", expected="draft=ENGINE")
+        return
+    if do_sample:
+        raise RecipeError(
+            "a draft is for greedy search: what is drawn by chance is not compared with what it proposes",
+            expected="do_sample=False",
+            found="do_sample=True",
+        )
+    if prompts > 1:
+        raise RecipeError(
+            "a draft is for one prompt at a time: rows would take different numbers of tokens from a call",
+            expected="one prompt",
+            found=f"{prompts} prompts",
+            hint="give each by itself, or leave the draft out",
+        )
+    if not longest_draft(signature):
+        raise EngineMismatchError(
+            "the engine checks no drafts: its calls give the logits of one token",
+            expected="an engine that takes 'back'",
+            found=", ".join(spec.name for spec in signature.inputs if spec.name not in signature.states),
+            hint="compile it with --decoder speculative_tokens=4; the draft needs no such thing",
+        )
+    if vocabulary(draft) != vocabulary(signature):
+        raise EngineMismatchError(
+            "the draft is of another vocabulary than the engine",
+            expected=f"{vocabulary(signature)} tokens",
+            found=f"{vocabulary(draft)} tokens",
+            hint="take a draft with the same tokenizer",
+        )
+
+
+def speculate(
+    steps: Steps,
+    propose: Proposer,
+    prompt: np.ndarray,
+    logits: np.ndarray,
+    *,
+    longest: int,
+    choice: Choice,
+    max_new_tokens: int,
+    ends: Collection[int],
+    stream: Stream | None,
+    counts: Speculation,
+) -> list[int]:
+    """The new tokens of one row.
+
+    Args:
+        steps: calls on caches (1, heads, room, width) that hold the prompt.
+        logits: those (vocabulary) that follow the prompt.
+        longest: tokens that may be proposed for one call.
+    """
+    text: list[int] = prompt.tolist()
+    end = len(text) + max_new_tokens
+
+    def add(logits: np.ndarray) -> bool:
+        """Whether more tokens are to come."""
+        text.append(choice(logits))
+        if stream is not None:
+            stream(0, text[-1])
+        return text[-1] not in ends and len(text) < end
+
+    more = add(logits)
+    while more:
+        before = len(text)
+        proposed = propose(text, min(longest, end - before - 1))  # the engine adds one by itself
+        call = np.array([[text[-1], *proposed]])
+        back = np.arange(len(proposed), -1, -1)
+        checked = steps(call, np.array([before - 1]), np.array([call.shape[1]]), back)[0]
+        counts.calls += 1
+        counts.proposed += len(proposed)
+        for row, guess in zip(checked, [*proposed, None], strict=True):
+            more = add(row)
+            counts.tokens += 1
+            if text[-1] != guess:
+                break
+            counts.accepted += 1
+            if not more:
+                break
+    return text[len(prompt) :]
