@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .compiler.bundle import Bundle
     from .compiler.comparison.comparison import compare
     from .compiler.engine import Engine, load
+    from .compiler.generation.eviction import Eviction
     from .compiler.generation.prefixes import Prefixes
     from .compiler.generation.speculative import Speculation
     from .compiler.pipeline import compile
@@ -30,6 +31,7 @@ __all__ = [
     "Bundle",
     "Client",
     "Engine",
+    "Eviction",
     "Outputs",
     "Prefixes",
     "Recipe",
@@ -46,6 +48,7 @@ _HOMES = {
     "Bundle": ".compiler.bundle",
     "Client": ".serving.client",
     "Engine": ".compiler.engine",
+    "Eviction": ".compiler.generation.eviction",
     "Outputs": ".offline.results",
     "Prefixes": ".compiler.generation.prefixes",
     "Recipe": ".compiler.recipe",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .generation.continuous import Batcher
+    from .generation.eviction import Eviction
     from .generation.prefixes import Prefixes
     from .generation.speculative import Speculation
 
@@ -193,6 +194,7 @@ class Engine:
         prefixes: Prefixes | None = None,
         draft: Engine | None = None,
         speculation: Speculation | None = None,
+        eviction: Eviction | None = None,
     ) -> list[list[int]]:
         """Goes on with prompts, token by token; of engines of language models that were compiled with their cache.
 
@@ -216,6 +218,8 @@ class Engine:
             draft: a faster engine with a cache and the same tokens, a smaller model or the same one in fewer bits. This
                 engine has to be compiled with ``speculative_tokens``. For greedy search and one prompt at a time.
             speculation: counts what the draft brought (`enginesmith.Speculation`).
+            eviction: what a full cache keeps (`enginesmith.Eviction`), so that a text may be longer than it; of engines
+                that were compiled with `--decoder eviction=`. Without it a text that does not fit is refused.
 
         Returns:
             the new tokens of each row.
@@ -232,13 +236,15 @@ class Engine:
             self._open_runner(), self._signature, ids, max_new_tokens=max_new_tokens, do_sample=do_sample,
             temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed, stream=stream, prefixes=prefixes,
             draft=(draft._open_runner(), draft._signature) if draft is not None else None, speculation=speculation,
+            eviction=eviction,
         )  # fmt: skip
 
-    def log_likelihoods(self, texts: Any) -> list[np.ndarray]:
+    def log_likelihoods(self, texts: Any, eviction: Eviction | None = None) -> list[np.ndarray]:
         """How likely each token of a text is after those before it; of engines of language models with their cache.
 
         Args:
             texts: tokens of a text, or of several, each at most as long as the cache.
+            eviction: what a full cache keeps, so that texts may be longer; as in `generate`.
 
         Returns:
             for each text the natural logarithms of the probabilities of all its tokens but the first.
@@ -249,23 +255,26 @@ class Engine:
         """
         from .generation.likelihood import log_likelihoods
 
-        return log_likelihoods(self._open_runner(), self._signature, texts)
+        return log_likelihoods(self._open_runner(), self._signature, texts, eviction)
 
-    def perplexity(self, texts: Any) -> float:
+    def perplexity(self, texts: Any, eviction: Eviction | None = None) -> float:
         """How many tokens the model wavers between, on the average: exp of minus the mean of `log_likelihoods`.
 
         Over all tokens of all texts alike; lower is better. Arguments and errors are those of `log_likelihoods`.
         """
         from .generation.likelihood import perplexity
 
-        return perplexity(self._open_runner(), self._signature, texts)
+        return perplexity(self._open_runner(), self._signature, texts, eviction)
 
-    def batcher(self, rows: int | None = None, prefixes: Prefixes | None = None) -> Batcher:
+    def batcher(
+        self, rows: int | None = None, prefixes: Prefixes | None = None, eviction: Eviction | None = None
+    ) -> Batcher:
         """Generates for requests that come and go, which share the calls of the engine.
 
         Args:
             rows: requests that are under way at the same time, at most; all that the engine takes by default.
             prefixes: what earlier prompts left in the caches.
+            eviction: what a full cache keeps, as in `generate`; not beside `prefixes`.
 
         Raises:
             EngineError: the engine has no cache.
@@ -273,7 +282,7 @@ class Engine:
         """
         from .generation.continuous import Batcher
 
-        return Batcher(self._open_runner(), self._signature, rows, prefixes)
+        return Batcher(self._open_runner(), self._signature, rows, prefixes, eviction)
 
     def reset(self) -> None:
         """Returns an engine that carries state between calls to its first state."""

@@ -15,6 +15,7 @@ from .numbers import parse_numbers
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..generation.eviction import Eviction
     from ..generation.speculative import Speculation
 
 
@@ -42,6 +43,10 @@ def generate_options() -> list[click.Parameter]:
             help="Bundle of a faster model with the same tokens, which proposes some for each call of the engine.",
         ),
         click.Option(["--draft-engine"], help="Engine of --draft. Default: the fastest that runs here."),
+        click.Option(
+            ["--evict"], metavar="POLICY", help="What a full cache keeps: window or importance. Default: all."
+        ),
+        click.Option(["--sinks"], type=int, help="Of --evict: so many of the first tokens stay always. Default: 4."),
     ]
 
 
@@ -54,6 +59,8 @@ def generate_text(
     engine: str | None,
     draft: Path | None,
     draft_engine: str | None,
+    evict: str | None,
+    sinks: int | None,
     show: bool,
     **options: Any,
 ) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def generate_text(
         )
     if draft is None and draft_engine is not None:
         raise UsageError("--draft-engine names an engine of a draft, and there is none", expected="--draft BUNDLE")
+    eviction = _eviction(evict, sinks)
     tokenizer = open_tokenizer(bundle) if text is not None else None
     prompt = list(tokenizer.encode(text).ids) if tokenizer is not None else list(parse_numbers("--ids", ids))
     ends = parse_numbers("--stop", stop) if stop is not None else ends_of(bundle)
@@ -98,7 +106,7 @@ def generate_text(
         if drafted is not None:
             options |= {"draft": drafted.engine, "speculation": drafted.counts}
         times[0] = time.perf_counter()
-        (tokens,) = opened.generate([prompt], stop=ends, stream=stream, **options)
+        (tokens,) = opened.generate([prompt], stop=ends, stream=stream, eviction=eviction, **options)
     if writer is not None:
         writer.close()
     if show:
@@ -138,3 +146,15 @@ class Drafted:
             **dataclasses.asdict(self.counts),
             "tokens_per_call": self.counts.tokens_per_call,
         }
+
+
+def _eviction(policy: str | None, sinks: int | None) -> Eviction | None:
+    from ..generation.eviction import Eviction
+
+    if policy is None:
+        if sinks is not None:
+            raise UsageError(
+                "--sinks is of what a full cache drops, and nothing is", expected="--evict window beside it"
+            )
+        return None
+    return Eviction(policy) if sinks is None else Eviction(policy, sinks)

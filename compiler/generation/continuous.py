@@ -23,10 +23,11 @@ from ...targets.base import Runner
 from ..signature import Signature
 from ..states import IDS, empty_caches
 from .choice import Choice
+from .eviction import Eviction, check_eviction, steps_for
 from .generate import check_decoder
 from .prefixes import Prefixes, read
 from .prompts import check, most_rows
-from .steps import Steps, steps_of
+from .steps import Steps
 
 Take = Callable[[int], Any]
 Done = Callable[[EnginesmithError | None], Any]
@@ -77,21 +78,29 @@ class Batcher:
     Args:
         rows: requests that are under way at the same time, at most; more wait. All that the engine takes by default.
         prefixes: what is known of beginnings of prompts.
+        eviction: what a full cache keeps; not beside `prefixes`.
 
     Raises:
         EngineError: the engine has no cache.
-        EngineMismatchError: its calls are of one number of rows only.
+        EngineMismatchError: its calls are of one number of rows only, or it was not compiled to drop tokens.
     """
 
     def __init__(
-        self, runner: Runner, signature: Signature, rows: int | None = None, prefixes: Prefixes | None = None
+        self,
+        runner: Runner,
+        signature: Signature,
+        rows: int | None = None,
+        prefixes: Prefixes | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
         check_decoder(signature)
         _check_rows(signature)
+        check_eviction(signature, eviction, prefixes=prefixes is not None)
         most = most_rows(signature)
         self._runner, self._signature, self._prefixes = runner, signature, prefixes
         self._most = most if rows is None else min(rows, most)
         self._caches = empty_caches(signature, self._most)
+        self._eviction, self._dropped = eviction, np.zeros(self._most, np.int64)
         self._steps: dict[tuple[int, int], Steps] = {}
         self._rows: list[Request] = []
         self._waiting: collections.deque[Request] = collections.deque()
@@ -108,7 +117,7 @@ class Batcher:
             RecipeError: fewer than one new token.
             EngineError: the batcher is closed.
         """
-        check(self._signature, [request.prompt], request.max_new_tokens)
+        check(self._signature, [request.prompt], request.max_new_tokens, evicts=self._eviction is not None)
         with self._changed:
             if self._closed:
                 raise EngineError("the batcher is closed", hint="make another one")
@@ -187,6 +196,7 @@ class Batcher:
             source = len(self._rows)
             for cache in self._caches.values():
                 cache[row, :, : last.past] = cache[source, :, : last.past]
+            self._dropped[row] = self._dropped[source]
         request.done(error)
 
     def _steps_of(self, rows: slice) -> Steps:
@@ -194,7 +204,9 @@ class Batcher:
         key = (rows.start, rows.stop)
         if key not in self._steps:
             caches = {name: cache[rows] for name, cache in self._caches.items()}
-            self._steps[key] = steps_of(self._runner, self._signature, rows.stop - rows.start, caches)
+            self._steps[key] = steps_for(
+                self._runner, self._signature, rows.stop - rows.start, self._eviction, caches, self._dropped[rows]
+            )
         return self._steps[key]
 
 

@@ -12,6 +12,7 @@ from ...targets.base import Runner
 from ..signature import Signature
 from ..states import COUNT, IDS, LOGITS, PAST, empty_caches, longest_draft, looks_back
 from .choice import Choice, Stream
+from .eviction import Eviction, check_eviction, steps_for
 from .prefixes import Prefixes, read
 from .prompts import check, rows_of, side_by_side
 from .sampling import sampling_of
@@ -35,11 +36,13 @@ def generate(
     prefixes: Prefixes | None = None,
     draft: tuple[Runner, Signature] | None = None,
     speculation: Speculation | None = None,
+    eviction: Eviction | None = None,
 ) -> list[list[int]]:
     """The new tokens of each row; see `Engine.generate`."""
     check_decoder(signature)
     rows = rows_of(prompts)
-    check(signature, rows, max_new_tokens)
+    check(signature, rows, max_new_tokens, evicts=eviction is not None)
+    check_eviction(signature, eviction, prefixes=prefixes is not None, draft=draft is not None)
     if prefixes is not None and len(rows) > 1:
         raise RecipeError(
             "prefixes are of one prompt at a time", expected="one prompt", found=f"{len(rows)} prompts",
@@ -53,7 +56,7 @@ def generate(
     ends = stops(stop)
     ids, counts = side_by_side(rows)
     if prefixes is None:
-        steps = steps_of(runner, signature, len(rows))
+        steps = steps_for(runner, signature, len(rows), eviction)
         logits = steps(ids, np.zeros_like(counts), counts)
     else:
         caches = empty_caches(signature, 1)

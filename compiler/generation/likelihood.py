@@ -15,25 +15,30 @@ import numpy as np
 from ...targets.base import Runner
 from ..signature import Signature
 from .choice import no_numbers
+from .eviction import Eviction, check_eviction, steps_for
 from .generate import check_decoder
 from .prompts import check_texts, most_rows, rows_of, side_by_side
-from .steps import steps_of
 
 
-def log_likelihoods(runner: Runner, signature: Signature, texts: Any) -> list[np.ndarray]:
+def log_likelihoods(
+    runner: Runner, signature: Signature, texts: Any, eviction: Eviction | None = None
+) -> list[np.ndarray]:
     """The ln p of each token but the first of each text; see `Engine.log_likelihoods`."""
     check_decoder(signature)
     rows = rows_of(texts)
-    check_texts(signature, rows)
+    check_texts(signature, rows, evicts=eviction is not None)
+    check_eviction(signature, eviction, prefixes=False)
     most = most_rows(signature)
     return [
-        values for start in range(0, len(rows), most) for values in _read(runner, signature, rows[start : start + most])
+        values
+        for start in range(0, len(rows), most)
+        for values in _read(runner, signature, rows[start : start + most], eviction)
     ]
 
 
-def perplexity(runner: Runner, signature: Signature, texts: Any) -> float:
+def perplexity(runner: Runner, signature: Signature, texts: Any, eviction: Eviction | None = None) -> float:
     """Of all texts together; see `Engine.perplexity`."""
-    return float(np.exp(-np.concatenate(log_likelihoods(runner, signature, texts)).mean()))
+    return float(np.exp(-np.concatenate(log_likelihoods(runner, signature, texts, eviction)).mean()))
 
 
 def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -43,10 +48,12 @@ def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return found
 
 
-def _read(runner: Runner, signature: Signature, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _read(
+    runner: Runner, signature: Signature, rows: Sequence[np.ndarray], eviction: Eviction | None
+) -> list[np.ndarray]:
     """Of texts that are read side by side, a token of each in a call."""
     ids, lengths = side_by_side(rows)
-    steps = steps_of(runner, signature, len(rows))
+    steps = steps_for(runner, signature, len(rows), eviction)
     found = np.empty((len(rows), ids.shape[1] - 1))
     one = np.ones_like(lengths)
     for at in range(found.shape[1]):

@@ -40,8 +40,11 @@ def most_rows(signature: Signature) -> int:
     return signature.axes[batch].max if isinstance(batch, str) else batch
 
 
-def check(signature: Signature, rows: Sequence[np.ndarray], new_tokens: int) -> None:
+def check(signature: Signature, rows: Sequence[np.ndarray], new_tokens: int, *, evicts: bool = False) -> None:
     """Whether the engine takes these prompts, and has room for so many new tokens.
+
+    Args:
+        evicts: a full cache drops tokens, so that what the model was made for is the limit.
 
     Raises:
         DataError: the first that does not fit.
@@ -56,26 +59,28 @@ def check(signature: Signature, rows: Sequence[np.ndarray], new_tokens: int) -> 
             found=len(rows),
             hint=f"give fewer, or compile with --decoder batch={len(rows)}",
         )
-    room = max_length(signature)
+    room = _room(signature, evicts)
     for number, row in enumerate(rows):
-        _check_row(signature, f"prompt {number}", row)
-        if len(row) + new_tokens > room:
+        _check_row(signature, f"prompt {number}", row, evicts)
+        if room is not None and len(row) + new_tokens > room:
+            where = "in what the model was made for" if evicts else "in the cache"
+            longer = "" if evicts else ", or compile with a larger --decoder max_length"
             raise DataError(
-                f"prompt {number} leaves no room for {new_tokens} new tokens in the cache",
+                f"prompt {number} leaves no room for {new_tokens} new tokens {where}",
                 expected=f"at most {room} tokens together",
                 found=f"{len(row)} and {new_tokens}",
-                hint=f"ask for at most {room - len(row)}, or compile with a larger --decoder max_length",
+                hint=f"ask for at most {room - len(row)}{longer}",
             )
 
 
-def check_texts(signature: Signature, rows: Sequence[np.ndarray]) -> None:
-    """Whether the engine can tell how likely these texts are.
+def check_texts(signature: Signature, rows: Sequence[np.ndarray], *, evicts: bool = False) -> None:
+    """Whether the engine can tell how likely these texts are; `evicts` as in `check`.
 
     Raises:
         DataError: the first that does not fit.
     """
     for number, row in enumerate(rows):
-        _check_row(signature, f"text {number}", row)
+        _check_row(signature, f"text {number}", row, evicts)
         if len(row) < 2:
             raise DataError(
                 f"text {number} has one token, and nothing stands before it", expected="at least two tokens", found=1
@@ -91,8 +96,13 @@ def side_by_side(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return ids, counts
 
 
-def _check_row(signature: Signature, what: str, row: np.ndarray) -> None:
-    room, known = max_length(signature), vocabulary(signature)
+def _room(signature: Signature, evicts: bool) -> int | None:
+    """Tokens of a text at most; None for any number."""
+    return signature.positions if evicts else max_length(signature)
+
+
+def _check_row(signature: Signature, what: str, row: np.ndarray, evicts: bool) -> None:
+    room, known = _room(signature, evicts), vocabulary(signature)
     wrong = row[(row < 0) | (row >= known)] if known is not None else row[row < 0]
     if len(wrong):
         raise DataError(
@@ -101,12 +111,12 @@ def _check_row(signature: Signature, what: str, row: np.ndarray) -> None:
             found=int(wrong[0]),
             hint="was it made by another tokenizer?",
         )
-    if len(row) > room:
+    if room is not None and len(row) > room:
         raise DataError(
-            f"{what} is longer than the cache",
+            f"{what} is longer than {'what the model was made for' if evicts else 'the cache'}",
             expected=f"at most {room} tokens",
             found=len(row),
-            hint="shorten it, or compile with a larger --decoder max_length",
+            hint="shorten it" if evicts else "shorten it, or compile with a larger --decoder max_length",
         )
 
 
