@@ -83,7 +83,8 @@ class Recipe(BaseModel):
     """Dynamic axis of an input, for instance image:0=1..8..64."""
     decoder: Annotated[dict[str, Any], Flag(metavar="OPTION=VALUE")] = Field(default_factory=dict)
     """Option of a language model's cache: max_length=1024, the tokens that it holds, batch=8, the most rows that are
-    generated at the same time, or speculative_tokens=4, the most tokens of a draft that one call checks."""
+    generated at the same time, speculative_tokens=4, the most tokens of a draft that one call checks, eviction=window
+    or importance, what a full cache drops, or cache_mib=64, the memory of a row's caches at most."""
     data: Annotated[str | None, Flag(None, "--load-inputs")] = None
     """Samples: .npz by input name, .npy, folder of .npz, Polygraphy .json, or file.py:function."""
     calibration_data: Annotated[str | None, Flag(None, "--calibration-data-path")] = None

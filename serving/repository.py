@@ -17,11 +17,12 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ..compiler.engine import best_batch, check_files, engine_info, named, ranked, read_manifest, usable
+from ..compiler.generation.eviction import Eviction, check_eviction
 from ..compiler.generation.tokens import ends_of
 from ..compiler.manifest import EngineRecord, Manifest
 from ..compiler.signature import Signature
@@ -98,6 +99,10 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
     decodes = bool(info.signature.states)
     if settings.prefix_mib and not decodes:
         raise UsageError(f"prefix_mib is for language models with their cache, which {info.name} is not")
+    if settings.evict:
+        if not decodes:
+            raise UsageError(f"evict is for language models with their cache, which {info.name} is not")
+        check_eviction(info.signature, Eviction(settings.evict), prefixes=bool(settings.prefix_mib))
     if decodes and form == "native":
         raise UsageError(
             f"engine {info.name} keeps a cache from token to token, which native backends do not",
@@ -185,6 +190,12 @@ def _name(bundle: Path) -> str:
     return name
 
 
+def _of_decoder(bundle: Path, settings: Serving) -> dict[str, Any]:
+    return {
+        "stop": ends_of(bundle), "prefix_bytes": (settings.prefix_mib or 0) << 20, "evict": settings.evict
+    }  # fmt: skip
+
+
 def _is_ours(home: Path) -> bool:
     try:
         return home.is_dir() and f'key: "{MARK}"' in (home / CONFIG).read_text()
@@ -216,7 +227,7 @@ def _write_python(
         "engine": name,
         "gpu_option": "device_id" if "device_id" in target.options() else None,
         "path": [str(Path(entry).absolute()) for entry in sys.path] if link else [],
-        **({"stop": ends_of(bundle), "prefix_bytes": (settings.prefix_mib or 0) << 20} if decodes else {}),
+        **(_of_decoder(bundle, settings) if decodes else {}),
     }
     (version / SERVE).write_text(json.dumps(wanted, indent=1) + "\n")
     source = "decoder.py" if decodes else "model.py"

@@ -46,6 +46,9 @@ class Serving:
     prefix_mib: int | None = _option(
         None, "MiB of what a language model may keep of prompts, for those that begin alike. Default: none."
     )
+    evict: str | None = _option(
+        None, "What a full cache of a language model keeps, window or importance; texts may be longer. Default: all."
+    )
     gpus: tuple[int, ...] = _option((), "GPUs to use, with an instance on each. Default: all that the server has.")
 
     def __post_init__(self) -> None:

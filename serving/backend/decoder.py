@@ -27,8 +27,11 @@ _LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class TritonPythonModel:
     def initialize(self, args):
         self._engine = hosted.open_engine(args, _WANTED, json.loads(args["model_config"]))
-        kept = _WANTED["prefix_bytes"]
-        self._batcher = self._engine.batcher(prefixes=enginesmith.Prefixes(kept) if kept else None)
+        kept, policy = _WANTED["prefix_bytes"], _WANTED["evict"]
+        self._batcher = self._engine.batcher(
+            prefixes=enginesmith.Prefixes(kept) if kept else None,
+            eviction=enginesmith.Eviction(policy) if policy else None,
+        )
         self._left = threading.Semaphore(0)
         self._begun = 0
 

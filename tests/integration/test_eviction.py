@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,11 @@ import transformers
 
 import enginesmith
 from enginesmith.compiler.engine import engine_info
+from enginesmith.compiler.generation.choice import Choice
+from enginesmith.compiler.generation.continuous import Request
 from enginesmith.errors import DataError, EngineMismatchError, RecipeError
+from enginesmith.serving.repository import export
+from enginesmith.serving.settings import Serving
 
 ROOM, SINKS, LONGEST = 32, 3, 96
 KEPT = 24
@@ -50,14 +56,19 @@ def case(request, tmp_path_factory):
     name, policy = request.param.split("-")
     model = random({"llama": llama, "gpt2": gpt2}[name])
     bundle = enginesmith.compile(
-        model, tmp_path_factory.mktemp("evict") / "bundle", decoder={"max_length": ROOM, "batch": 3, "eviction": policy},
-        targets=["onnxruntime-cpu"], passes=["simplify", "dedupe", "fuse-attention"], benchmark=False, max_samples=2,
-    )  # fmt: skip
+        model,
+        tmp_path_factory.mktemp("evict") / "bundle",
+        decoder={"max_length": ROOM, "batch": 3, "eviction": policy},
+        targets=["onnxruntime-cpu"],
+        passes=["simplify", "dedupe", "fuse-attention"],
+        benchmark=False,
+        max_samples=2,
+    )
     record = bundle.manifest["engines"][0]
     assert record["validation"]["passed"]
     assert engine_info(bundle.path, record["name"]).details["in_place"]
     with bundle.load(record["name"]) as engine:
-        yield model, engine, enginesmith.Eviction(policy, SINKS)
+        yield model, engine, enginesmith.Eviction(policy, SINKS), bundle
 
 
 def cut(model, prompt: list[int], count: int, policy: str) -> list[int]:
@@ -105,23 +116,20 @@ def _stays(total: torch.Tensor, policy: str) -> torch.Tensor:
 
 
 def test_tokens_are_those_of_a_cache_cut_by_hand(case):
-    model, engine, eviction = case
+    model, engine, eviction, _ = case
     (found,) = engine.generate([PROMPT], NEW, eviction=eviction)
     assert found == cut(model, PROMPT, NEW, eviction.policy)
     assert len(set(found)) > 5
 
 
 def test_rows_do_not_depend_on_each_other(case):
-    _, engine, eviction = case
+    _, engine, eviction, _ = case
     prompts = [PROMPT, [7], np.random.default_rng(4).integers(0, 61, 50).tolist()]
     alone = [engine.generate([prompt], 40, eviction=eviction)[0] for prompt in prompts]
     assert engine.generate(prompts, 40, eviction=eviction) == alone
     with_others = {}
     batcher = engine.batcher(eviction=eviction)
     for number, prompt in enumerate(prompts):
-        from enginesmith.compiler.generation.choice import Choice
-        from enginesmith.compiler.generation.continuous import Request
-
         tokens = with_others.setdefault(number, [])
         batcher.submit(Request(np.array(prompt), 40 - number, Choice(None), (), tokens.append, lambda error: None))
     batcher.close()
@@ -129,12 +137,12 @@ def test_rows_do_not_depend_on_each_other(case):
 
 
 def test_nothing_changes_while_the_cache_is_not_full(case):
-    _, engine, eviction = case
+    _, engine, eviction, _ = case
     assert engine.generate([PROMPT], 20, eviction=eviction) == engine.generate([PROMPT], 20)
 
 
 def test_perplexity_of_texts_longer_than_the_cache(case):
-    _, engine, eviction = case
+    _, engine, eviction, _ = case
     text = np.random.default_rng(5).integers(0, 61, LONGEST).tolist()
     assert engine.perplexity([text[:ROOM]], eviction) == engine.perplexity([text[:ROOM]])
     (values,) = engine.log_likelihoods([text], eviction)
@@ -143,7 +151,7 @@ def test_perplexity_of_texts_longer_than_the_cache(case):
 
 
 def test_what_cannot_be(case):
-    _, engine, eviction = case
+    _, engine, eviction, _ = case
     with pytest.raises(DataError, match="leaves no room for 30 new tokens in the cache"):
         engine.generate([PROMPT], 30)
     with pytest.raises(DataError, match="leaves no room for 90 new tokens in what the model was made for"):
@@ -159,3 +167,11 @@ def test_what_cannot_be(case):
     if eviction.policy == "window":
         with pytest.raises(EngineMismatchError, match="drops nothing from its caches by importance"):
             engine.generate([PROMPT], 4, eviction=enginesmith.Eviction("importance"))
+
+
+def test_a_service_drops_tokens_where_it_is_asked_to(case, tmp_path):
+    *_, eviction, bundle = case
+    found = export(bundle.path, tmp_path, Serving(evict=eviction.policy, name="small"))
+    assert json.loads((found.config.parent / "1" / "serve.json").read_text())["evict"] == eviction.policy
+    with pytest.raises(RecipeError, match="prefixes need caches that hold the whole text"):
+        export(bundle.path, tmp_path / "other", Serving(evict=eviction.policy, prefix_mib=1))

@@ -192,3 +192,9 @@ def test_descriptions_are_no_part_of_an_engine(bundle):
     folder = bundle / "engines" / "fast"
     (folder / "build.log").write_text("")
     assert [path.name for path in engine_files(folder)] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("option", [{"prefix_mib": 1}, {"evict": "window"}])
+def test_options_of_language_models_are_for_them_alone(bundle, tmp_path, option):
+    with pytest.raises(UsageError, match=f"{next(iter(option))} is for language models with their cache"):
+        export(bundle, tmp_path / "models", Serving(**option))

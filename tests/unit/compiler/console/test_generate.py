@@ -143,3 +143,17 @@ def test_a_prompt_that_will_not_do_is_a_usage_error(generate, bundle, arguments,
     code, _, err = generate(bundle, *arguments)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--evict", "window"], 4, "the engine drops nothing from its caches by window"),
+        (["--evict", "windows"], 2, "unknown policy of eviction 'windows'"),
+        (["--sinks", "2"], 2, "--sinks is of what a full cache drops, and nothing is"),
+    ],
+)
+def test_dropping_what_cannot_be_dropped_is_an_error(generate, bundle, arguments, code, message):
+    found, _, err = generate(bundle, "--ids", "3", "-n", "4", *arguments)
+    assert found == code
+    assert message in err

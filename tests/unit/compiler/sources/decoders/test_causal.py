@@ -12,7 +12,7 @@ from enginesmith.compiler.sources import load_model
 from enginesmith.compiler.sources.decoders.causal import open_folder
 from enginesmith.compiler.sources.decoders.detect import is_causal
 from enginesmith.compiler.states import completed
-from enginesmith.errors import RecipeError, SourceError
+from enginesmith.errors import RecipeError, SourceError, UnknownNameError
 
 SIZES = {"vocab_size": 43, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -266,11 +266,42 @@ def test_code_in_a_folder_is_never_run(folder):
         ({"decoder": {"speculative_tokens": -1}}, r"(?s)speculative_tokens of the decoder is too small.*found: -1"),
         ({"decoder": {"speculative_tokens": 32}}, r"(?s)as large as its cache.*fewer than max_length=32.*found: 32"),
         ({"decoder": {"speculative_tokens": 8, "max_length": 8}}, "fewer than max_length=8"),
+        ({"decoder": {"cache_mib": 0}}, "cache_mib of the decoder is out of range"),
+        ({"decoder": {"cache_mib": 0.0001}}, "(?s)cache_mib=0.0001 holds no two tokens.*or more"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder, options, message):
     with pytest.raises(RecipeError, match=message):
         load_model(folder, **options)
+
+
+def test_an_unknown_eviction_is_refused(folder):
+    with pytest.raises(UnknownNameError, match=r"(?s)unknown eviction of the decoder 'windows'.*did you mean 'window'"):
+        load_model(folder, decoder={"eviction": "windows"})
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, deepseek])
+def test_attention_that_entries_got_is_added_up(make):
+    original = make().eval()
+    model = load_model(original, decoder={"max_length": 16, "batch": 2, "eviction": "importance"})
+    assert model.signature.positions == 32
+    tokens = np.random.default_rng(0).integers(0, 43, (2, 6))
+    inputs = completed(model.signature, {"ids": tokens, "count": np.array([6, 4])})
+    stale = {name: np.full_like(array, 9) for name, array in inputs.items() if name.startswith("importance.")}
+    found = model.reference.run({**inputs, **stale})
+    for row, count in enumerate((6, 4)):
+        for layer in range(2):
+            sums = found[f"importance.{layer}_out"][row, :, :, 0]
+            heads = 4 // len(sums)
+            assert sums.sum(axis=1) == pytest.approx(np.full(len(sums), count * heads), rel=1e-5)  # 1 of each query
+            assert (sums[:, count:] == 0).all()
+            assert (sums[:, :count].argmax(axis=1) == sums[:, :6].argmax(axis=1)).all()
+
+
+def test_memory_bounds_the_cache():
+    model = load_model(llama(), decoder={"cache_mib": 0.002, "batch": 1, "eviction": "window"})
+    # 2 layers, keys and values, 2 heads of 4 numbers of 4 bytes: 128 bytes a token
+    assert model.signature.input("key.0").shape == (1, 2, int(0.002 * 2**20 / 128), 4)
 
 
 def test_a_folder_without_transformers_names_what_to_install(folder, monkeypatch):
