@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import DataError, EngineError, EnginesmithError
 from ._onnxruntime import to_numpy
+from ._signal_stack import kept_signal_stack
 from .base import Arrays, Bound, HostBound
 
 _WIDE = (np.int64, np.uint32, np.uint64)
@@ -48,8 +49,9 @@ class OpenVINORunner:
 
     def close(self) -> None:
         """Lets go of the model and its requests."""
-        self._compiled = None
-        self._idle = queue.SimpleQueue()
+        with kept_signal_stack():
+            self._compiled = None
+            self._idle = queue.SimpleQueue()
 
     @contextlib.contextmanager
     def _request(self) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from ..compiler.machine.environment import cores, processors
 from ..errors import BuildError, EngineError, TargetUnavailableError
 from ._openvino import OpenVINORunner, translated
+from ._signal_stack import kept_signal_stack
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .profile import Profile
 
@@ -166,7 +167,8 @@ class OpenVINO(Target):
         if self.pinning is not None:
             options["ENABLE_CPU_PINNING"] = self.pinning
         core = openvino.Core()
-        return core.compile_model(core.read_model(path), "CPU", options)
+        with kept_signal_stack():
+            return core.compile_model(core.read_model(path), "CPU", options)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -149,7 +150,8 @@ def test_a_signal_leaves_what_can_be_gone_on_with(tmp_path, number, code):
         sys.executable, "-m", "enginesmith", "run", bundle, "--data", tmp_path / "x.npy", "--target", target,
         "--shard-rows", "20", "--out", tmp_path / "out",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    listening = functools.partial(signal.signal, number, signal.SIG_DFL)  # what runs in the background ignores SIGINT
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     wait_for(tmp_path / "out" / "shard-00000001.npz")
     process.send_signal(number)
     _, err = process.communicate()

@@ -98,16 +98,6 @@ def test_only_who_has_the_secret_changes_the_server(served, client, service):
         getattr(client, service)(served.model)
 
 
-def test_too_many_requests_are_refused_and_the_others_are_answered_rightly(served):
-    with Load(served.url, served.model, threads=48) as load:
-        load.wait_for(100)
-    assert load.count("wrong") == 0
-    assert load.errors()
-    refusal = r"StatusCode.UNAVAILABLE: (\[request id: <id_unknown>\] )?Exceeds maximum queue size"
-    assert [error for error in load.errors() if not re.fullmatch(refusal, error)] == []
-    assert "trouble" not in served.log()
-
-
 def test_metrics_show_merging_and_the_dashboard_asks_for_no_others(served):
     with Load(served.url, served.model, threads=12) as load:
         load.wait_for(50)

@@ -1,5 +1,6 @@
 import builtins
 import dataclasses
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -209,3 +210,23 @@ def test_an_old_version_is_refused(monkeypatch):
     monkeypatch.setattr(openvino, "__version__", "2024.6.0-17404-x")
     with pytest.raises(TargetUnavailableError, match=r"openvino 2024\.6\.0 is too old, 2025\.0 or newer is needed"):
         module._require()
+
+
+TWO = """
+import signal, sys
+from pathlib import Path
+from enginesmith.targets import parse_target
+from enginesmith.targets.base import EngineInfo
+folder, target = Path(sys.argv[1]), parse_target("openvino:threads=1")
+first, second = (target.runner(folder, EngineInfo.read(folder)) for _ in range(2))
+first.close()
+second.close()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_engines_that_ended_in_another_order(built):
+    _, folder, _ = built()
+    done = subprocess.run([sys.executable, "-c", TWO, folder], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
