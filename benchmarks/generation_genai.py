@@ -96,13 +96,17 @@ def main() -> int:
 
 
 def llama() -> transformers.PreTrainedModel:
-    """Of 124M random weights."""
+    """Of 124M random weights; those of normalizations lie around 1, not at it, where a product with them would go."""
     config = transformers.LlamaConfig(
         vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
         num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None  # an answer does not end early
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1, 0.1)
     return model
 
 
