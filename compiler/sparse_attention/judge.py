@@ -103,7 +103,8 @@ class Judge:
         place = graph.output_names.index(LOGITS)
         for inputs, rows in itertools.islice(self._cut(), self._calls):
             logits = session({name: inputs[name] for name in graph.input_names})[place]
-            yield _logits(inputs, rows, logits)
+            last = logits if logits.ndim == 2 else logits[:, 0]  # `back` of data is the last token
+            yield _logits(inputs, rows, last)
 
     def _cut(self) -> Iterator[tuple[Mapping[str, np.ndarray], np.ndarray]]:
         """Calls, and which of their rows count."""
