@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import DataError, RecipeError
 from ..signature import Signature
-from ..states import IDS, max_length, vocabulary
+from ..states import IDS, max_length, policies, vocabulary
 
 
 def rows_of(prompts: Any) -> list[np.ndarray]:
@@ -64,7 +64,8 @@ def check(signature: Signature, rows: Sequence[np.ndarray], new_tokens: int, *, 
         _check_row(signature, f"prompt {number}", row, evicts)
         if room is not None and len(row) + new_tokens > room:
             where = "in what the model was made for" if evicts else "in the cache"
-            longer = "" if evicts else ", or compile with a larger --decoder max_length"
+            drop = ", let a full cache drop tokens (eviction=, --evict)" if policies(signature) else ""
+            longer = "" if evicts else f"{drop}, or compile with a larger --decoder max_length"
             raise DataError(
                 f"prompt {number} leaves no room for {new_tokens} new tokens {where}",
                 expected=f"at most {room} tokens together",
