@@ -1,9 +1,9 @@
 """Generation on the CPU beside onnxruntime-genai: a Llama of GPT-2's size in 4 bits, milliseconds a token, interleaved.
 
 The model has 124M random weights, the prompt 128 tokens, and 64 new ones are found greedily. Both round weights to
-nearest in blocks of 32, ours with zero points and theirs without, as each does by default; how far the logits after the prompt are from those in fp32 stands beside the times,
-as random weights have no perplexity to compare. Exits with 1 where our engine takes longer for the whole answer, or is
-farther off.
+nearest in blocks of 32, ours with zero points and theirs without, as each does by default; how far the logits after
+the prompt are from those in fp32 stands beside the times, as random weights have no perplexity to compare. Exits with
+1 where our engine takes longer for the whole answer, or is farther off.
 """
 
 from __future__ import annotations
