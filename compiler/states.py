@@ -148,6 +148,11 @@ def call(
     return {name: given[name] for name in names}
 
 
+def asked_for(logits: np.ndarray, back: np.ndarray | None) -> np.ndarray:
+    """What a call with this `back` asks for: where it says nothing, those of the last token, (batch, vocabulary)."""
+    return logits[:, 0] if back is None and logits.ndim == 3 else logits
+
+
 def completed(signature: Signature, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Data of a decoder, which may be tokens alone: whole prompts, with nothing before them."""
     given = dict(batch)

@@ -13,6 +13,7 @@ layers that break the budget.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
@@ -156,9 +157,7 @@ class SparseAttention(Pass):
 
 
 def _counted(kinds: Mapping[str, Kind], found: list[Layer]) -> dict[str, int]:
-    counts = {f"layers with {kind}": 0 for kind in kinds.values()}
-    for kind in kinds.values():
-        counts[f"layers with {kind}"] += 1
+    counts = collections.Counter(f"layers with {kind}" for kind in kinds.values())
     return {**counts, "layers that stay dense": len(found) - len(kinds)}
 
 

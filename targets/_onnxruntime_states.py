@@ -25,9 +25,9 @@ from ..compiler.states import (
     PAST,
     POSITION,
     as_stored,
+    asked_for,
     call,
     empty_caches,
-    looks_back,
     numbers,
 )
 from ..errors import EngineError
@@ -163,7 +163,6 @@ class Steps:
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy  # shares the array's memory
         self._buffers = {name: self._value(array) for name, array in self.caches.items()}
         self._logits = next(spec for spec in signature.outputs if spec.name == LOGITS)
-        self._looks_back = looks_back(signature)
         self._kept: _Call | None = None
 
     def __call__(
@@ -185,7 +184,7 @@ class Steps:
             self._session.run_with_iobinding(self._kept.binding)
         except failures() as problem:
             raise EngineError(f"ONNX Runtime failed to run the engine: {problem}") from problem
-        return self._kept.logits if back is not None or not self._looks_back else self._kept.logits[:, 0]
+        return asked_for(self._kept.logits, back)
 
     def _bound(self, shapes: Mapping[str, tuple[int, ...]]) -> _Call:
         """Inputs of these shapes and all outputs, bound to buffers of their own."""

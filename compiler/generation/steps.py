@@ -8,7 +8,7 @@ import numpy as np
 
 from ...targets.base import Arrays, Runner
 from ..signature import Signature
-from ..states import BACK, LOGITS, call, empty_caches, numbers
+from ..states import LOGITS, asked_for, call, empty_caches, numbers
 
 
 class Steps(Protocol):
@@ -52,7 +52,6 @@ class _InAndOut:
         self._runner = runner
         self._states = signature.states
         self._numbers = numbers(signature)
-        self._looks_back = BACK in self._numbers
         self._shared = shared
         self._caches = shared or empty_caches(signature, batch)
 
@@ -71,5 +70,4 @@ class _InAndOut:
         else:
             for name, output in self._states.items():
                 self._shared[name][...] = outputs[output]
-        logits = np.asarray(outputs[LOGITS])
-        return logits[:, 0] if self._looks_back and back is None else logits
+        return asked_for(np.asarray(outputs[LOGITS]), back)

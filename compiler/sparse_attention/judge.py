@@ -18,9 +18,10 @@ import numpy as np
 
 from ..data import Samples
 from ..difference import relative_l2
+from ..generation.likelihood import log_probabilities
 from ..graph import Graph
 from ..graph.probe import Session
-from ..states import COUNT, IDS, LOGITS, PAST
+from ..states import COUNT, IDS, LOGITS, PAST, asked_for
 
 CUTS = (1.0, 0.75, 0.5, 0.25)
 """Where texts are cut, as shares of what lies behind the keys that sparse attention sees."""
@@ -103,8 +104,7 @@ class Judge:
         place = graph.output_names.index(LOGITS)
         for inputs, rows in itertools.islice(self._cut(), self._calls):
             logits = session({name: inputs[name] for name in graph.input_names})[place]
-            last = logits if logits.ndim == 2 else logits[:, 0]  # `back` of data is the last token
-            yield _logits(inputs, rows, last)
+            yield _logits(inputs, rows, asked_for(logits, None))
 
     def _cut(self) -> Iterator[tuple[Mapping[str, np.ndarray], np.ndarray]]:
         """Calls, and which of their rows count."""
@@ -135,8 +135,5 @@ class _Logits:
 
 def _logits(inputs: Mapping[str, np.ndarray], rows: np.ndarray, logits: np.ndarray) -> _Logits:
     followed = np.flatnonzero(rows & inputs["behind"])
-    wide = logits[followed].astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
     tokens = inputs[IDS][followed, inputs[COUNT][followed]]
-    likelihoods = wide[np.arange(len(wide)), tokens] - np.log(np.exp(wide).sum(axis=1))
-    return _Logits(logits[rows], likelihoods)
+    return _Logits(logits[rows], log_probabilities(logits[followed], tokens))

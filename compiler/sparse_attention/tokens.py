@@ -45,9 +45,7 @@ def _scores(nodes: Nodes, given: Operands, keys: ir.Value) -> ir.Value:
     Keys stand on the left, where a product of matrices reads them as they are: those on the right it copies.
     """
     layer, queries = given.layer, given.layer.heads // given.layer.shared
-    if (
-        queries == 1
-    ):  # a vector, and nothing to transpose, nor a factor beside it: either would be fused to a slower product
+    if queries == 1:  # a vector, nothing transposed and no factor beside it: either would be fused to a slower product
         product = nodes("MatMul", keys, nodes.reshape(given.query, 0, layer.shared, layer.width, 1))
     else:
         query = nodes.reshape(given.query, 0, layer.shared, queries, layer.width)

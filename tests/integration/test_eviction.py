@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from enginesmith.compiler.generation.continuous import Request
 from enginesmith.errors import DataError, EngineMismatchError, RecipeError
 from enginesmith.serving.repository import export
 from enginesmith.serving.settings import Serving
+
+random = runpy.run_path(str(Path(__file__).parents[1] / "random_model.py"))["random"]
 
 ROOM, SINKS, LONGEST = 32, 3, 96
 KEPT = 24
@@ -39,16 +43,6 @@ def gpt2():
         **SIZES, n_positions=LONGEST, n_embd=32, n_layer=2, n_head=4, attn_implementation="eager"
     )
     return transformers.GPT2LMHeadModel(config)
-
-
-def random(make):
-    torch.manual_seed(0)
-    model = make().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3)
-    return model
 
 
 @pytest.fixture(scope="module", params=["llama-window", "llama-importance", "gpt2-importance"])

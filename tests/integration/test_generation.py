@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import transformers
 
 import enginesmith
 from enginesmith.targets._onnxruntime_states import StatesRunner
+
+random = runpy.run_path(str(Path(__file__).parents[1] / "random_model.py"))["random"]
 
 LENGTH = 288
 SIZES = {"vocab_size": 61, "max_position_embeddings": LENGTH, "bos_token_id": None, "eos_token_id": None}
@@ -47,17 +50,6 @@ def deepseek() -> transformers.PreTrainedModel:
 
 FUSED = {"llama": 1, "gpt2": 0, "qwen3": 1, "deepseek": 0}
 """Attentions that are fused. GPT-2 is compiled as captured; DeepSeek's keys are computed from what is cached."""
-
-
-def random(make) -> transformers.PreTrainedModel:
-    """With weights so large that tokens differ, and by no near miss."""
-    torch.manual_seed(0)
-    model = make().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3)
-    return model
 
 
 def answers(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import queue
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from enginesmith.compiler.states import in_eight_bits
 from enginesmith.errors import RecipeError
 from enginesmith.targets._onnxruntime_states import StatesRunner
 from enginesmith.targets.base import EngineInfo
+
+random = runpy.run_path(str(Path(__file__).parents[1] / "random_model.py"))["random"]
 
 LENGTH, VOCABULARY = 64, 61
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
@@ -38,21 +42,11 @@ def gpt2() -> transformers.PreTrainedModel:
     )
 
 
-def random(make) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    model = make().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    return model
-
-
 @pytest.fixture(scope="module", params=[gpt2, pytest.param(llama, marks=pytest.mark.slow)])
 def compiled(request, tmp_path_factory):
     """The model, some texts, and its bundle."""
     root = tmp_path_factory.mktemp("kv")
-    model = random(request.param)
+    model = random(request.param, 0.2)
     texts = np.random.default_rng(0).integers(0, VOCABULARY, (16, LENGTH))
     np.savez(root / "texts.npz", ids=texts)
     bundle = enginesmith.compile(

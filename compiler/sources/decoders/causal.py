@@ -73,15 +73,13 @@ def load(
         RecipeError: a cache longer than what the model was made for, or with no room for a token.
     """
     model.train(False).to(device)
-    positions = _positions(model)
-    decoder = Decoder(model, _length(positions, options, type(model).__name__), positions or 0).eval()
+    made_for = _made_for(model)
+    decoder = Decoder(model, _length(made_for, options, type(model).__name__), made_for).eval()
     with foreign(lambda error: _failed(model, error)):
         layers = widths(decoder)
     decoder.max_length = length = _within(options, layers, decoder.max_length)
-    decoder.positions = max(positions or length, length)
     signature, states = _signature(layers, length, options)
     _check(model, decoder, layers)
-    drafted = options.speculative_tokens
     loaded = module.load(
         decoder,
         weights=None,
@@ -89,7 +87,7 @@ def load(
         constants={},
         sample=None,
         device=device,
-        identity=f"{identity}{length}{options.batch}{f' {drafted}' if drafted else ''}{options.eviction}",
+        identity=f"{identity}{length}{options}",
     )
     tokenizer = folder / "tokenizer.json" if folder and (folder / "tokenizer.json").is_file() else None
     return dataclasses.replace(
@@ -102,10 +100,10 @@ def load(
     )
 
 
-def _positions(model: transformers.PreTrainedModel) -> int | None:
+def _made_for(model: transformers.PreTrainedModel) -> int | None:
     """Tokens of the longest text that the model was made for, where it says so."""
-    made_for: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return made_for
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def _length(made_for: int | None, options: DecoderOptions, model: str) -> int:
@@ -129,11 +127,12 @@ def _within(options: DecoderOptions, layers: Layers, length: int) -> int:
         return length
     size = sum(heads * width for layer in layers for heads, width in layer)
     size += sum(map(_rated, layers)) if options.eviction == "importance" else 0
-    room = int(options.cache_mib * 2**20) // (size * np.dtype(np.float32).itemsize)
+    token_bytes = size * np.dtype(np.float32).itemsize
+    room = int(options.cache_mib * 2**20) // token_bytes
     if room < 2:
         raise RecipeError(
             f"cache_mib={options.cache_mib:g} holds no two tokens",
-            expected=f"{size * 4 * 2 / 2**20:.2g} or more",
+            expected=f"{2 * token_bytes / 2**20:.2g} or more",
             found=options.cache_mib,
         )
     return min(length, room)

@@ -25,23 +25,28 @@ class Decoder(torch.nn.Module):
     Args:
         model: a causal language model in eval mode.
         max_length: tokens that a cache holds.
-        positions: tokens that a text may have.
+        made_for: tokens of the longest text that the model was made for; None where it does not say.
 
     Raises:
         SourceError: the model does not let its attention be replaced.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, max_length: int, positions: int) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, max_length: int, made_for: int | None = None) -> None:
         super().__init__()
         self.model = _own(model)
         self.max_length = max_length
-        self.positions = positions
+        self._made_for = made_for
         self._last = _Last()
         own: Any = self.model
         head = own.get_output_embeddings()
         if head is None:
             raise SourceError(f"{type(model).__name__} has no output embeddings", expected="a causal language model")
         head.register_forward_pre_hook(self._last.pick)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a text may have, which caches may be shorter than."""
+        return max(self._made_for or 0, self.max_length)
 
     def forward(
         self,
