@@ -5,8 +5,8 @@
 `ids` (batch, time) are the next tokens of each row, padded on the right; `past` (batch) says how many tokens the row's
 cache holds already, and `count` (batch) how many of its new ones are no padding. A cache has room for all tokens, on
 its third axis: (batch, heads, length, width). `logits` (batch, vocabulary) are those of the token that follows the last
-one of each row. `Signature.states` pairs the caches. An engine may keep them in int8, with scales of its own: its
-signature says so.
+one of each row. `Signature.states` pairs the caches. An engine may keep them in float16, or in int8 with scales of its
+own: its signature says so.
 
     logits, *caches = decoder(ids, past, count, back, *caches)
 
@@ -108,20 +108,21 @@ def in_eight_bits(signature: Signature) -> list[str]:
     return [spec.name for spec in caches(signature) if spec.dtype == "int8"]
 
 
+def in_sixteen_bits(signature: Signature) -> list[str]:
+    """The caches that an engine keeps in float16."""
+    return [spec.name for spec in caches(signature) if spec.dtype == "float16"]
+
+
 def as_floats(signature: Signature) -> Signature:
-    """What a call takes and gives whose caches are the model's own: those that are kept in 8 bits come as float32."""
-    return _with_dtype(signature, in_eight_bits(signature), "float32")
+    """What a call takes and gives whose caches are the model's own: float32, whatever they are kept in."""
+    return as_stored(signature, dict.fromkeys((*in_eight_bits(signature), *in_sixteen_bits(signature)), "float32"))
 
 
-def as_stored(signature: Signature, names: Collection[str]) -> Signature:
-    """The same with these caches in 8 bits."""
-    return _with_dtype(signature, names, "int8")
-
-
-def _with_dtype(signature: Signature, names: Collection[str], dtype: str) -> Signature:
-    changed = {*names, *(signature.states[name] for name in names)}
+def as_stored(signature: Signature, dtypes: Mapping[str, str]) -> Signature:
+    """The same with these dtypes of caches, by the name of the input."""
+    changed = {**dtypes, **{signature.states[name]: dtype for name, dtype in dtypes.items()}}
     inputs, outputs = (
-        tuple(dataclasses.replace(spec, dtype=dtype) if spec.name in changed else spec for spec in specs)
+        tuple(dataclasses.replace(spec, dtype=changed.get(spec.name, spec.dtype)) for spec in specs)
         for specs in (signature.inputs, signature.outputs)
     )
     return dataclasses.replace(signature, inputs=inputs, outputs=outputs)

@@ -15,21 +15,29 @@ it stays as it was, and the refusal says by how much.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-from ..compiler.fusion.cached import CachedFuser
+from ..compiler.fusion.cached import CachedFuser, Reach
 from ..compiler.fusion.check import Check
 from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened
 from ..compiler.graph.equality import inputs_at_two_sizes
 from .base import Context, Pass, PassResult, Refusal
 
+REACH: Mapping[str, Reach] = {"onnxruntime-cpu": "filled", "onnxruntime-cuda": "room"}
+
 
 @dataclasses.dataclass(frozen=True)
 class FuseAttention(Pass):
-    """Fuses attention over the caches of a decoder into single nodes of ONNX Runtime, each checked numerically."""
+    """Fuses attention over the caches of a decoder into single nodes of ONNX Runtime, each checked numerically.
+
+    Attributes:
+        scheme: for whom; onnxruntime-cuda leaves nothing to the host, so that a CUDA graph can hold the call.
+    """
 
     name: ClassVar[str] = "fuse-attention"
+    scheme: Literal["onnxruntime-cpu", "onnxruntime-cuda"] = "onnxruntime-cpu"
 
     def apply(self, graph: Graph, context: Context) -> PassResult:
         """Fuses in place; what the check refuses stays."""
@@ -38,7 +46,7 @@ class FuseAttention(Pass):
             return PassResult(modified=False, refusals=(Refusal("the model has no caches to attend over"),))
         check = Check(
             flattened(graph),
-            lambda work, left_out: CachedFuser(work, states, left_out),
+            lambda work, left_out: CachedFuser(work, states, left_out, REACH[self.scheme]),
             list(inputs_at_two_sizes(context)),
         )
-        return check.apply(graph, {})
+        return check.apply(graph, {"scheme": self.scheme})

@@ -4,7 +4,7 @@ An output that is bound to the buffer of its input makes ONNX Runtime write into
 new keys and values alone, and ScatterElements leaves the copy out. That is right as long as nothing else reads a
 state's input, which `shares_buffers` finds out when the engine is built.
 
-Caches may be kept in 8 bits. Those of a call that gives them as float32 are stored in copies, and come back as float32.
+Caches may be kept in fewer bits. Those of a call that gives them as float32 are stored in copies, and come back so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from ..compiler.states import (
     asked_for,
     call,
     empty_caches,
+    in_eight_bits,
     numbers,
+    row_bytes,
 )
 from ..errors import EngineError
 from ._caches import Caches
@@ -69,7 +71,8 @@ def shares_buffers(path: Path, states: Mapping[str, str]) -> bool:
 def saved(request: BuildRequest, entry: Path) -> BuildRequest:
     """Saves the graph of a request, and gives the request with the signature of what is saved.
 
-    Caches that the graph keeps in 8 bits are taken and given so, and their scales are saved beside it.
+    Caches that the graph keeps in fewer bits are taken and given so, and the scales of those in 8 bits are saved beside
+    it.
     """
     from ..compiler.quantization.cache_ends import stored
 
@@ -78,14 +81,26 @@ def saved(request: BuildRequest, entry: Path) -> BuildRequest:
     if not signature.states:
         graph.save(entry)
         return request
-    changed, scales = stored(graph, signature.states)
-    changed.save(entry)
-    if scales and not shares_buffers(entry, signature.states):
+    found = stored(graph, signature.states)
+    caches = Caches(found.scales, found.halves)
+    found.graph.save(entry)
+    if caches.dtypes and not shares_buffers(entry, signature.states):
         request.log("caches are given and taken as float32: they are not updated in place")
         graph.save(entry)
         return request
-    Caches(scales).write(request.directory)
-    return dataclasses.replace(request, graph=changed, signature=as_stored(signature, scales))
+    caches.write(request.directory)
+    return dataclasses.replace(request, graph=found.graph, signature=as_stored(signature, caches.dtypes))
+
+
+def facts(entry: Path, signature: Signature) -> dict[str, Any]:
+    """What engine.json says of the caches; nothing where there are none."""
+    if not signature.states:
+        return {}
+    return {
+        "in_place": shares_buffers(entry, signature.states),
+        "cache_row_bytes": row_bytes(signature),
+        "caches_in_8_bits": len(in_eight_bits(signature)),
+    }
 
 
 def _captured(node: Any) -> set[str]:
@@ -125,11 +140,15 @@ class StatesRunner(HostRunner):
         outputs = {out: steps.caches[name] for name, out in states.items()}
         return _BoundCall(lambda: {LOGITS: steps(*call), **outputs}, self._caches, floats)
 
+    def empty_caches(self, batch: int) -> dict[str, np.ndarray]:
+        """Caches for so many rows that hold nothing yet."""
+        return empty_caches(self._signature, batch)
+
     def steps(self, batch: int, caches: Mapping[str, np.ndarray] | None = None) -> Steps:
         """Calls for so many rows, which share caches: empty ones, or those that are given."""
         if self._session is None:
             raise EngineError("the engine is closed", hint="load it again")
-        return Steps(self._session, self._signature, caches or empty_caches(self._signature, batch))
+        return Steps(self._session, self._signature, caches or self.empty_caches(batch))
 
 
 class _BoundCall(HostBound):

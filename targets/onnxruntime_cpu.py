@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..compiler.difference import relative_l2
-from ..compiler.states import in_eight_bits, row_bytes
 from ..errors import BuildError, RecipeError, TargetUnavailableError
 from ._caches import Caches
 from ._onnxruntime import MINIMUM, OPSET, HostRunner, Optimization, Session, examine, require_onnxruntime
-from ._onnxruntime_states import StatesRunner, saved, shares_buffers
+from ._onnxruntime_states import StatesRunner, facts, saved
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .profile import Profile
 
@@ -130,10 +129,7 @@ class OnnxRuntimeCpu(Target):
             return info
         sample = Caches.read(request.directory, info.signature).stored(request.sample)
         details = examine(request.directory / info.entry, self._session(), sample, request.cache)
-        if info.signature.states:
-            details["in_place"] = shares_buffers(request.directory / info.entry, info.signature.states)
-            details["cache_row_bytes"] = row_bytes(info.signature)
-            details["caches_in_8_bits"] = len(in_eight_bits(info.signature))
+        details.update(facts(request.directory / info.entry, info.signature))
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
         return dataclasses.replace(info, versions=self.versions(), details=details)
 

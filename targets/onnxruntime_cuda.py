@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..errors import BuildError, EngineError, TargetUnavailableError
+from ._caches import Caches
 from ._onnxruntime import MINIMUM, OPSET, Optimization, Session, examine, require_onnxruntime
+from ._onnxruntime_states import facts, saved
 from ._tunings import tf32
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
-from .cuda import driver
+from .cuda import choosers, driver
+from .cuda.decoding import DecodingRunner
 from .cuda.onnxruntime import DeviceRunner
 from .cuda.stream import Stream
 from .profile import Profile
@@ -93,8 +96,9 @@ class OnnxRuntimeCuda(Target):
         return Availability(build=True, run=True, versions=versions)
 
     def rewrites(self, precision: str) -> tuple[str, ...]:
-        """Attention and what is around it, and embedding tables."""
-        return ("fuse-transformer:scheme=onnxruntime-cuda", "fuse-embeddings")
+        """Attention, over caches in the precision that has kernels for it, what is around it, and embedding tables."""
+        cached = ("fuse-attention:scheme=onnxruntime-cuda",) if precision in ("fp16", "int4-weights") else ()
+        return (*cached, "fuse-transformer:scheme=onnxruntime-cuda", "fuse-embeddings")
 
     def tunings(self, precision: str) -> tuple[Tuning, ...]:
         """How convolutions and products are computed, and how launches and memory reach the GPU."""
@@ -124,7 +128,9 @@ class OnnxRuntimeCuda(Target):
         self._require()
         assert request.graph is not None
         entry = request.directory / "model.onnx"
-        request.graph.save(entry)
+        request = saved(request, entry)
+        if request.signature.states:
+            choosers.write(request.directory, request.signature)
         return self.describe(self.info(request, entry.name, {}), request)
 
     def built_for(self) -> Mapping[str, str]:
@@ -134,7 +140,9 @@ class OnnxRuntimeCuda(Target):
     def describe(self, info: EngineInfo, request: BuildRequest) -> EngineInfo:
         """Looks at what ONNX Runtime makes of the file on this machine's GPU."""
         versions, entry = self._require(), request.directory / info.entry
-        details = examine(entry, self._session(request.precision), request.sample, request.cache)
+        sample = Caches.read(request.directory, info.signature).stored(request.sample)
+        details = examine(entry, self._session(request.precision), sample, request.cache)
+        details.update(facts(entry, info.signature))
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
         if CUDA not in details["placement"]:
             raise BuildError(f"no node of {entry.name} runs on {CUDA}", expected=CUDA, found=details["placement"])
@@ -165,12 +173,23 @@ class OnnxRuntimeCuda(Target):
     def _open(self, directory: Path, info: EngineInfo, *, graph: bool) -> DeviceRunner:
         stream = Stream(self.device_id)
         options = {"user_compute_stream": str(stream.handle), "enable_cuda_graph": str(int(graph))}
+        settings = self._session(info.precision, options)
         try:
-            session = self._session(info.precision, options).open(directory / info.entry)
+            session = settings.open(directory / info.entry)
         except EngineError:
             stream.close()
             raise
-        return DeviceRunner(session, stream, [spec.name for spec in info.signature.outputs], graphs=graph)
+        if not info.details.get("in_place"):
+            return DeviceRunner(session, stream, [spec.name for spec in info.signature.outputs], graphs=graph)
+        return DecodingRunner(
+            session,
+            stream,
+            info.signature,
+            Caches.read(directory, info.signature),
+            lambda kind: settings.open(directory / kind),
+            fused="GroupQueryAttention" in info.details["operators"],
+            graphs=graph,
+        )
 
     def _graph_refusal(self, request: BuildRequest, info: EngineInfo) -> str:
         """Why the engine runs without a CUDA graph; empty where one was captured and replayed."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +29,7 @@ from .fuser import Region
 from .patterns import pairs, producer, rank, reader, scaled, size
 
 KIND = "attention over a cache"
+Reach = Literal["filled", "room"]
 _VIEWS = ("Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand", "Identity")
 
 
@@ -61,6 +63,9 @@ class CachedFuser:
 
     Args:
         states: outputs of caches by their inputs.
+        reach: what tells the operator how long the longest row is: "filled", the largest position, or "room", by shapes
+            alone, the whole cache for all calls but those of several rows and tokens, which are prompts then. The
+            operator needs it in the host's memory, where a GPU has shapes at hand, and positions not.
         left_out: tensors of regions that stay as they are.
 
     Attributes:
@@ -68,11 +73,14 @@ class CachedFuser:
         refusals: what was not, though it looks alike.
     """
 
-    def __init__(self, graph: Graph, states: Mapping[str, str], left_out: Collection[str] = ()) -> None:
+    def __init__(
+        self, graph: Graph, states: Mapping[str, str], left_out: Collection[str] = (), reach: Reach = "filled"
+    ) -> None:
         self.regions: list[Region] = []
         self.refusals: list[Refusal] = []
         self._main = graph.model.graph
         self._states = states
+        self._room = reach == "room"
         self._left_out = frozenset(left_out)
         self._patcher = Patcher(graph)
         self._ends: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
@@ -158,7 +166,7 @@ class CachedFuser:
         result = found.end.outputs[0]
         patch = Patch(self._patcher, found.end)
         dtype = found.query.dtype or ir.DataType.FLOAT
-        last, most = self._reach(patch, found.key.positions)
+        last, most = self._reach(patch, found.key)
         inputs = [
             self._joined(patch, found.query, found.heads),
             self._joined(patch, found.key.new, found.shared),
@@ -198,8 +206,9 @@ class CachedFuser:
         shape = self._patcher.initializer(f"{patch.title}/joined", np.array([0, 0, -1]))
         return patch.add("Reshape", [value, shape], [(f"{patch.title}/joined", dtype, None)])[0]
 
-    def _reach(self, patch: Patch, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _reach(self, patch: Patch, key: Write) -> tuple[ir.Value, ir.Value]:
         """The last position of each row, and how many positions the longest row has, for all layers once."""
+        positions = key.positions
         if positions in self._ends:
             return self._ends[positions]
         integer, batch = ir.DataType.INT32, ir.Shape([None])
@@ -207,11 +216,29 @@ class CachedFuser:
         place = self._patcher.initializer(f"{title}/place", np.array(-1))
         (last,) = patch.add("Gather", [positions, place], [(f"{title}/last", ir.DataType.INT64, batch)], {"axis": 1})
         (last,) = patch.add("Cast", [last], [(f"{title}/last32", integer, batch)], {"to": integer.value})
-        (most,) = patch.add("ReduceMax", [last], [(f"{title}/most", integer, ir.Shape([]))], {"keepdims": 0})
-        one = self._patcher.initializer(f"{title}/one", np.array(1, np.int32))
-        (most,) = patch.add("Add", [most, one], [(f"{title}/length", integer, ir.Shape([]))])
+        most = self._most(patch, positions, size(key.past, 2)) if self._room else self._longest(patch, title, last)
         self._ends[positions] = last, most
         return last, most
+
+    def _longest(self, patch: Patch, title: str, last: ir.Value) -> ir.Value:
+        """The largest position, and one."""
+        integer, scalar = ir.DataType.INT32, ir.Shape([])
+        (most,) = patch.add("ReduceMax", [last], [(f"{title}/most", integer, scalar)], {"keepdims": 0})
+        one = self._patcher.initializer(f"{title}/one", np.array(1, np.int32))
+        return patch.add("Add", [most, one], [(f"{title}/length", integer, scalar)])[0]
+
+    def _most(self, patch: Patch, positions: ir.Value, room: int | None) -> ir.Value:
+        """Of prompts of several rows their length, and else all that the cache has room for."""
+        integer, long, scalar = ir.DataType.INT32, ir.DataType.INT64, ir.Shape([])
+        title = positions.name or "positions"
+        one = self._patcher.initializer(f"{title}/one", np.array(1))
+        whole = self._patcher.initializer(f"{title}/room", np.array(room))
+        (shape,) = patch.add("Shape", [positions], [(f"{title}/shape", long, ir.Shape([2]))])
+        (time,) = patch.add("Gather", [shape, one], [(f"{title}/time", long, scalar)], {"axis": 0})
+        (least,) = patch.add("ReduceMin", [shape], [(f"{title}/least", long, scalar)], {"keepdims": 0})
+        (prompts,) = patch.add("Greater", [least, one], [(f"{title}/prompts", ir.DataType.BOOL, scalar)])
+        (most,) = patch.add("Where", [prompts, time, whole], [(f"{title}/most", long, scalar)])
+        return patch.add("Cast", [most], [(f"{title}/most32", integer, scalar)], {"to": integer.value})[0]
 
 
 def _seen(value: ir.Value | None) -> ir.Value | None:

@@ -34,9 +34,23 @@ class Choice:
         Raises:
             EngineError: they are no numbers.
         """
-        self._step += 1
-        best = likeliest(logits, f"for row {self._row} at token {self._step}")
+        best = int(logits.argmax())
+        self.check(logits[best])  # NaN is the largest to argmax
         return best if self._sampling is None else self._sampling.draw(logits, self._generator)
+
+    def check(self, best: np.floating[Any]) -> None:
+        """Looks at the largest logit of the next token, which is not a number where one of them is none.
+
+        Raises:
+            EngineError: it is not finite.
+        """
+        self._step += 1
+        if not np.isfinite(best):
+            raise no_numbers(f"for row {self._row} at token {self._step}", best)
+
+    def draws(self, count: int) -> np.ndarray:
+        """The random numbers (count) from 0 up to 1 by which its next tokens are drawn."""
+        return self._generator.random(count)
 
 
 def likeliest(logits: np.ndarray, where: str) -> int:

@@ -21,13 +21,13 @@ import numpy as np
 from ...errors import EngineError, EngineMismatchError, EnginesmithError
 from ...targets.base import Runner
 from ..signature import Signature
-from ..states import IDS, empty_caches
+from ..states import IDS
 from .choice import Choice
 from .eviction import Eviction, check_eviction, steps_for
 from .generate import check_decoder
 from .prefixes import Prefixes, read
 from .prompts import check, most_rows
-from .steps import Steps
+from .steps import Steps, caches_of
 
 Take = Callable[[int], Any]
 Done = Callable[[EnginesmithError | None], Any]
@@ -99,7 +99,7 @@ class Batcher:
         most = most_rows(signature)
         self._runner, self._signature, self._prefixes = runner, signature, prefixes
         self._most = most if rows is None else min(rows, most)
-        self._caches = empty_caches(signature, self._most)
+        self._caches = caches_of(runner, signature, self._most)
         self._eviction, self._dropped = eviction, np.zeros(self._most, np.int64)
         self._steps: dict[tuple[int, int], Steps] = {}
         self._rows: list[Request] = []

@@ -16,8 +16,8 @@ import numpy as np
 from ...errors import EngineMismatchError, RecipeError, UnknownNameError
 from ...targets.base import Arrays, Runner
 from ..signature import Signature
-from ..states import IMPORTANCE, POLICIES, empty_caches, max_length, policies
-from .steps import Steps, steps_of
+from ..states import IMPORTANCE, POLICIES, max_length, policies
+from .steps import Steps, caches_of, steps_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Evicting:
             self._keep(row, list(self._caches), self._eviction.order(filled, kept, None))
         else:
             for name in [name for name in self._caches if name.startswith(IMPORTANCE)]:
-                importance = self._caches[name][row, :, :filled, 0]
+                importance = np.asarray(self._caches[name][row, :, :filled])[..., 0]
                 layer = [other for other in self._caches if other.endswith(f".{name.removeprefix(IMPORTANCE)}")]
                 self._keep(row, layer, self._eviction.order(filled, kept, importance))
         self._dropped[row] += filled - kept
@@ -158,7 +158,8 @@ class Evicting:
     def _keep(self, row: int, names: list[str], order: np.ndarray) -> None:
         for name in names:
             cache = self._caches[name]
-            cache[row, :, : order.shape[1]] = np.take_along_axis(cache[row], order[..., None], axis=1)
+            kept = np.take_along_axis(np.asarray(cache[row]), order[..., None], axis=1)
+            cache[row, :, : order.shape[1]] = kept
 
 
 def check_eviction(signature: Signature, eviction: Eviction | None, *, prefixes: bool, draft: bool = False) -> None:
@@ -185,6 +186,6 @@ def steps_for(
     """Calls for so many rows, as `steps_of`, that drop tokens where they have to and may."""
     if eviction is None:
         return steps_of(runner, signature, batch, caches)
-    own = empty_caches(signature, batch) if caches is None else caches
+    own = caches_of(runner, signature, batch) if caches is None else caches
     gone = np.zeros(batch, np.int64) if dropped is None else dropped
     return Evicting(steps_of(runner, signature, batch, own), signature, own, eviction, gone)

@@ -10,14 +10,15 @@ import numpy as np
 from ...errors import EngineError, EngineMismatchError, RecipeError
 from ...targets.base import Runner
 from ..signature import Signature
-from ..states import COUNT, IDS, LOGITS, PAST, empty_caches, longest_draft, looks_back
+from ..states import COUNT, IDS, LOGITS, PAST, longest_draft, looks_back
 from .choice import Choice, Stream
 from .eviction import Eviction, check_eviction, steps_for
+from .following import following
 from .prefixes import Prefixes, read
 from .prompts import check, rows_of, side_by_side
 from .sampling import sampling_of
 from .speculative import Proposer, Speculation, check_draft, speculate
-from .steps import steps_of
+from .steps import caches_of, steps_of
 
 
 def generate(
@@ -59,7 +60,7 @@ def generate(
         steps = steps_for(runner, signature, len(rows), eviction)
         logits = steps(ids, np.zeros_like(counts), counts)
     else:
-        caches = empty_caches(signature, 1)
+        caches = caches_of(runner, signature, 1)
         steps = steps_of(runner, signature, 1, caches)
         logits = read(steps, rows[0], caches, prefixes)
     if draft is not None:
@@ -68,22 +69,17 @@ def generate(
             max_new_tokens=max_new_tokens, ends=ends, stream=stream, counts=speculation or Speculation(),
         )  # fmt: skip
         return [tokens]
-    past, one = counts.copy(), np.ones_like(counts)
-    last = np.zeros((len(rows), 1), np.int64)
+    next_tokens = following(steps, logits, counts, choices, sampling, max_new_tokens)
     found: list[list[int]] = [[] for _ in rows]
     live = list(range(len(rows)))
-    while True:
+    while live:
+        latest = next_tokens(live)
         for row in live:
-            token = choices[row](logits[row])
-            found[row].append(token)
-            last[row] = token
+            found[row].append(int(latest[row]))
             if stream is not None:
-                stream(row, token)
+                stream(row, found[row][-1])
         live = [row for row in live if found[row][-1] not in ends and len(found[row]) < max_new_tokens]
-        if not live:
-            return found
-        logits = steps(last, past, one)
-        past[live] += 1  # a row that has ended writes its last token again, where nothing reads it
+    return found
 
 
 def check_decoder(signature: Signature) -> None:

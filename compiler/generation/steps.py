@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ...targets.base import Arrays, Runner
 from ..signature import Signature
 from ..states import LOGITS, asked_for, call, empty_caches, numbers
+from .sampling import Sampling
 
 
 class Steps(Protocol):
@@ -34,11 +36,34 @@ class Steps(Protocol):
 class Stepping(Protocol):
     """A runner that keeps caches itself."""
 
-    def steps(self, batch: int, caches: Arrays | None = None) -> Steps:
+    def empty_caches(self, batch: int) -> Any:
+        """Caches for so many rows that hold nothing yet, by name: arrays, or what is cut and copied like them."""
+
+    def steps(self, batch: int, caches: Any = None) -> Steps:
         """Calls for so many rows, with empty caches, or with those that are given."""
 
 
-def steps_of(runner: Runner, signature: Signature, batch: int, caches: Arrays | None = None) -> Steps:
+@runtime_checkable
+class Choosing(Protocol):
+    """Calls whose tokens are chosen where the logits lie."""
+
+    def tokens(
+        self, past: np.ndarray, limit: int, sampling: Sampling | None = None, draws: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The next tokens (batch), `limit` times at most, and the largest logit (batch) of each choice.
+
+        Args:
+            past: tokens of each row that the caches hold after the last call, by whose logits the first is chosen.
+            draws: (limit, batch), numbers from 0 up to 1 to draw by, beside `sampling`.
+        """
+
+
+def caches_of(runner: Runner, signature: Signature, batch: int) -> Any:
+    """Caches for so many rows that hold nothing yet, where the runner has them."""
+    return runner.empty_caches(batch) if isinstance(runner, Stepping) else empty_caches(signature, batch)
+
+
+def steps_of(runner: Runner, signature: Signature, batch: int, caches: Any = None) -> Steps:
     """Calls for so many rows, with empty caches, or with those that are given and then hold what the calls make."""
     if isinstance(runner, Stepping):
         return runner.steps(batch, caches)

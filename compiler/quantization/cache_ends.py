@@ -1,14 +1,18 @@
-"""Takes the conversions of caches that a graph stores in INT8 off its ends, for an engine that keeps the INT8.
+"""Takes the conversions of caches that a graph stores in fewer bits off its ends, for an engine that keeps those.
 
     past (float) -> / scale, round, clip -> INT8 -> ... -> INT8 -> * scale -> present (float)
     past (INT8)  -> ... -> present (INT8)
+
+    past (float)   -> Cast -> float16 -> ... -> float16 -> Cast -> present (float)
+    past (float16) -> ... -> present (float16)
 
 The scales go beside the engine, which needs them where it is given floats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -20,34 +24,52 @@ from ..graph.editing import is_constant
 LOWEST, HIGHEST = -128, 127
 
 
-def stored(graph: Graph, states: Mapping[str, str]) -> tuple[Graph, dict[str, np.ndarray]]:
-    """A copy that takes and gives INT8 where the graph converts a cache to it, and the scales by the name of the input.
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A graph whose caches are taken and given as it stores them.
 
-    A cache of which that does not hold stays as it is, and has no scale.
+    Attributes:
+        scales: of those in INT8, by the name of the input.
+        halves: those in float16. The others are float32.
+    """
+
+    graph: Graph
+    scales: Mapping[str, np.ndarray]
+    halves: Collection[str]
+
+
+def stored(graph: Graph, states: Mapping[str, str]) -> Stored:
+    """A copy that takes and gives INT8 or float16 where the graph converts a cache to it.
+
+    A cache of which that does not hold stays as it is.
     """
     work = graph.clone()
     main = work.model.graph
     inputs = {value.name or "": value for value in main.inputs}
-    found: dict[str, np.ndarray] = {}
+    scales: dict[str, np.ndarray] = {}
+    halves: list[str] = []
     for name, output in states.items():
         place = next((place for place, value in enumerate(main.outputs) if value.name == output), None)
-        taken = conversion(inputs.get(name))
-        if taken is None or place is None:
+        past = inputs.get(name)
+        if past is None or place is None:
             continue
-        quantized, scale = taken
-        given, real = _origin(main.outputs[place], scale), main.outputs[place]
-        if given is None or given.is_graph_output():
+        real = main.outputs[place]
+        inside, scale = conversion(past) or (_half(past), None)
+        given = _half_origin(real) if scale is None else _origin(real, scale)
+        if inside is None or given is None or given.is_graph_output():
             continue
-        past = inputs[name]
-        past.type = ir.TensorType(ir.DataType.INT8)
-        ir.convenience.replace_all_uses_with(quantized, past)
+        past.type = inside.type
+        ir.convenience.replace_all_uses_with(inside, past)
         real.name = f"{output}/real"
         given.name, given.shape = output, past.shape
         main.outputs[place] = given
-        found[name] = scale
-    if found:
+        if scale is None:
+            halves.append(name)
+        else:
+            scales[name] = scale
+    if scales or halves:
         RemoveUnusedNodesPass()(work.model)
-    return work, found
+    return Stored(work, scales, halves)
 
 
 def conversion(past: ir.Value | None) -> tuple[ir.Value, np.ndarray] | None:
@@ -60,6 +82,21 @@ def conversion(past: ir.Value | None) -> tuple[ir.Value, np.ndarray] | None:
     if scale is None or [None if limit is None else float(limit) for limit in limits] != [LOWEST, HIGHEST]:
         return None
     return chain[3].outputs[0], scale
+
+
+def _half(past: ir.Value) -> ir.Value | None:
+    """The float16 that a graph makes of an input, where it does nothing else with it."""
+    cast = next(_readers(past, ("Cast",)), None)
+    return cast.outputs[0] if cast is not None and cast.outputs[0].dtype == ir.DataType.FLOAT16 else None
+
+
+def _half_origin(real: ir.Value) -> ir.Value | None:
+    """The float16 that a value is cast from."""
+    cast = real.producer()
+    if cast is None or cast.op_type != "Cast" or cast.domain:
+        return None
+    given = cast.inputs[0]
+    return given if given is not None and given.dtype == ir.DataType.FLOAT16 else None
 
 
 def _readers(value: ir.Value | None, operators: tuple[str, ...]) -> Iterator[ir.Node]:

@@ -22,7 +22,9 @@ MAX_GRAPHS = 16
 """Sets of input shapes that get a CUDA graph, with buffers of their own; further ones run without."""
 
 Placed = Mapping[str, Borrowed | np.ndarray]
-_NO_GRAPH = -1
+NO_GRAPH = -1
+"""The number that tells ONNX Runtime to capture no CUDA graph."""
+
 T = TypeVar("T")
 
 
@@ -36,16 +38,26 @@ class DeviceRunner:
         stream: closed together with the runner.
         outputs: names, in the order to give them.
         graphs: whether the session may capture CUDA graphs.
+        states: outputs that `bind` writes in the place of an input, by the input.
     """
 
-    def __init__(self, session: Any, stream: Stream, outputs: Sequence[str], *, graphs: bool) -> None:
+    def __init__(
+        self,
+        session: Any,
+        stream: Stream,
+        outputs: Sequence[str],
+        *,
+        graphs: bool,
+        states: Mapping[str, str] | None = None,
+    ) -> None:
         self.stream = stream
         self._session = session
         self._inputs = [value.name for value in session.get_inputs()]
         self._outputs = list(outputs)
         self._buffers: dict[tuple[tuple[int, ...], ...], Buffers] = {}
+        self._states = dict(states or {})
         self._graphs = graphs
-        self._numbers = itertools.count(1) if graphs else itertools.repeat(_NO_GRAPH)
+        self._numbers = itertools.count(1) if graphs else itertools.repeat(NO_GRAPH)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-graph") if graphs else None
         self._lock = threading.Lock()
 
@@ -56,8 +68,7 @@ class DeviceRunner:
 
     def bind(self, inputs: Arrays) -> Bound:
         """Copies the inputs to the device, into buffers of their own."""
-        placed = {name: np.asarray(inputs[name], order="C") for name in self._inputs}
-        return DeviceBound(self, self.turn(lambda: self._new_buffers(placed)))
+        return DeviceBound(self, self._bound(inputs))
 
     def buffers(self, placed: Placed) -> Buffers:
         """Buffers of their own for inputs of these shapes, filled with them. Called within `turn`."""
@@ -102,6 +113,10 @@ class DeviceRunner:
             except failures() as problem:
                 raise EngineError(f"ONNX Runtime failed to run the engine: {problem}") from problem
 
+    def _bound(self, inputs: Arrays) -> Buffers:
+        placed = {name: np.asarray(inputs[name], order="C") for name in self._inputs}
+        return self.turn(lambda: self._new_buffers(placed))
+
     def _place(self, name: str, value: Any) -> Borrowed | np.ndarray:
         device = cuda_device(value)
         if device is None:
@@ -118,7 +133,7 @@ class DeviceRunner:
             return buffers.copies() if on_device else buffers.arrays()
         if on_device:
             return self._run_bound(placed)
-        values = self._session.run(self._outputs, placed, _run_options(_NO_GRAPH))
+        values = self._session.run(self._outputs, placed, run_options(NO_GRAPH))
         return dict(zip(self._outputs, values, strict=True))
 
     def _run_bound(self, placed: Placed) -> dict[str, DeviceTensor]:
@@ -131,7 +146,7 @@ class DeviceRunner:
         for name in self._outputs:
             binding.bind_output(name, DEVICE, self.stream.device)
         binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding, _run_options(_NO_GRAPH))
+        self._session.run_with_iobinding(binding, run_options(NO_GRAPH))
         values = binding.get_outputs()
         if self._graphs:
             # The session's memory is also that of captured graphs, whose next replay may overwrite these outputs.
@@ -146,33 +161,46 @@ class DeviceRunner:
         return self._buffers.get(key)
 
     def _new_buffers(self, placed: Placed) -> Buffers:
-        return Buffers(self._session, self.stream, placed, self._outputs, next(self._numbers))
+        return Buffers(self._session, self.stream, placed, self._outputs, next(self._numbers), self._states)
 
 
 class Buffers:
     """Inputs and outputs of one set of shapes at fixed places on the device, as a CUDA graph needs them.
 
-    They lie outside of the session's own memory, which captured graphs share and overwrite.
+    They lie outside of the session's own memory, which captured graphs share and overwrite. An output of `states` lies
+    where its input does.
     """
 
-    def __init__(self, session: Any, stream: Stream, placed: Placed, outputs: Sequence[str], graph: int) -> None:
+    def __init__(
+        self,
+        session: Any,
+        stream: Stream,
+        placed: Placed,
+        outputs: Sequence[str],
+        graph: int,
+        states: Mapping[str, str],
+    ) -> None:
         self._session = session
         self._stream = stream
         self._binding = session.io_binding()
         self._inputs = {name: empty(value.shape, value.dtype.type, stream) for name, value in placed.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
-        for name in outputs:
+        self._outputs = {output: self._inputs[name] for name, output in states.items()}
+        for name, value in self._outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+        others = [name for name in outputs if name not in self._outputs]
+        for name in others:
             self._binding.bind_output(name, DEVICE, stream.device)
         self.fill(placed)
-        session.run_with_iobinding(self._binding, _run_options(_NO_GRAPH))  # tells the shapes of the outputs
-        found = zip(outputs, self._binding.get_outputs(), strict=True)
-        self._outputs = {name: _copy(value, stream) for name, value in found}
+        session.run_with_iobinding(self._binding, run_options(NO_GRAPH))  # tells the shapes of the outputs
+        found = dict(zip([*self._outputs, *others], self._binding.get_outputs(), strict=True))
+        self._outputs |= {name: _copy(found[name], stream) for name in others}
         stream.synchronize()
         for name, value in self._outputs.items():
             self._binding.bind_ortvalue_output(name, value)
         # ONNX Runtime captures a graph for each number, which must never come back with other buffers.
-        self._options = _run_options(graph, wait=False)
+        self._options = run_options(graph, wait=False)
 
     def fill(self, placed: Placed) -> None:
         """Starts copying the inputs into the buffers."""
@@ -267,7 +295,8 @@ def _copy(value: Any, stream: Stream) -> Any:
     return copy
 
 
-def _run_options(graph: int, *, wait: bool = True) -> Any:
+def run_options(graph: int, *, wait: bool = True) -> Any:
+    """Those of a run that captures or replays the CUDA graph of a number, and whether it waits for the device."""
     import onnxruntime
 
     options = onnxruntime.RunOptions()

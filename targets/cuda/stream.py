@@ -34,6 +34,11 @@ class Stream:
         """The address that libraries take as a cudaStream_t."""
         return self._stream.value or 0
 
+    @property
+    def pointer(self) -> ctypes.c_void_p:
+        """The same, for calls of the driver."""
+        return self._stream
+
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Makes the device the calling thread's, which may be one that never called CUDA."""
@@ -100,6 +105,10 @@ class Event:
 
     def __init__(self) -> None:
         self.pointer = ctypes.c_void_p()
+
+    def synchronize(self) -> None:
+        """Waits until it has happened."""
+        call("cuEventSynchronize", self.pointer)
 
     def milliseconds_since(self, start: Event) -> float:
         """Device time from `start` to here; both must have happened."""

@@ -213,8 +213,8 @@ def test_a_tensor_of_another_device_is_refused(make, monkeypatch):
 def test_every_binding_has_a_graph_of_its_own_and_shapes_beyond_the_limit_none(make, monkeypatch):
     monkeypatch.setattr(device, "MAX_GRAPHS", 2)
     asked = []
-    real = device._run_options
-    monkeypatch.setattr(device, "_run_options", lambda graph, **more: asked.append(graph) or real(graph, **more))
+    real = device.run_options
+    monkeypatch.setattr(device, "run_options", lambda graph, **more: asked.append(graph) or real(graph, **more))
     runner = make(graphs=True)
     runner.bind(SAMPLE)
     for rows in (1, 2, 3, 1):

@@ -11,6 +11,7 @@ from enginesmith.compiler.engine import load
 from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Batcher, Request
 from enginesmith.compiler.generation.sampling import Sampling
+from enginesmith.compiler.generation.steps import caches_of, steps_of
 from enginesmith.errors import DataError, EngineError, EngineMismatchError, RecipeError
 
 small = runpy.run_path(str(Path(__file__).parents[3] / "small_decoder.py"))
@@ -53,9 +54,10 @@ class Counting:
         self._runner, self._signature, self._change = runner, signature, change
         self.rows = []
 
-    def steps(self, batch, caches):
-        from enginesmith.compiler.generation.steps import steps_of
+    def empty_caches(self, batch):
+        return caches_of(self._runner, self._signature, batch)
 
+    def steps(self, batch, caches):
         steps = steps_of(self._runner, self._signature, batch, caches)
 
         def call(ids, past, count):

@@ -1,0 +1,381 @@
+"""ONNX Runtime on a CUDA device for engines with states: caches lie on the device, which a call updates in place.
+
+    steps(ids, past, count)     one call; the logits come to the host
+    steps.tokens(past, limit)   a call for each token, which is chosen on the device and read by the next call there
+
+The calls of one token a row have fixed places for all that they read and write, so that each is the launch of a CUDA
+graph. The host takes a token while the device is at the next one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...compiler.generation.sampling import Sampling
+from ...compiler.signature import Signature
+from ...compiler.states import BACK, COUNT, IDS, IMPORTANCE, LOGITS, PAST, asked_for, caches, call, numbers, vocabulary
+from ...errors import DataError
+from .._caches import Caches
+from ..base import Arrays, Bound
+from .arrays import DeviceArray, new
+from .choosers import AMONG, DRAW, GREEDY
+from .dlpack import cuda_device, ort_dtype
+from .onnxruntime import DEVICE, MAX_GRAPHS, NO_GRAPH, Buffers, DeviceBound, DeviceRunner, empty, run_options
+from .pinned import pinned
+from .stream import Stream
+
+AHEAD = 2
+"""Tokens that the device may be ahead of the host."""
+
+Numbers = Mapping[str, np.ndarray]
+Open = Callable[[str], Any]
+"""Opens the session of one of the files of `choosers`."""
+
+
+class DecodingRunner(DeviceRunner):
+    """A session with caches on the device.
+
+    Args:
+        caches: how they are kept.
+        fused: whether attention is GroupQueryAttention, which takes several rows as prompts or as one token each.
+        open_chooser: opens what chooses tokens.
+    """
+
+    def __init__(
+        self, session: Any, stream: Stream, signature: Signature, caches: Caches, open_chooser: Open, *, fused: bool,
+        graphs: bool,
+    ) -> None:  # fmt: skip
+        outputs = [spec.name for spec in signature.outputs]
+        super().__init__(session, stream, outputs, graphs=graphs, states=signature.states)
+        self.signature = signature
+        self._kept = caches
+        self._fused = fused
+        self._open_chooser = open_chooser
+        self._choosers: dict[str, Any] = {}
+        self._idle: dict[int, list[Calls]] = {}
+        self._captured = 0
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs by name, as of `DeviceRunner`. Caches that are given as float32 come back so."""
+        stored, floats = self._stored(inputs)
+        outputs = super().run(stored)
+        return {**outputs, **{name: self._kept.real(floats[name], np.asarray(outputs[name])) for name in floats}}
+
+    def bind(self, inputs: Arrays) -> Bound:
+        """The inputs on the device, for runs each of which writes the same tokens into the same caches."""
+        stored, floats = self._stored(inputs)
+        return _FloatBound(self, self._bound(stored), self._kept, floats)
+
+    def empty_caches(self, batch: int) -> dict[str, DeviceArray]:
+        """Caches for so many rows that hold nothing yet."""
+        return self.turn(lambda: self._empty_caches(batch))
+
+    def steps(self, batch: int, caches: Mapping[str, Any] | None = None) -> DeviceSteps:
+        """Calls for so many rows, with empty caches, or with those that are given."""
+        if caches is not None:
+            return DeviceSteps(self, self.turn(lambda: Calls(self, batch, caches)))
+        idle = self._idle.setdefault(batch, [])
+        calls = self.turn(lambda: idle.pop().again() if idle else Calls(self, batch, self._empty_caches(batch)))
+        steps = DeviceSteps(self, calls)
+        weakref.finalize(steps, idle.append, calls)  # its graphs hold memory that is never given back
+        return steps
+
+    def close(self) -> None:
+        """As of `DeviceRunner`."""
+        self._idle.clear()
+        self._choosers.clear()
+        super().close()
+
+    def chooser(self, kind: str) -> Any:
+        """The session that chooses tokens so. Called in a turn."""
+        if kind not in self._choosers:
+            self._choosers[kind] = self._open_chooser(kind)
+        return self._choosers[kind]
+
+    def binding(self) -> Any:
+        """Of the decoder's own session. Called in a turn."""
+        return self._session.io_binding()
+
+    def launch(self, binding: Any, options: Any) -> None:
+        """Starts a call of the decoder's own session. Called in a turn."""
+        self._session.run_with_iobinding(binding, options)
+
+    def graph(self) -> int:
+        """A number for a CUDA graph that was not used yet, or that of none, where there are enough.
+
+        A graph is captured by running a call again, which must not add to what the first one left.
+        """
+        if any(name.startswith(IMPORTANCE) for name in self.signature.states) or self._captured == MAX_GRAPHS:
+            return NO_GRAPH
+        self._captured += 1
+        return next(self._numbers)
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Whether the engine takes these tokens behind those that are there.
+
+        Raises:
+            DataError: several tokens of several rows, behind others.
+        """
+        ids, past = given[IDS], given[PAST]
+        if self._fused and ids.shape[0] > 1 and ids.shape[1] > 1 and np.any(np.asarray(past)):
+            raise DataError(
+                "fused attention takes several rows as prompts, or with one token each",
+                expected="past of 0 in all rows",
+                found=f"{ids.shape[0]} rows of {ids.shape[1]} tokens behind others",
+                hint="give the rows one by one",
+            )
+
+    def _stored(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The inputs as the engine takes them, and by the outputs of caches that came as float32 their inputs."""
+        self.check(inputs)
+        host = {name: value for name, value in inputs.items() if cuda_device(value) is None}
+        given = self._kept.given({name: np.asarray(value) for name, value in host.items()})
+        stored = {**inputs, **self._kept.stored({name: np.asarray(inputs[name]) for name in given})}
+        return stored, {self.signature.states[name]: name for name in given}
+
+    def _empty_caches(self, batch: int) -> dict[str, DeviceArray]:
+        made = {}
+        for spec in caches(self.signature):
+            shape = tuple(int(size) for size in spec.shape[1:])
+            made[spec.name] = new(batch, shape, np.dtype(spec.dtype), self.stream, self.turn)
+            made[spec.name].fill_with_zeros()
+        return made
+
+
+class _FloatBound(DeviceBound):
+    """A call whose caches come back as they were given: `floats`, by the output their input, were no stored ones."""
+
+    def __init__(self, runner: DecodingRunner, buffers: Buffers, caches: Caches, floats: Mapping[str, str]) -> None:
+        super().__init__(runner, buffers)
+        self._caches, self._floats = caches, floats
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The outputs of the last run, on the host."""
+        outputs = super().outputs()
+        return {**outputs, **{out: self._caches.real(name, outputs[out]) for out, name in self._floats.items()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What calls of the same shapes reuse."""
+
+    inputs: Mapping[str, Any]
+    logits: Any
+    kept: tuple[int, ...]
+    binding: Any
+    options: Any
+
+    def fits(self, given: Numbers) -> bool:
+        """Whether these inputs have its shapes."""
+        return all(tuple(self.inputs[name].shape()) == array.shape for name, array in given.items())
+
+
+class Calls:
+    """Calls on some rows of caches, and how their tokens are chosen. All methods are called in a turn of the runner."""
+
+    def __init__(self, runner: DecodingRunner, batch: int, caches: Mapping[str, DeviceArray]) -> None:
+        self.batch, self.vocabulary = batch, vocabulary(runner.signature) or 0
+        self._runner, self._stream, self._caches = runner, runner.stream, caches
+        logits = next(spec for spec in runner.signature.outputs if spec.name == LOGITS)
+        self.dtype = np.dtype(logits.dtype)
+        self.logits = empty((batch, self.vocabulary), self.dtype.type, self._stream)
+        self._other: _Call | None = None
+        self._choosers: dict[str, Chooser] = {}
+
+    @functools.cached_property
+    def one(self) -> _Call:
+        """The call of one token a row, as a CUDA graph where there can be one."""
+        names = numbers(self._runner.signature)
+        shapes = {IDS: (self.batch, 1), BACK: (1,)}
+        return self._call({name: shapes.get(name, (self.batch,)) for name in names}, self._runner.graph())
+
+    def again(self) -> Calls:
+        """The same with empty caches."""
+        for cache in self._caches.values():
+            cache.fill_with_zeros()
+        return self
+
+    def __call__(self, given: Numbers) -> np.ndarray:
+        """The logits of a call, on the host: (batch, vocabulary), or (batch, kept, vocabulary)."""
+        made = self._fitting(given)
+        for name, array in given.items():
+            put(self._stream, made.inputs[name], array)
+        self._runner.launch(made.binding, made.options)
+        return fetch(self._stream, made.logits, (self.batch, *made.kept, self.vocabulary), self.dtype)
+
+    def chooser(self, kind: str) -> Chooser:
+        """What chooses tokens by the logits of the last call, and makes them the input of the next one."""
+        if kind not in self._choosers:
+            self._choosers[kind] = Chooser(self._runner, kind, self)
+        return self._choosers[kind]
+
+    def next(self) -> None:
+        """Starts the call of one token a row, on what lies at its places."""
+        self._runner.launch(self.one.binding, self.one.options)
+
+    def _fitting(self, given: Numbers) -> _Call:
+        if given[IDS].shape[1] == 1 and self.one.fits(given):
+            return self.one
+        if self._other is None or not self._other.fits(given):
+            self._other = self._call({name: array.shape for name, array in given.items()}, NO_GRAPH)
+        return self._other
+
+    def _call(self, shapes: Mapping[str, tuple[int, ...]], graph: int) -> _Call:
+        device, binding = self._stream.device, self._runner.binding()
+        inputs = {name: empty(shape, np.int64, self._stream) for name, shape in shapes.items()}
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, cache in self._caches.items():
+            place = (DEVICE, device, cache.dtype.type, list(cache.shape), cache.address)
+            binding.bind_input(name, *place)
+            binding.bind_output(self._runner.signature.states[name], *place)
+        kept = shapes.get(BACK, ())
+        shape = (self.batch, *kept, self.vocabulary)
+        logits = self.logits if math.prod(kept) == 1 else empty(shape, self.dtype.type, self._stream)
+        binding.bind_output(LOGITS, DEVICE, device, self.dtype.type, list(shape), logits.data_ptr())
+        return _Call(inputs, logits, kept, binding, run_options(graph, wait=False))
+
+
+class Chooser:
+    """Chooses the next token of each row on the device, and puts it where the call of one token reads it.
+
+    All methods are called in a turn of the runner.
+    """
+
+    def __init__(self, runner: DecodingRunner, kind: str, calls: Calls) -> None:
+        self._session, self._stream, self._calls = runner.chooser(kind), runner.stream, calls
+        stream, batch = self._stream, calls.batch
+        ids, past = calls.one.inputs[IDS], calls.one.inputs[PAST]
+        self._best = empty((batch,), calls.dtype.type, stream)
+        self._chance = empty((batch,), np.float64, stream)
+        self._options = {
+            "temperature": empty((), np.float64, stream),
+            "top_k": empty((1,), np.int64, stream),
+            "top_p": empty((), np.float64, stream),
+        }
+        given = {"logits": calls.logits, "past": past, "chance": self._chance, **self._options}
+        self._binding = self._session.io_binding()
+        for value in self._session.get_inputs():
+            self._binding.bind_ortvalue_input(value.name, given[value.name])
+        for name, value in {"token": ids, "best": self._best, "past_next": past}.items():
+            self._binding.bind_ortvalue_output(name, value)
+        self._run = run_options(runner.graph(), wait=False)
+        self._tokens = pinned((AHEAD, batch), np.int64, stream)
+        self._bests = pinned((AHEAD, batch), calls.dtype, stream)
+        self._events = [stream.event() for _ in range(AHEAD)]
+        self._draws: Any = None
+        self._set(Sampling())
+        put(stream, self._chance, np.zeros(batch))
+        self._launch()  # a graph is captured by running it, and here nothing is lost by that
+
+    def begin(self, past: np.ndarray, sampling: Sampling | None, draws: np.ndarray | None) -> None:
+        """Starts behind a call that left logits, and so many tokens in the caches.
+
+        Args:
+            draws: (tokens, batch), numbers from 0 up to 1 to draw by.
+        """
+        one = self._calls.one.inputs
+        put(self._stream, one[PAST], past - 1)  # the choice of a token counts it
+        put(self._stream, one[COUNT], np.ones_like(past))
+        if BACK in one:
+            put(self._stream, one[BACK], np.zeros(1, np.int64))
+        if sampling is not None and draws is not None:
+            self._draws = empty(draws.shape, np.float64, self._stream)
+            put(self._stream, self._draws, draws)
+            self._set(sampling)
+
+    def after(self, steps: range, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts some choices, and gives the tokens (batch) and largest logits (batch) of one once it is made."""
+        for number in steps:
+            self._start(number)
+        at = step % AHEAD
+        self._events[at].synchronize()
+        return self._tokens[at].copy(), self._bests[at].copy()
+
+    def _start(self, step: int) -> None:
+        """Starts the choice of a token, and before all but the first the call that gives its logits."""
+        if step:
+            self._calls.next()
+        if self._draws is not None:
+            size = 8 * self._calls.batch
+            self._stream.copy(self._chance.data_ptr(), self._draws.data_ptr() + step * size, size)
+        self._launch()
+        at = step % AHEAD
+        self._stream.copy(self._tokens[at].ctypes.data, self._calls.one.inputs[IDS].data_ptr(), self._tokens[at].nbytes)
+        self._stream.copy(self._bests[at].ctypes.data, self._best.data_ptr(), self._bests[at].nbytes)
+        self._stream.record(self._events[at])
+
+    def _set(self, sampling: Sampling) -> None:
+        size = self._calls.vocabulary
+        all_of_it = sampling.top_p is None or sampling.top_p == 1  # and more than sums that are rounded up
+        put(self._stream, self._options["temperature"], np.array(float(sampling.temperature)))
+        put(self._stream, self._options["top_k"], np.array([min(sampling.top_k or size, size)]))
+        put(self._stream, self._options["top_p"], np.array(2.0 if all_of_it else sampling.top_p))
+
+    def _launch(self) -> None:
+        self._session.run_with_iobinding(self._binding, self._run)
+
+
+class DeviceSteps:
+    """Calls one after the other on the same caches. Not for several threads at once; make one for each."""
+
+    def __init__(self, runner: DecodingRunner, calls: Calls) -> None:
+        self._runner, self._calls = runner, calls
+
+    def __call__(
+        self,
+        ids: np.ndarray,
+        past: np.ndarray,
+        count: np.ndarray,
+        back: np.ndarray | None = None,
+        position: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The logits (batch, vocabulary) that follow, or with `back` (batch, kept, vocabulary)."""
+        given = call(numbers(self._runner.signature), ids, past, count, back, position)
+        self._runner.check(given)
+        return asked_for(self._runner.turn(lambda: self._calls(given)), back)
+
+    def tokens(
+        self, past: np.ndarray, limit: int, sampling: Sampling | None = None, draws: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The next tokens (batch), `limit` times at most, and the largest logit (batch) of each choice.
+
+        Args:
+            past: tokens of each row that the caches hold after the last call, by whose logits the first is chosen.
+            draws: (limit, batch), numbers from 0 up to 1 to draw by, beside `sampling`.
+        """
+        turn = self._runner.turn
+        chooser = turn(lambda: self._calls.chooser(_kind(sampling)))
+        turn(lambda: chooser.begin(past, sampling, draws))
+        started = 0
+        for step in range(limit):
+            ahead = range(started, min(limit, step + AHEAD))
+            yield turn(functools.partial(chooser.after, ahead, step))
+            started = ahead.stop
+
+
+def _kind(sampling: Sampling | None) -> str:
+    if sampling is None:
+        return GREEDY
+    return DRAW if sampling.top_k is None and sampling.top_p in (None, 1) else AMONG
+
+
+def put(stream: Stream, value: Any, array: np.ndarray) -> None:
+    """Copies an array to its place on the device."""
+    given = np.ascontiguousarray(array, ort_dtype(value))
+    stream.copy(value.data_ptr(), given.ctypes.data, given.nbytes)
+
+
+def fetch(stream: Stream, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """What lies on the device, once the work before is done."""
+    array = np.empty(shape, dtype)
+    stream.copy(array.ctypes.data, value.data_ptr(), array.nbytes)
+    stream.synchronize()
+    return array
