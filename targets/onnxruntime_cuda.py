@@ -19,7 +19,7 @@ from ._onnxruntime_states import facts, saved
 from ._tunings import tf32
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .cuda import choosers, driver
-from .cuda.decoding import DecodingRunner
+from .cuda.decoding import CachesRunner, DecodingRunner
 from .cuda.onnxruntime import DeviceRunner
 from .cuda.stream import Stream
 from .profile import Profile
@@ -37,7 +37,8 @@ class OnnxRuntimeCuda(Target):
         cuda_graph: whether to capture a CUDA graph for each set of input shapes when it first comes, at fixed buffers;
             CUDA lets no other thread allocate memory meanwhile. Where ONNX Runtime refuses (a node on the CPU, control
             flow), the engine is built without, and its details say why.
-        prefer_nhwc: whether convolutions run in the layout that Tensor Cores take; None for "in fp16 only".
+        prefer_nhwc: whether convolutions run in the layout that Tensor Cores take; None for "in fp16, where there are
+            any": with it ONNX Runtime computes shapes on the device, and copies them to and fro.
         fuse_conv_bias: whether cuDNN adds the bias within a convolution; None for "in fp16 only".
         conv_algo_search: how cuDNN's algorithm is found; "exhaustive" times them at the first run of each shape.
         conv_workspace: whether a convolution may take all the memory that its fastest algorithm needs.
@@ -140,13 +141,14 @@ class OnnxRuntimeCuda(Target):
     def describe(self, info: EngineInfo, request: BuildRequest) -> EngineInfo:
         """Looks at what ONNX Runtime makes of the file on this machine's GPU."""
         versions, entry = self._require(), request.directory / info.entry
+        options = self._provider_options(request.precision, convolves=_convolves(entry))
         sample = Caches.read(request.directory, info.signature).stored(request.sample)
-        details = examine(entry, self._session(request.precision), sample, request.cache)
+        details = examine(entry, self._session(options), sample, request.cache)
         details.update(facts(entry, info.signature))
         request.log(f"{details['nodes']} nodes after optimization, placed {details['placement']}")
         if CUDA not in details["placement"]:
             raise BuildError(f"no node of {entry.name} runs on {CUDA}", expected=CUDA, found=details["placement"])
-        details["provider_options"] = self._provider_options(request.precision)
+        details["provider_options"] = options
         info = dataclasses.replace(info, versions=versions, details=details)
         refusal = self._graph_refusal(request, info)
         request.log(f"CUDA graph: {refusal or 'captured'}")
@@ -163,33 +165,30 @@ class OnnxRuntimeCuda(Target):
         from .cuda.profiler import profile
 
         self._require()
-        return profile(directory, info, inputs)
+        return profile(directory, info, Caches.read(directory, info.signature).stored(inputs))
 
-    def session(self, precision: str) -> Session:
-        """The session without a CUDA graph, with CUDA's libraries loaded."""
+    def session(self, info: EngineInfo) -> Session:
+        """The session of an engine without a CUDA graph, with CUDA's libraries loaded."""
         self._require()
-        return self._session(precision)
+        return self._session(info.details["provider_options"])
 
     def _open(self, directory: Path, info: EngineInfo, *, graph: bool) -> DeviceRunner:
         stream = Stream(self.device_id)
         options = {"user_compute_stream": str(stream.handle), "enable_cuda_graph": str(int(graph))}
-        settings = self._session(info.precision, options)
+        settings = self._session({**info.details["provider_options"], **options})
         try:
             session = settings.open(directory / info.entry)
         except EngineError:
             stream.close()
             raise
+        signature, fused = info.signature, "GroupQueryAttention" in info.details["operators"]
         if not info.details.get("in_place"):
-            return DeviceRunner(session, stream, [spec.name for spec in info.signature.outputs], graphs=graph)
-        return DecodingRunner(
-            session,
-            stream,
-            info.signature,
-            Caches.read(directory, info.signature),
-            lambda kind: settings.open(directory / kind),
-            fused="GroupQueryAttention" in info.details["operators"],
-            graphs=graph,
-        )
+            return DeviceRunner(session, stream, [spec.name for spec in signature.outputs], graphs=graph)
+        caches = Caches.read(directory, signature)
+        if info.details["memcpy"]:
+            return CachesRunner(session, stream, signature, caches, fused=fused, graphs=graph)
+        open_chooser = functools.partial(_opened, settings, directory)
+        return DecodingRunner(session, stream, signature, caches, open_chooser, fused=fused, graphs=graph)
 
     def _graph_refusal(self, request: BuildRequest, info: EngineInfo) -> str:
         """Why the engine runs without a CUDA graph; empty where one was captured and replayed."""
@@ -208,25 +207,25 @@ class OnnxRuntimeCuda(Target):
             runner.close()
         return ""
 
-    def _session(self, precision: str, extra: dict[str, str] | None = None) -> Session:
+    def _session(self, provider_options: Mapping[str, str]) -> Session:
         return Session(
             provider=CUDA,
-            provider_options={**self._provider_options(precision), **(extra or {})},
+            provider_options=provider_options,
             optimization=self.optimization,
             disabled_optimizers=self.disabled_optimizers,
             entries={"optimization.enable_gelu_approximation": "1"} if self.gelu_approximation else {},
         )
 
-    def _convolutions(self, precision: str) -> dict[str, bool]:
+    def _convolutions(self, precision: str, *, convolves: bool = True) -> dict[str, bool]:
         """How convolutions are computed, with what is left open decided."""
-        half = precision == "fp16"
+        half = convolves and precision == "fp16"
         chosen = {"prefer_nhwc": self.prefer_nhwc, "fuse_conv_bias": self.fuse_conv_bias}
         return {name: half if value is None else value for name, value in chosen.items()}
 
-    def _provider_options(self, precision: str) -> dict[str, str]:
+    def _provider_options(self, precision: str, *, convolves: bool) -> dict[str, str]:
         options: dict[str, Any] = {
             "device_id": self.device_id,
-            **{name: int(value) for name, value in self._convolutions(precision).items()},
+            **{name: int(value) for name, value in self._convolutions(precision, convolves=convolves).items()},
             "cudnn_conv_algo_search": self.conv_algo_search.upper(),
             "cudnn_conv_use_max_workspace": int(self.conv_workspace),
             "use_tf32": int(self.tf32),
@@ -266,6 +265,18 @@ class OnnxRuntimeCuda(Target):
             "cuda": onnxruntime.cuda_version,
             "driver_supports": driver.driver_version(),
         }
+
+
+def _opened(settings: Session, directory: Path, file: str) -> Any:
+    return settings.open(directory / file)
+
+
+def _convolves(entry: Path) -> bool:
+    """Whether a graph has convolutions."""
+    import onnx
+
+    nodes = onnx.load(entry, load_external_data=False).graph.node
+    return any(node.op_type in ("Conv", "ConvTranspose") for node in nodes)
 
 
 def _cuda_major() -> str:

@@ -39,28 +39,22 @@ Open = Callable[[str], Any]
 """Opens the session of one of the files of `choosers`."""
 
 
-class DecodingRunner(DeviceRunner):
-    """A session with caches on the device.
+class CachesRunner(DeviceRunner):
+    """A session whose caches may be kept in fewer bits than they are given in.
 
     Args:
         caches: how they are kept.
         fused: whether attention is GroupQueryAttention, which takes several rows as prompts or as one token each.
-        open_chooser: opens what chooses tokens.
     """
 
     def __init__(
-        self, session: Any, stream: Stream, signature: Signature, caches: Caches, open_chooser: Open, *, fused: bool,
-        graphs: bool,
-    ) -> None:  # fmt: skip
+        self, session: Any, stream: Stream, signature: Signature, caches: Caches, *, fused: bool, graphs: bool
+    ) -> None:
         outputs = [spec.name for spec in signature.outputs]
         super().__init__(session, stream, outputs, graphs=graphs, states=signature.states)
         self.signature = signature
         self._kept = caches
         self._fused = fused
-        self._open_chooser = open_chooser
-        self._choosers: dict[str, Any] = {}
-        self._idle: dict[int, list[Calls]] = {}
-        self._captured = 0
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name, as of `DeviceRunner`. Caches that are given as float32 come back so."""
@@ -72,6 +66,47 @@ class DecodingRunner(DeviceRunner):
         """The inputs on the device, for runs each of which writes the same tokens into the same caches."""
         stored, floats = self._stored(inputs)
         return _FloatBound(self, self._bound(stored), self._kept, floats)
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Whether the engine takes these tokens behind those that are there.
+
+        Raises:
+            DataError: several tokens of several rows, behind others.
+        """
+        ids, past = given[IDS], given[PAST]
+        if self._fused and ids.shape[0] > 1 and ids.shape[1] > 1 and np.any(np.asarray(past)):
+            raise DataError(
+                "fused attention takes several rows as prompts, or with one token each",
+                expected="past of 0 in all rows",
+                found=f"{ids.shape[0]} rows of {ids.shape[1]} tokens behind others",
+                hint="give the rows one by one",
+            )
+
+    def _stored(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The inputs as the engine takes them, and by the outputs of caches that came as float32 their inputs."""
+        self.check(inputs)
+        host = {name: np.asarray(value) for name, value in inputs.items() if cuda_device(value) is None}
+        given = self._kept.given(host)
+        stored = {name: array for name, array in self._kept.stored(host).items() if name in given}
+        return {**inputs, **stored}, {self.signature.states[name]: name for name in given}
+
+
+class DecodingRunner(CachesRunner):
+    """A session that keeps caches on the device from call to call.
+
+    Args:
+        open_chooser: opens what chooses tokens.
+    """
+
+    def __init__(
+        self, session: Any, stream: Stream, signature: Signature, caches: Caches, open_chooser: Open, *, fused: bool,
+        graphs: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(session, stream, signature, caches, fused=fused, graphs=graphs)
+        self._open_chooser = open_chooser
+        self._choosers: dict[str, Any] = {}
+        self._idle: dict[int, list[Calls]] = {}
+        self._captured = 0
 
     def empty_caches(self, batch: int) -> dict[str, DeviceArray]:
         """Caches for so many rows that hold nothing yet."""
@@ -117,29 +152,6 @@ class DecodingRunner(DeviceRunner):
         self._captured += 1
         return next(self._numbers)
 
-    def check(self, given: Mapping[str, Any]) -> None:
-        """Whether the engine takes these tokens behind those that are there.
-
-        Raises:
-            DataError: several tokens of several rows, behind others.
-        """
-        ids, past = given[IDS], given[PAST]
-        if self._fused and ids.shape[0] > 1 and ids.shape[1] > 1 and np.any(np.asarray(past)):
-            raise DataError(
-                "fused attention takes several rows as prompts, or with one token each",
-                expected="past of 0 in all rows",
-                found=f"{ids.shape[0]} rows of {ids.shape[1]} tokens behind others",
-                hint="give the rows one by one",
-            )
-
-    def _stored(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        """The inputs as the engine takes them, and by the outputs of caches that came as float32 their inputs."""
-        self.check(inputs)
-        host = {name: value for name, value in inputs.items() if cuda_device(value) is None}
-        given = self._kept.given({name: np.asarray(value) for name, value in host.items()})
-        stored = {**inputs, **self._kept.stored({name: np.asarray(inputs[name]) for name in given})}
-        return stored, {self.signature.states[name]: name for name in given}
-
     def _empty_caches(self, batch: int) -> dict[str, DeviceArray]:
         made = {}
         for spec in caches(self.signature):
@@ -152,7 +164,7 @@ class DecodingRunner(DeviceRunner):
 class _FloatBound(DeviceBound):
     """A call whose caches come back as they were given: `floats`, by the output their input, were no stored ones."""
 
-    def __init__(self, runner: DecodingRunner, buffers: Buffers, caches: Caches, floats: Mapping[str, str]) -> None:
+    def __init__(self, runner: CachesRunner, buffers: Buffers, caches: Caches, floats: Mapping[str, str]) -> None:
         super().__init__(runner, buffers)
         self._caches, self._floats = caches, floats
 

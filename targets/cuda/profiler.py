@@ -77,7 +77,7 @@ def main(directory: str, about: str, given: str, found: str) -> None:
     try:
         with np.load(given, allow_pickle=False) as arrays:
             inputs = {spec.name: arrays[f"arr_{place}"] for place, spec in enumerate(info.signature.inputs)}
-            made = run(Path(directory) / info.entry, target.session(info.precision), inputs)
+            made = run(Path(directory) / info.entry, target.session(info), inputs)
     except EngineError as error:
         sys.exit(error.message)
     Path(found).write_text(json.dumps(dataclasses.asdict(made)))

@@ -61,6 +61,7 @@ class Bundles:
                 precisions=[precision],
                 targets=["onnxruntime-cuda"],
                 passes=PASSES if precision == "fp16" else PASSES[:2],
+                tolerances={"fp16": {"relative_l2": 0.02, "max_abs": 0.1}},
                 benchmark=False,
             )
             self._made[key] = (model, bundle)

@@ -63,10 +63,13 @@ class Decoder(torch.nn.Module):
 
         Whatever `past`, `count`, `back` and `position` say, nothing is read or written outside.
         """
-        length = ids.shape[1]
-        new = torch.arange(length, device=ids.device)
-        entries = past.clamp(0, self.max_length - length)[:, None] + new
-        places = entries if position is None else position.clamp(0, self.positions - length)[:, None] + new
+        # Bounds come of `new`, and not of shapes: those are on the host, from where a GPU would copy them in each call.
+        new = torch.arange(ids.shape[1], device=ids.device)
+        end = new[-1:]
+        entries = torch.minimum(past[:, None].clamp_min(0), self.max_length - 1 - end) + new
+        places = entries
+        if position is not None:
+            places = torch.minimum(position[:, None].clamp_min(0), self.positions - 1 - end) + new
         numbers = torch.arange(self.max_length, device=ids.device)
         seen = numbers <= entries[:, None, :, None]
         weight = next(self.model.parameters())
@@ -76,8 +79,8 @@ class Decoder(torch.nn.Module):
         if importance:
             held = (numbers < entries[:, :1])[:, None, :, None]  # what stands beyond is of entries that are gone
             total = attention.Total(new < count[:, None], [torch.where(held, sums, 0.0) for sums in importance])
-        last = (count.clamp(1, length) - 1)[:, None]
-        self._last.index = last if back is None else (last - back).clamp(0, length - 1)
+        last = torch.minimum(count[:, None] - 1, end).clamp_min(0)
+        self._last.index = last if back is None else torch.minimum(last - back, end).clamp_min(0)
         try:
             with attention.summing(total):
                 logits = self.model(

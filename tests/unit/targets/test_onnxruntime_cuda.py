@@ -323,9 +323,9 @@ def test_options_reach_the_provider(built):
 
 
 def test_gelu_by_tanh_is_an_entry_of_the_session():
-    entries = parse_target("onnxruntime-cuda:gelu_approximation=true")._session("fp16").entries
+    entries = parse_target("onnxruntime-cuda:gelu_approximation=true")._session({}).entries
     assert entries == {"optimization.enable_gelu_approximation": "1"}
-    assert not parse_target("onnxruntime-cuda")._session("fp16").entries
+    assert not parse_target("onnxruntime-cuda")._session({}).entries
 
 
 @pytest.mark.parametrize(("precision", "first"), [("fp16", (False, True)), ("fp32", (True, True))])
