@@ -38,7 +38,7 @@ class FuseAttention(Pass):
             return PassResult(modified=False, refusals=(Refusal("the model has no caches to attend over"),))
         check = Check(
             flattened(graph),
-            lambda work, left_out: CachedFuser(work, states, left_out),
+            lambda work, left_out: CachedFuser(work, states, left_out, context.signature.positions),
             list(inputs_at_two_sizes(context)),
         )
         return check.apply(graph, {})
