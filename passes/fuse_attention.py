@@ -18,14 +18,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from ..compiler.fusion.cached import CachedFuser, Reach
+from ..compiler.fusion.cached import CachedFuser
 from ..compiler.fusion.check import Check
+from ..compiler.fusion.reach import Kind
 from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened
 from ..compiler.graph.equality import inputs_at_two_sizes
 from .base import Context, Pass, PassResult, Refusal
 
-REACH: Mapping[str, Reach] = {"onnxruntime-cpu": "filled", "onnxruntime-cuda": "room"}
+REACH: Mapping[str, Kind] = {"onnxruntime-cpu": "filled", "onnxruntime-cuda": "room"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FuseAttention(Pass):
             return PassResult(modified=False, refusals=(Refusal("the model has no caches to attend over"),))
         check = Check(
             flattened(graph),
-            lambda work, left_out: CachedFuser(work, states, left_out, REACH[self.scheme]),
+            lambda work, left_out: CachedFuser(work, states, left_out, context.signature.positions, REACH[self.scheme]),
             list(inputs_at_two_sizes(context)),
         )
         return check.apply(graph, {"scheme": self.scheme})

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..compiler.calibration import Calibration, Statistics
 from ..compiler.difference import relative_l2
+from ..compiler.fusion.unfolding import unfolded
 from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened
 from ..compiler.graph.probe import Arrays, Tapped
@@ -75,13 +76,14 @@ class KvCache(Pass):
         if not states:
             return PassResult(modified=False, refusals=(Refusal("the model has no caches to store"),))
         work = flattened(graph)
-        writers, refused = find(work, states)
+        plain = unfolded(work)
+        writers, refused = find(plain, states)
         refusals = [Refusal(f"a cache stays as it is: {reason}", name) for name, reason in refused.items()]
         if not writers:
             return PassResult(modified=False, refusals=tuple(refusals))
         calibration = context.require_calibration(self.name, "to see the ranges of keys and values")
         caches = [cache for writer in writers for cache in writer.caches]
-        statistics = calibration.statistics(work, [cache.new.name or "" for cache in caches])
+        statistics = calibration.statistics(plain, [cache.written for cache in caches])
         chosen = self._scales(caches, statistics, calibration)
         try:
             errors = _errors(work, states, chosen, itertools.islice(calibration.limited(), BATCHES))
@@ -121,7 +123,7 @@ class KvCache(Pass):
         """Why a node's caches are not stored in 8 bits; empty where they are."""
         for cache in writer.caches:
             if cache.name not in chosen:
-                return f"{cache.new.name!r}, which is written, is not finite on the data, or beyond 1e30"
+                return f"{cache.written!r}, which is written, is not finite on the data, or beyond 1e30"
         error = errors[label(writer.node)]
         if error <= self.limit:
             return ""
@@ -133,7 +135,7 @@ def _peaks(cache: Cache, statistics: Statistics) -> np.ndarray | None:
 
     Where what is written has heads on an axis of their own, all have those of the channel.
     """
-    found = statistics.tensors.get(cache.new.name or "")
+    found = statistics.tensors.get(cache.written)
     if found is None:
         return None
     if found.channel_low is None or found.channel_high is None:

@@ -13,49 +13,22 @@ mask says is not read from the graph; the caller compares results.
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from ...passes.base import Refusal
 from ..graph import Graph
-from ..graph.schemas import MICROSOFT
 from ..graph.selection import label
 from ..quantization.patch import Patch, Patcher
 from .fuser import Region
+from .grouped import Cached, Grouped, Write
+from .operands import permuted
 from .patterns import pairs, producer, rank, reader, scaled, size
+from .reach import Kind, Reach
 
 KIND = "attention over a cache"
-Reach = Literal["filled", "room"]
 _VIEWS = ("Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand", "Identity")
-
-
-@dataclasses.dataclass(frozen=True)
-class Write:
-    """A node that writes new tokens into a cache, and gives the whole of it as an output of the graph."""
-
-    node: ir.Node
-    past: ir.Value
-    new: ir.Value
-    positions: ir.Value
-
-
-@dataclasses.dataclass(frozen=True)
-class Cached:
-    """An attention. `query` is (batch, heads, time, width); `end` gives (batch, time, heads, width)."""
-
-    softmax: ir.Node
-    query: ir.Value
-    key: Write
-    value: Write
-    scale: float
-    heads: int
-    shared: int
-    width: int
-    end: ir.Node
 
 
 class CachedFuser:
@@ -63,10 +36,9 @@ class CachedFuser:
 
     Args:
         states: outputs of caches by their inputs.
-        reach: what tells the operator how long the longest row is: "filled", the largest position, or "room", by shapes
-            alone, the whole cache for all calls but those of several rows and tokens, which are prompts then. The
-            operator needs it in the host's memory, where a GPU has shapes at hand, and positions not.
         left_out: tensors of regions that stay as they are.
+        positions: how many a text has, where that is more than a cache holds.
+        reach: what the operator is told of how far rows reach.
 
     Attributes:
         regions: what was fused.
@@ -74,16 +46,20 @@ class CachedFuser:
     """
 
     def __init__(
-        self, graph: Graph, states: Mapping[str, str], left_out: Collection[str] = (), reach: Reach = "filled"
+        self,
+        graph: Graph,
+        states: Mapping[str, str],
+        left_out: Collection[str] = (),
+        positions: int | None = None,
+        reach: Kind = "filled",
     ) -> None:
         self.regions: list[Region] = []
         self.refusals: list[Refusal] = []
         self._main = graph.model.graph
         self._states = states
-        self._room = reach == "room"
         self._left_out = frozenset(left_out)
         self._patcher = Patcher(graph)
-        self._ends: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._grouped = Grouped(self._patcher, Reach(self._patcher, reach), positions)
 
     @property
     def changes(self) -> dict[str, int]:
@@ -138,7 +114,7 @@ class CachedFuser:
             return f"keys have a width of {width}, values one of {size(value.past, 3)}"
         if width % 8:
             return f"a width of {width} is no multiple of 8, which GroupQueryAttention asks for"
-        if last is None or last.op_type != "Transpose" or _perm(last) != (0, 2, 1, 3):
+        if last is None or last.op_type != "Transpose" or permuted(last.outputs[0], (0, 2, 1, 3)) is None:
             return "its heads are put together in another way"
         return Cached(softmax, query, key, value, scale, heads, shared, width, last)
 
@@ -163,82 +139,11 @@ class CachedFuser:
         return Write(node_of, past, new, positions)
 
     def _fuse(self, found: Cached) -> None:
-        result = found.end.outputs[0]
-        patch = Patch(self._patcher, found.end)
-        dtype = found.query.dtype or ir.DataType.FLOAT
-        last, most = self._reach(patch, found.key)
-        inputs = [
-            self._joined(patch, found.query, found.heads),
-            self._joined(patch, found.key.new, found.shared),
-            self._joined(patch, found.value.new, found.shared),
-            found.key.past,
-            found.value.past,
-            last,
-            most,
-        ]
-        names = [f"{patch.title}/{kind}" for kind in ("attended", "key", "value")]
-        joined = ir.Shape([None, None, found.heads * found.width])
-        attended, key, value = patch.add(
-            "GroupQueryAttention",
-            inputs,
-            [
-                (names[0], dtype, joined),
-                (names[1], dtype, found.key.past.shape),
-                (names[2], dtype, found.value.past.shape),
-            ],
-            {"num_heads": found.heads, "kv_num_heads": found.shared, "scale": found.scale},
-            domain=MICROSOFT,
-        )
-        shape = self._patcher.initializer(f"{patch.title}/heads", np.array([0, 0, found.heads, found.width]))
-        output = (f"{patch.title}/fused", dtype, result.shape)
-        (split,) = patch.add("Reshape", [attended, shape], [output], main=True)
-        self.regions.append(Region(KIND, label(found.softmax), result.name or ""))
-        patch.apply(split, key, value, also=(found.key.node, found.value.node))
-
-    def _joined(self, patch: Patch, value: ir.Value, heads: int) -> ir.Value:
-        """(batch, heads, time, width) as (batch, time, heads * width)."""
-        dtype, turned = value.dtype or ir.DataType.FLOAT, producer(value, "Transpose")
-        if turned is not None and _perm(turned) == (0, 2, 1, 3) and turned.inputs[0] is not None:
-            value = turned.inputs[0]
-        else:
-            output = (f"{patch.title}/turned", dtype, None)
-            (value,) = patch.add("Transpose", [value], [output], {"perm": (0, 2, 1, 3)})
-        shape = self._patcher.initializer(f"{patch.title}/joined", np.array([0, 0, -1]))
-        return patch.add("Reshape", [value, shape], [(f"{patch.title}/joined", dtype, None)])[0]
-
-    def _reach(self, patch: Patch, key: Write) -> tuple[ir.Value, ir.Value]:
-        """The last position of each row, and how many positions the longest row has, for all layers once."""
-        positions = key.positions
-        if positions in self._ends:
-            return self._ends[positions]
-        integer, batch = ir.DataType.INT32, ir.Shape([None])
-        title = positions.name or "positions"
-        place = self._patcher.initializer(f"{title}/place", np.array(-1))
-        (last,) = patch.add("Gather", [positions, place], [(f"{title}/last", ir.DataType.INT64, batch)], {"axis": 1})
-        (last,) = patch.add("Cast", [last], [(f"{title}/last32", integer, batch)], {"to": integer.value})
-        most = self._most(patch, positions, size(key.past, 2)) if self._room else self._longest(patch, title, last)
-        self._ends[positions] = last, most
-        return last, most
-
-    def _longest(self, patch: Patch, title: str, last: ir.Value) -> ir.Value:
-        """The largest position, and one."""
-        integer, scalar = ir.DataType.INT32, ir.Shape([])
-        (most,) = patch.add("ReduceMax", [last], [(f"{title}/most", integer, scalar)], {"keepdims": 0})
-        one = self._patcher.initializer(f"{title}/one", np.array(1, np.int32))
-        return patch.add("Add", [most, one], [(f"{title}/length", integer, scalar)])[0]
-
-    def _most(self, patch: Patch, positions: ir.Value, room: int | None) -> ir.Value:
-        """Of prompts of several rows their length, and else all that the cache has room for."""
-        integer, long, scalar = ir.DataType.INT32, ir.DataType.INT64, ir.Shape([])
-        title = positions.name or "positions"
-        one = self._patcher.initializer(f"{title}/one", np.array(1))
-        whole = self._patcher.initializer(f"{title}/room", np.array(room))
-        (shape,) = patch.add("Shape", [positions], [(f"{title}/shape", long, ir.Shape([2]))])
-        (time,) = patch.add("Gather", [shape, one], [(f"{title}/time", long, scalar)], {"axis": 0})
-        (least,) = patch.add("ReduceMin", [shape], [(f"{title}/least", long, scalar)], {"keepdims": 0})
-        (prompts,) = patch.add("Greater", [least, one], [(f"{title}/prompts", ir.DataType.BOOL, scalar)])
-        (most,) = patch.add("Where", [prompts, time, whole], [(f"{title}/most", long, scalar)])
-        return patch.add("Cast", [most], [(f"{title}/most32", integer, scalar)], {"to": integer.value})[0]
+        self.regions.append(Region(KIND, label(found.softmax), found.end.outputs[0].name or ""))
+        self._grouped.apply(Patch(self._patcher, found.end), found)
+        if self._grouped.reason:
+            reason = f"its rotary embedding stays as it was: {self._grouped.reason}"
+            self.refusals.append(Refusal(reason, label(found.softmax)))
 
 
 def _seen(value: ir.Value | None) -> ir.Value | None:
@@ -246,7 +151,3 @@ def _seen(value: ir.Value | None) -> ir.Value | None:
     while (node := producer(value, *_VIEWS)) is not None:
         value = node.inputs[0]
     return value
-
-
-def _perm(node: ir.Node) -> tuple[int, ...]:
-    return tuple(node.attributes.get_ints("perm", ()))

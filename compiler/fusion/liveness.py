@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 
-def outlives(values: Iterable[ir.Value], replaced: ir.Value) -> bool:
+def outlives(values: Iterable[ir.Value], *replaced: ir.Value) -> bool:
     """Whether an output of the graph, or of a subgraph, depends on one of these values by another way than `replaced`.
 
     Args:
-        replaced: the value that another node will give.
+        replaced: the values that other nodes will give.
     """
-    pending, seen = list(values), {replaced}
+    pending, seen = list(values), set(replaced)
     while pending:
         value = pending.pop()
         if value in seen:

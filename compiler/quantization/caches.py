@@ -34,12 +34,13 @@ class Cache:
     """An input of the graph that one node writes into and gives on.
 
     Attributes:
-        new: what is written: (batch, time, heads * width) for GroupQueryAttention, else (batch, heads, time, width).
+        new: what is written: (batch, time, heads * width) for GroupQueryAttention, which may take it as a part of its
+            query, and then it is None; else (batch, heads, time, width).
         place: which input of the node the cache is, and `result` which output.
     """
 
     past: ir.Value
-    new: ir.Value
+    new: ir.Value | None
     place: int
     result: int
 
@@ -47,6 +48,11 @@ class Cache:
     def name(self) -> str:
         """Of the input."""
         return self.past.name or ""
+
+    @property
+    def written(self) -> str:
+        """The name of what is written."""
+        return (self.new and self.new.name) or ""
 
     @property
     def heads(self) -> int:
@@ -151,7 +157,7 @@ def _cache(node: ir.Node, past: ir.Value, place: int, output: str) -> Cache | No
     known = (
         past.shape is not None and len(past.shape) == 4 and all(isinstance(past.shape[axis], int) for axis in (1, 3))
     )
-    if new is None or not known or node.outputs[result].name != output:
+    if not known or node.outputs[result].name != output:
         return None
     return Cache(past, new, place, result)
 
@@ -182,7 +188,7 @@ def _stored(
             attributes[f"{which}_quant_type"] = kind
         attributes["kv_cache_bit_width"] = 8
     else:
-        inputs[2] = _quantized(patcher, patch, writer.caches[0].new, constants[0])
+        inputs[2] = _quantized(patcher, patch, node.inputs[2], constants[0])
     caches = {cache.result: cache for cache in writer.caches}
     outputs = [
         (f"{value.name}/stored", ir.DataType.INT8, value.shape)
@@ -196,8 +202,9 @@ def _stored(
     return tuple(results)
 
 
-def _quantized(patcher: Patcher, patch: Patch, value: ir.Value, scale: ir.Value) -> ir.Value:
+def _quantized(patcher: Patcher, patch: Patch, value: ir.Value | None, scale: ir.Value) -> ir.Value:
     """A float value as INT8, rounded to nearest even and clipped, as ONNX Runtime's kernels do."""
+    assert value is not None
     title, shape, dtype = f"{value.name}/8", value.shape, ir.DataType.FLOAT
     low, high = (patcher.initializer(f"{title}/limit", np.array(limit, np.float32)) for limit in (LOWEST, HIGHEST))
     (scaled,) = patch.add("Div", [value, scale], [(f"{title}/scaled", dtype, shape)])

@@ -78,6 +78,10 @@ class Patch:
         outputs = [value for node in old for value in node.outputs if value.name]
         ir.convenience.replace_nodes_and_values(graph, self._old, old, self._new, outputs, results)
 
+    def before(self) -> None:
+        """Puts the new nodes in before the old one, which stays."""
+        self._patcher.graph.model.graph.insert_before(self._old, self._new)
+
     def beside(self) -> None:
         """Puts the new nodes in behind the old one, which stays."""
         self._patcher.graph.model.graph.insert_after(self._old, self._new)

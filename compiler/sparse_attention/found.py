@@ -11,7 +11,7 @@ from ..graph import Graph
 from ..graph.schemas import MICROSOFT
 from ..graph.selection import label
 
-PLAIN = frozenset(("num_heads", "kv_num_heads", "scale"))
+WRITTEN = frozenset(("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved"))
 """Attributes that fuse-attention writes."""
 
 
@@ -44,9 +44,9 @@ def layers(graph: Graph) -> list[Layer]:
 
 
 def _layer(node: ir.Node) -> Layer | None:
-    if node.op_type != "GroupQueryAttention" or node.domain != MICROSOFT or set(node.attributes) - PLAIN:
+    if node.op_type != "GroupQueryAttention" or node.domain != MICROSOFT or set(node.attributes) - WRITTEN:
         return None
-    if len(node.inputs) != 7 or None in node.inputs or len(node.outputs) != 3:
+    if len(node.inputs) not in (7, 9) or None in node.inputs[3:] or len(node.outputs) != 3:
         return None
     shared, length, width = (size(node.inputs[3], axis) for axis in (1, 2, 3))
     heads = node.attributes.get_int("num_heads", 0)

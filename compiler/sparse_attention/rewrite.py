@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from ..fusion.unfolding import Unfolding
 from ..graph import Graph
 from ..quantization.patch import Patcher
 from . import prompts, tokens
@@ -38,11 +39,14 @@ class _Writer:
 
     def __init__(self, graph: Graph) -> None:
         self._main = graph.model.graph
-        self._constants = Constants(Patcher(graph))
+        patcher = Patcher(graph)
+        self._constants = Constants(patcher)
+        self._unfolding = Unfolding(patcher)
         self._known: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
 
     def replace(self, layer: Layer, kind: Kind) -> None:
         node = layer.node
+        self._unfolding.apply(node)
         query, key, value, past_key, past_value, last, most = (given for given in node.inputs if given is not None)
         nodes = Nodes(self._constants, layer.name, query.dtype or ir.DataType.FLOAT)
         positions, ends, single = self._positions(nodes, query, last)

@@ -73,7 +73,8 @@ def test_attention_that_is_fused_takes_caches_of_8_bits():
     assert result.changes == {"caches stored in 8 bits": 2}
     assert result.refusals == ()
     (node,) = (node for node in made.model.graph if node.op_type == "GroupQueryAttention")
-    assert [node.inputs[place].dtype.name for place in (1, 2, 3, 4)] == ["FLOAT", "FLOAT", "INT8", "INT8"]
+    assert [node.inputs[place].dtype.name for place in (0, 3, 4)] == ["FLOAT", "INT8", "INT8"]
+    assert node.inputs[1:3] == (None, None)  # keys and values are parts of the query
     assert [value.dtype.name for value in node.outputs] == ["FLOAT", "INT8", "INT8"]
     assert node.attributes["kv_cache_bit_width"].as_int() == 8
     assert {node.attributes[f"{which}_quant_type"].as_string() for which in "kv"} == {"PER_CHANNEL"}
