@@ -18,6 +18,7 @@ from ..graph.selection import label
 from ..quantization.patch import Attributes, Patch, Patcher
 from .attending import Attending, Form
 from .attention import attention
+from .biases import biased, split
 from .gelu import Gelu, gelu
 from .liveness import outlives
 from .normalization import Normalization, Skip, normalization, skip
@@ -82,6 +83,7 @@ class Fuser:
     def run(self) -> None:
         """Fuses all that the operators allow."""
         self._normalizations()
+        self._biases()
         self._gelus()
         self._attentions()
         self._skips()
@@ -133,6 +135,12 @@ class Fuser:
         inputs = [norm.x, scale, *([norm.bias] if norm.bias is not None else [])]
         attributes: Attributes = {"axis": -1, "epsilon": norm.epsilon}
         self._single(patch, "LayerNormalization", inputs, norm.result, attributes)
+
+    def _biases(self) -> None:
+        """No regions of their own: what they give goes up in the regions that take the bias."""
+        if self._operators.bias_gelu and self._operators.skip:
+            for found in self._found(biased):
+                split(self._patcher, Patch(self._patcher, found.last), found)
 
     def _gelus(self) -> None:
         if self._operators.gelu is None:
