@@ -51,7 +51,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str | int], str | None]] = 
 CHECKING, PROPOSING, DRAFTED = "engine fp32", "engine int4-weights", 4
 """Of the sample: the engine that checks drafts of so many tokens, and the one that proposes them."""
 
-Answer = Callable[[int], list[int]]
+Answer = Callable[[int], list]
 """Finds so many new tokens."""
 
 
@@ -191,16 +191,16 @@ def engine(
     return lambda count: opened.generate(ids, count, draft=draft, speculation=counts)[0]
 
 
-def race(candidates: dict[str, Answer], rounds: int, seed: int) -> dict[str, dict[str, float]]:
+def race(candidates: dict[str, Answer], rounds: int, seed: int, new: int = NEW) -> dict[str, dict[str, float]]:
     """Medians over the rounds, and whether the tokens are those of the first candidate."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
-    tokens = {name: answer(NEW) for name, answer in candidates.items()}  # the first call warms up
+    tokens = {name: answer(new) for name, answer in candidates.items()}  # the first call warms up
     order, shuffle = list(candidates), random.Random(seed)
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
             pair = []
-            for count in (1, NEW):
+            for count in (1, new):
                 start = time.perf_counter()
                 candidates[name](count)
                 pair.append((time.perf_counter() - start) * 1e3)
@@ -208,7 +208,7 @@ def race(candidates: dict[str, Answer], rounds: int, seed: int) -> dict[str, dic
     first = next(iter(tokens.values()))
     return {
         name: {
-            "token_ms": statistics.median((whole - prompt) / (NEW - 1) for prompt, whole in pairs),
+            "token_ms": statistics.median((whole - prompt) / (new - 1) for prompt, whole in pairs),
             "prompt_ms": statistics.median(prompt for prompt, _ in pairs),
             "same_tokens": tokens[name] == first,
         }

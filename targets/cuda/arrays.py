@@ -96,18 +96,20 @@ class DeviceArray:
 
     def __setitem__(self, key: Key, source: DeviceArray | np.ndarray) -> None:
         target = self[key]
+        if math.prod(source.shape) != math.prod(target.shape) or source.shape[-3:] != target.shape[-3:]:
+            raise ValueError(f"an array of {source.shape} does not go into {target.shape}")
         if isinstance(source, DeviceArray):
-            self._turn(lambda: target._write(DEVICE, source.address, source._pitch, source.shape))
-            return
-        array = np.ascontiguousarray(np.broadcast_to(source, target.shape), dtype=self.dtype)
-        pitch = target._tokens * target._width * self.dtype.itemsize
-        self._turn(lambda: target._write(HOST, array.ctypes.data, pitch, array.shape))
+            place = source._here()
+        else:
+            array = np.ascontiguousarray(source, dtype=self.dtype)
+            place = self._host(array.ctypes.data, target._tokens * target._width * self.dtype.itemsize)
+        self._turn(lambda: target._move(place, target._here()))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = np.empty(self.shape, self.dtype)
         line = self._tokens * self._width * self.dtype.itemsize
-        target, source = self._host(array.ctypes.data, line), self._here()
-        self._turn(lambda: self._move(source, target))
+        target = self._host(array.ctypes.data, line)
+        self._turn(lambda: self._move(self._here(), target))
         return array if dtype is None else array.astype(dtype)
 
     def copy(self) -> DeviceArray:
@@ -130,19 +132,12 @@ class DeviceArray:
         """Bytes from a head to the next."""
         return int(self._room * self._width * self.dtype.itemsize)
 
-    def _write(self, kind: int, address: int, pitch: int, shape: tuple[int, ...]) -> None:
-        if math.prod(shape) != math.prod(self.shape) or shape[-3:] != self.shape[-3:]:
-            raise ValueError(f"an array of {shape} does not go into {self.shape}")
-        source = _Place(kind=kind, pitch=pitch, **{"host" if kind == HOST else "device": address})
-        self._move(source, self._here())
-
     def _move(self, source: _Place, target: _Place) -> None:
+        """Copies what this shows, or as much."""
         start, stop = self._rows
         width, height = self._tokens * self._width * self.dtype.itemsize, (stop - start) * self._heads
-        if not width or not height:
-            return
-        moved = _Copy(source, target, width, height)
-        call("cuMemcpy2DAsync_v2", ctypes.byref(moved), self._stream.pointer)
+        if width and height:
+            call("cuMemcpy2DAsync_v2", ctypes.byref(_Copy(source, target, width, height)), self._stream.pointer)
         if HOST in (source.kind, target.kind):
             self._stream.synchronize()
 

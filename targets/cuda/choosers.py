@@ -4,8 +4,8 @@
     token, best, past + 1 = draw(logits, past, temperature, chance)
     token, best, past + 1 = draw-among(logits, past, temperature, chance, top_k, top_p)
 
-`logits` are (batch, vocabulary), `token` (batch, 1) of int64, `best` (batch) the largest logit, by which the host sees
-whether they are numbers. Of equal logits the first is the largest. `chance` (batch) are numbers from 0 up to 1: tokens
+`logits` are (batch, vocabulary), `token` (batch, 1) of int64, `best` (batch) the largest logit, infinity where one of
+them is no number. Of equal logits the first is the largest. `chance` (batch) are numbers from 0 up to 1: tokens
 are drawn as `compiler.generation.sampling` draws them on the host, in float64 too.
 
 The graphs are written when the engine is built, as running them needs no package to write ONNX.
@@ -31,11 +31,10 @@ _HEADER = '<ir_version: 8, opset_import: ["": 17]>'
 _ENDS = "{kind}[batch, {size}] logits, int64[batch] past"
 _RESULTS = "int64[batch, 1] token, {kind}[batch] best, int64[batch] past_next"
 _FIRST = """
-  filled = Pad(logits, padding, lowest)  blocks = Reshape(filled, of_block)
+  unknown = IsNaN(logits)  known = Where(unknown, most, logits)
+  filled = Pad(known, padding, lowest)  blocks = Reshape(filled, of_block)
   tops, inner = TopK<axis = 1>(blocks, one)  by_block = Reshape(tops, of_blocks)
-  top, block = TopK<axis = 1>(by_block, one)
-  unknown = IsNaN(logits)  each_unknown = Cast<to = {type}>(unknown)  unknowns = MatMul(each_unknown, ones)
-  wrong = Greater(unknowns, zero)  known = Where(wrong, nan, top)  best = Squeeze(known, one)
+  top, block = TopK<axis = 1>(by_block, one)  best = Squeeze(top, one)
   past_next = Add(past, one)
 """
 _GREEDY = """
@@ -84,12 +83,12 @@ def graphs(vocabulary: int, dtype: str) -> dict[str, Any]:
     import onnx.numpy_helper
     import onnx.parser
 
-    kind, number = {"float32": ("float", 1), "float16": ("float16", 10)}[dtype]
-    drawing, first = "double temperature, double[batch] chance", _FIRST.format(type=number)
+    kind = {"float32": "float", "float16": "float16"}[dtype]
+    drawing = "double temperature, double[batch] chance"
     bodies = {
-        GREEDY: ("", first + _GREEDY),
-        DRAW: (drawing, first + _SCORES + _WEIGHTS + _DRAW),
-        AMONG: (f"{drawing}, int64[1] top_k, double top_p", first + _SCORES + _AMONG + _DRAW),
+        GREEDY: ("", _FIRST + _GREEDY),
+        DRAW: (drawing, _FIRST + _SCORES + _WEIGHTS + _DRAW),
+        AMONG: (f"{drawing}, int64[1] top_k, double top_p", _FIRST + _SCORES + _AMONG + _DRAW),
     }
     constants = _constants(vocabulary, np.dtype(dtype))
     made = {}
@@ -115,9 +114,7 @@ def _constants(vocabulary: int, dtype: np.dtype[Any]) -> dict[str, np.ndarray]:
     return {
         **{name: np.array(value, np.int64) for name, value in long.items()},
         "lowest": np.array(-np.inf, dtype),
-        "nan": np.array(np.nan, dtype),
-        "zero": np.array(0, dtype),
-        "ones": np.ones((vocabulary, 1), dtype),
+        "most": np.array(np.inf, dtype),
         "never": np.array(-np.inf),
         "nothing": np.array(0.0),
         "ones_wide": np.ones((whole, 1)),
