@@ -73,12 +73,13 @@ class CachesRunner(DeviceRunner):
         Raises:
             DataError: several tokens of several rows, behind others.
         """
-        ids, past = given[IDS], given[PAST]
-        if self._fused and ids.shape[0] > 1 and ids.shape[1] > 1 and np.any(np.asarray(past)):
+        rows, length = given[IDS].shape
+        past = np.minimum(np.asarray(given[PAST]), max_length(self.signature) - length)  # where the model writes
+        if self._fused and rows > 1 and length > 1 and past.any():
             raise DataError(
                 "fused attention takes several rows as prompts, or with one token each",
                 expected="past of 0 in all rows",
-                found=f"{ids.shape[0]} rows of {ids.shape[1]} tokens behind others",
+                found=f"{rows} rows of {length} tokens behind others",
                 hint="give the rows one by one",
             )
 
