@@ -20,7 +20,20 @@ import numpy as np
 
 from ...compiler.generation.sampling import Sampling
 from ...compiler.signature import Signature
-from ...compiler.states import BACK, COUNT, IDS, IMPORTANCE, LOGITS, PAST, asked_for, caches, call, numbers, vocabulary
+from ...compiler.states import (
+    BACK,
+    COUNT,
+    IDS,
+    IMPORTANCE,
+    LOGITS,
+    PAST,
+    asked_for,
+    caches,
+    call,
+    max_length,
+    numbers,
+    vocabulary,
+)
 from ...errors import DataError
 from .._caches import Caches
 from ..base import Arrays, Bound
