@@ -59,6 +59,35 @@ def test_numbers_stay_equal_whatever_rows_hold(past, length):
         assert found[name] == pytest.approx(array, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize(("past", "length"), [((0, 0), 5), ((3, 11), 1), ((7,), 4), ((0,), 6), ((0, 9), 1)])
+def test_for_a_gpu_nothing_that_is_read_on_the_host_comes_of_positions(past, length):
+    before, after = graph(), graph()
+    parse_pass("fuse-attention:scheme=onnxruntime-cuda")(after, Context(small["signature"]()))
+    (node,) = (node for node in after.model.graph if node.op_type == "GroupQueryAttention")
+    above, values = set(), [node.inputs[6]]
+    while values:
+        made = values.pop().producer()
+        if made is not None:
+            above.add(made.op_type)
+            values += [] if made.op_type == "Shape" else [value for value in made.inputs if value is not None]
+    assert above == {"Shape", "Gather", "ReduceMin", "Greater", "Where", "Cast"}
+    inputs = {
+        "ids": np.random.default_rng(3).integers(0, small["VOCABULARY"], (len(past), length)),
+        "past": np.array(past),
+        "count": np.full(len(past), length),
+        **{name: filled_up_to(past) for name in ("key", "value")},
+    }
+    expected, found = run(before, inputs), run(after, inputs)
+    for name, array in expected.items():
+        assert found[name] == pytest.approx(array, rel=1e-4, abs=1e-5)
+
+
+def filled_up_to(past):
+    shape = (len(past), small["HEADS"], small["ROOM"], small["WIDTH"])
+    filled = (np.arange(small["ROOM"]) < np.array(past)[:, None])[:, None, :, None]
+    return np.where(filled, np.random.default_rng(2).standard_normal(shape), 0).astype(np.float32)
+
+
 def test_twice_changes_nothing():
     made, _ = fused()
     before = made.fingerprint()

@@ -16,8 +16,9 @@ from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.graph.probe import run
+from enginesmith.compiler.quantization.cache_ends import stored
 from enginesmith.compiler.signature import Signature
-from enginesmith.compiler.states import as_floats, completed, empty_caches, in_eight_bits, row_bytes
+from enginesmith.compiler.states import as_floats, completed, empty_caches, in_eight_bits, in_sixteen_bits, row_bytes
 from enginesmith.errors import DataError
 from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context
@@ -194,6 +195,36 @@ def test_an_optimized_engine_and_a_profile_are_fed_alike(tmp_path):
     runner.close()
     profile = parse_target(target).profile(directory, info, given)
     assert any("GroupQueryAttention" in str(layer) for layer in profile.layers)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_graph_in_float16_keeps_its_caches_so(tmp_path, fused):
+    made = graph(*(["fuse-attention"] if fused else []), "cast:to=fp16")
+    directory, info, _ = built(tmp_path, made)
+    assert in_sixteen_bits(info.signature) == ["key", "value"]
+    assert in_eight_bits(info.signature) == []
+    assert as_floats(info.signature) == SIGNATURE
+    assert info.details["in_place"] is True
+    assert 2 * info.details["cache_row_bytes"] == row_bytes(SIGNATURE)
+    given, expected = call(), run(made, call())
+    with Engine(info, parse_target("onnxruntime-cpu:threads=1").runner(directory, info)) as engine:
+        found = engine._runner.run(given)
+        for name, array in expected.items():
+            assert found[name].dtype == np.float32
+            assert found[name] == pytest.approx(array, rel=1e-2, abs=1e-2)
+        exact = [small["greedy"](prompt, 8) for prompt in ([3, 1, 4], [1])]
+        assert engine.generate([[3, 1, 4], [1]], 8) == exact
+
+
+def test_a_cache_that_something_else_reads_is_not_taken_in_float16(tmp_path):
+    made = graph("fuse-attention", "cast:to=fp16")
+    (cast,) = (use.node for use in made.model.graph.inputs[3].uses())
+    other = ir.node("Identity", [made.model.graph.inputs[3]])
+    other.outputs[0].name, other.outputs[0].type = "again", made.model.graph.inputs[3].type
+    other.outputs[0].shape = made.model.graph.inputs[3].shape
+    made.model.graph.insert_before(cast, other)
+    made.model.graph.outputs.append(other.outputs[0])
+    assert sorted(stored(made, STATES).halves) == ["value"]
 
 
 def test_caches_that_are_not_updated_in_place_stay_float(tmp_path, monkeypatch):

@@ -32,6 +32,13 @@ agraph (float[N, 2] x, bool flip) => (float[N, 2] y, float[N] total)
   total = ReduceSum<keepdims = 0>(y, axes)
 }
 """
+CONVOLVING = MODEL.replace(
+    "minus = Neg(x)",
+    """ends = Constant<value = int64[1] {2}>()
+  column = Unsqueeze(x, ends)  one = Constant<value = float[2, 2, 1] {1, 0, 0, 1}>()
+  same = Conv(column, one)  narrow = Squeeze(same, ends)
+  minus = Neg(x)""",
+).replace("Where(flip, minus, x)", "Where(flip, minus, narrow)")
 SIGNATURE = Signature(
     inputs=(TensorSpec("x", "float32", ("N", 2)), TensorSpec("flip", "bool", ())),
     outputs=(TensorSpec("y", "float32", ("N", 2)), TensorSpec("total", "float32", ("N",))),
@@ -239,9 +246,9 @@ def built(on_cpu, monkeypatch, tmp_path):
     def build(text="onnxruntime-cuda", *, precision="fp32", refuse=None, model=MODEL):
         opened = []
 
-        def session(target, precision, extra=None):
-            opened.append({**target._provider_options(precision), **(extra or {})})
-            if refuse and (extra or {}).get("enable_cuda_graph") == "1":
+        def session(target, options):
+            opened.append(options)
+            if refuse and options.get("enable_cuda_graph") == "1":
                 raise EngineError(refuse)
             return Session()
 
@@ -268,8 +275,8 @@ def built(on_cpu, monkeypatch, tmp_path):
 
 
 def test_build_records_placement_options_and_graph(built):
-    target, directory, info, opened = built(precision="fp16")
-    assert info.details["placement"] == {"CPUExecutionProvider": 3}
+    target, directory, info, opened = built(precision="fp16", model=CONVOLVING)
+    assert info.details["placement"] == {"CPUExecutionProvider": 6}
     assert info.details["cuda_graph"] == {"used": True, "reason": ""}
     assert info.details["provider_options"] == {
         "device_id": "0",
@@ -336,8 +343,10 @@ def test_layouts_of_convolutions_are_tried_from_what_the_precision_has(precision
     assert ("TF32 in products of float32" in tunings) == (precision == "fp32")
 
 
-def test_layouts_of_fp32_stay_as_they_are(built):
-    options = built()[2].details["provider_options"]
+@pytest.mark.parametrize(("precision", "model"), [("fp32", "convolving"), ("fp16", "plain")])
+def test_layouts_stay_in_fp32_and_where_nothing_convolves(built, precision, model):
+    options = built(precision=precision, model={"plain": MODEL, "convolving": CONVOLVING}[model])[2].details
+    options = options["provider_options"]
     assert (options["prefer_nhwc"], options["fuse_conv_bias"]) == ("0", "0")
 
 
