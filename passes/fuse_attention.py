@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from ..compiler.fusion.cached import CachedFuser
 from ..compiler.fusion.check import Check
+from ..compiler.fusion.views import drop_undone
 from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened
 from ..compiler.graph.equality import inputs_at_two_sizes
@@ -41,4 +42,7 @@ class FuseAttention(Pass):
             lambda work, left_out: CachedFuser(work, states, left_out, context.signature.positions),
             list(inputs_at_two_sizes(context)),
         )
-        return check.apply(graph, {})
+        result = check.apply(graph, {})
+        if result.modified:
+            drop_undone(graph)
+        return result
