@@ -6,9 +6,9 @@
     s / sqrt(mean(s**2) + e) * g        ->  RMSNorm of a sum s: SkipSimplifiedLayerNormalization
 
 What a scheme fuses is what its runtime computes faster so and does not find itself. ONNX Runtime's CPU fuses GELU by
-itself, takes longer for SkipLayerNormalization than for the sum and the normalization, though not for RMSNorm, and gains
-nothing by Attention, whose weights are not quantized. It is for a graph in float32, before that is lowered: in a quantized one rounding moves
-values to other steps.
+itself, takes longer for SkipLayerNormalization than for the sum and the normalization (for RMSNorm it does not), and
+gains nothing by Attention, whose weights are not quantized. It is for a graph in float32, before that is lowered: in a
+quantized one rounding moves values to other steps.
 
 Every region is checked on a sample of the data, or on random inputs: where the tensor that it gives changes by more
 than rounding, it stays as it was, and the refusal says by how much.
