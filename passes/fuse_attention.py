@@ -8,6 +8,14 @@ The node reads as much of a cache as is filled, where the graph's own products r
 place where past and present share a buffer. Heads may share keys. What it refuses: keys that are computed from a
 compressed cache, keys and values of different widths, masks that are not causal, and all that is no decoder.
 
+Rotary embedding goes into the node, with the cosines and sines of all positions as constants, which the graph's own
+nodes compute whatever the scaling of angles; pairs of channels may be halves or interleaved. Where the operator does
+not take it, a node RotaryEmbedding stands before it: of heads that are no multiple of 16 wide, of fewer turned channels
+than a multiple of 16, and where tokens are dropped from caches, so that their place is not their position. Angles that
+something else than a token's position decides stay as they are.
+
+Queries, keys and values that are products of one tensor become one product, which weights of few bits gain by most.
+
 Each attention is checked on a sample of the data, or on random inputs: where its result changes by more than rounding,
 it stays as it was, and the refusal says by how much.
 """
@@ -21,6 +29,7 @@ from typing import ClassVar, Literal
 from ..compiler.fusion.cached import CachedFuser
 from ..compiler.fusion.check import Check
 from ..compiler.fusion.reach import Kind
+from ..compiler.fusion.views import drop_undone
 from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened
 from ..compiler.graph.equality import inputs_at_two_sizes
@@ -50,4 +59,7 @@ class FuseAttention(Pass):
             lambda work, left_out: CachedFuser(work, states, left_out, context.signature.positions, REACH[self.scheme]),
             list(inputs_at_two_sizes(context)),
         )
-        return check.apply(graph, {"scheme": self.scheme})
+        result = check.apply(graph, {"scheme": self.scheme})
+        if result.modified:
+            drop_undone(graph)
+        return result

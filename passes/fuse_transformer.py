@@ -3,11 +3,12 @@
     Softmax(scale * q k^T + mask) v     ->  com.microsoft.MultiHeadAttention(q, k, v, mask), or Attention(x, weights)
     x / 2 * (1 + erf(x / sqrt(2)))      ->  Gelu, and by tanh FastGelu, by a sigmoid QuickGelu, after a bias BiasGelu
     d / sqrt(mean(d**2) + e) * g + b    ->  LayerNormalization, after a sum SkipLayerNormalization
+    s / sqrt(mean(s**2) + e) * g        ->  RMSNorm of a sum s: SkipSimplifiedLayerNormalization
 
 What a scheme fuses is what its runtime computes faster so and does not find itself. ONNX Runtime's CPU fuses GELU by
-itself, takes longer for SkipLayerNormalization than for the sum and the normalization, and gains nothing by Attention,
-whose weights are not quantized. It is for a graph in float32, before that is lowered: in a quantized one rounding moves
-values to other steps.
+itself, takes longer for SkipLayerNormalization than for the sum and the normalization (for RMSNorm it does not), and
+gains nothing by Attention, whose weights are not quantized. It is for a graph in float32, before that is lowered: in a
+quantized one rounding moves values to other steps.
 
 Every region is checked on a sample of the data, or on random inputs: where the tensor that it gives changes by more
 than rounding, it stays as it was, and the refusal says by how much.
@@ -28,8 +29,8 @@ from .base import Context, Pass, PassResult
 
 SCHEMES: Mapping[str, Operators] = {
     "onnx": Operators(gelu="onnx"),
-    "onnxruntime-cpu": Operators(attention="operands"),
-    "onnxruntime-cuda": Operators(attention="weights", gelu="microsoft", bias_gelu=True, skip=True),
+    "onnxruntime-cpu": Operators(attention="operands", rms_skip=True),
+    "onnxruntime-cuda": Operators(attention="weights", gelu="microsoft", bias_gelu=True, skip=True, rms_skip=True),
 }
 
 

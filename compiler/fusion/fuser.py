@@ -21,7 +21,7 @@ from .attention import attention
 from .biases import biased, split
 from .gelu import Gelu, gelu
 from .liveness import outlives
-from .normalization import Normalization, Skip, normalization, skip
+from .normalization import Normalization, Skip, normalization, rms_skip, skip
 from .patterns import pairs, producer, rank, size
 
 Found = TypeVar("Found")
@@ -37,13 +37,14 @@ class Operators:
     Attributes:
         attention: what the operator of a whole attention takes; None where there is none.
         gelu: ONNX's own operator, or those of ONNX Runtime; None where the runtime finds GELU itself.
-        bias_gelu, skip: whether the sum before GELU and LayerNormalization goes into them.
+        bias_gelu, skip, rms_skip: whether the sum before GELU, LayerNormalization and RMSNorm goes into them.
     """
 
     attention: Form | None = None
     gelu: Literal["onnx", "microsoft"] | None = None
     bias_gelu: bool = False
     skip: bool = False
+    rms_skip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,23 +198,25 @@ class Fuser:
                 attending.apply(patch, found)
 
     def _skips(self) -> None:
-        if not self._operators.skip:
-            return
-        for found in self._found(skip):
-            if (patch := self._patch("sum and LayerNormalization", found.node.outputs[0], found.node)) is not None:
-                self._skip(patch, found)
+        kinds = (
+            (self._operators.skip, "sum and LayerNormalization", skip),
+            (self._operators.rms_skip, "sum and RMSNorm", rms_skip),
+        )
+        for wanted, kind, match in kinds:
+            for found in self._found(match) if wanted else ():
+                if (patch := self._patch(kind, found.result, found.node)) is not None:
+                    self._skip(patch, found)
 
     def _skip(self, patch: Patch, found: Skip) -> None:
-        node, result = found.node, found.node.outputs[0]
-        beta = node.inputs[2] if len(node.inputs) > 2 else None
-        inputs: list[ir.Value | None] = [found.x, found.skip, node.inputs[1], beta, found.bias]
+        result = found.result
+        inputs: list[ir.Value | None] = [found.x, found.skip, *found.weights, found.bias]
         while inputs[-1] is None:
             inputs.pop()
         dtype = result.dtype or ir.DataType.FLOAT
         names = ("fused",) if found.total is None else ("fused", "mean", "deviation", "sum")
         outputs = [(f"{patch.title}/{name}", dtype, result.shape) for name in names]
-        attributes: Attributes = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
-        fused, *others = patch.add("SkipLayerNormalization", inputs, outputs, attributes, domain=MICROSOFT, main=True)
+        attributes: Attributes = {"epsilon": found.epsilon}
+        fused, *others = patch.add(found.operator, inputs, outputs, attributes, domain=MICROSOFT, main=True)
         for left_out in others[:2]:
             left_out.name = ""
         patch.apply(fused)

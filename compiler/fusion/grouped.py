@@ -98,7 +98,7 @@ class Grouped:
             inputs += [turning.table.cos, turning.table.sin]
             options |= {"do_rotary": 1, "rotary_interleaved": int(turning.query.interleaved)}
         names = [f"{patch.title}/{kind}" for kind in ("attended", "key", "value")]
-        joined = ir.Shape([None, None, found.heads * found.width])
+        joined = ir.Shape([*(result.shape or (None, None))[:2], found.heads * found.width])
         attended, key, value = patch.add(
             "GroupQueryAttention",
             inputs,

@@ -1,11 +1,13 @@
-"""Finds LayerNormalization that is written in primitives, and the sum before one.
+"""Finds LayerNormalization and RMSNorm that are written in primitives, and the sum before one.
 
 d = x - mean(x);  y = d / sqrt(mean(d**2) + epsilon) * scale + bias      over the last axis
-s = x + skip (+ bias);  y = LayerNormalization(s)
+y = x / sqrt(mean(x**2) + epsilon) * scale                               RMSNorm, likewise
+s = x + skip (+ bias);  y = LayerNormalization(s), RMSNorm(s)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -35,15 +37,21 @@ class Skip(NamedTuple):
     """A sum that is normalized.
 
     Attributes:
+        operator: of com.microsoft, that does both.
         bias: constant of one axis that is added to x as well; None where there is none.
         total: the sum, where others read it too.
-        node: the LayerNormalization.
+        weights: scale, and bias of a LayerNormalization.
+        node: what the normalization goes by.
     """
 
+    operator: str
     x: ir.Value
     skip: ir.Value
     bias: ir.Value | None
     total: ir.Value | None
+    weights: tuple[ir.Value | None, ...]
+    epsilon: float
+    result: ir.Value
     node: ir.Node
 
 
@@ -52,12 +60,29 @@ def skip(node: ir.Node) -> Skip | None:
     if node.domain or node.op_type != "LayerNormalization" or len(node.outputs) > 1:
         return None
     total = node.inputs[0]
-    add = producer(total, "Add")
-    if total is None or add is None or any(map(is_constant, add.inputs)):
+    if total is None or not is_last(node.attributes.get_int("axis", -1), total) or rank(node.inputs[1]) != 1:
         return None
-    if not is_last(node.attributes.get_int("axis", -1), total) or rank(node.inputs[1]) != 1:
+    summed = _summed(total, [node])
+    if summed is None:
         return None
-    return _summed(node, add, total)
+    weights = (node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None)
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    return Skip("SkipLayerNormalization", *summed, weights, epsilon, node.outputs[0], node)
+
+
+def rms_skip(node: ir.Node) -> Skip | None:
+    """An RMSNorm in primitives, by its division, of the sum of two activations of three axes; None where it is none."""
+    if node.domain or node.op_type not in ("Div", "Mul"):
+        return None
+    total, epsilon = _divided(node)
+    if total is None or epsilon is None or (scaled := _constant_after(node.outputs[0], "Mul", total)) is None:
+        return None
+    squares = [reader for reader in total.consumers() if _is_square(reader.outputs[0], total)]
+    summed = _summed(total, [node, *squares])
+    if summed is None:
+        return None
+    result, scale = scaled
+    return Skip("SkipSimplifiedLayerNormalization", *summed, (scale,), epsilon, result, node)
 
 
 def normalization(node: ir.Node) -> Normalization | None:
@@ -80,7 +105,13 @@ def normalization(node: ir.Node) -> Normalization | None:
     return Normalization(x, length, scale, bias, epsilon, result, node)
 
 
-def _summed(node: ir.Node, add: ir.Node, total: ir.Value) -> Skip | None:
+def _summed(
+    total: ir.Value, readers: Sequence[ir.Node]
+) -> tuple[ir.Value, ir.Value, ir.Value | None, ir.Value | None] | None:
+    """Both addends, the bias of one, and the total where it is read by others than these; None where it is no sum."""
+    add = producer(total, "Add")
+    if add is None or any(map(is_constant, add.inputs)):
+        return None
     x, other = add.inputs
     if x is None or other is None:
         return None
@@ -88,7 +119,7 @@ def _summed(node: ir.Node, add: ir.Node, total: ir.Value) -> Skip | None:
         x, other = other, x
     if rank(x) != 3 or rank(other) not in (2, 3):
         return None
-    whole = total if len(tuple(total.uses())) > 1 or total.is_graph_output() else None
+    whole = total if total.is_graph_output() or set(total.consumers()) - set(readers) else None
     for a, b in ((x, other), (other, x)):
         biased = producer(a, "Add") if reader(a) is add else None
         for value, bias in pairs(biased):
@@ -99,8 +130,8 @@ def _summed(node: ir.Node, add: ir.Node, total: ir.Value) -> Skip | None:
                 and not _is_broadcast(value, b)
                 and rank(b) == 3
             ):
-                return Skip(value, b, bias, whole, node)
-    return Skip(x, other, None, whole, node)
+                return value, b, bias, whole
+    return x, other, None, whole
 
 
 def _is_broadcast(x: ir.Value, other: ir.Value) -> bool:
