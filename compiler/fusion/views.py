@@ -10,14 +10,16 @@ from .patterns import producer
 
 
 def drop_undone(graph: Graph) -> None:
-    """Changes a flat graph in place."""
+    """Changes a flat graph in place; what is read instead of a joined tensor takes over its name."""
     for node in list(graph.model.graph):
         if node.op_type != "Reshape" or node.domain or (result := node.outputs[0]).is_graph_output():
             continue
         first = producer(node.inputs[0], "Reshape")
         before = first.inputs[0] if first is not None else None
-        if before is not None and _same(before.shape, result.shape):
+        if before is not None and before.producer() is not None and _same(before.shape, result.shape):
             result.replace_all_uses_with(before)
+            name, result.name = result.name, before.name
+            before.name = name
     RemoveUnusedNodesPass()(graph.model)
 
 

@@ -117,10 +117,10 @@ def test_numbers_are_those_of_rounded_caches(fused):
 
 def test_the_error_that_is_told_is_that_of_the_attention():
     before, (after, result) = graph(), stored()
-    old, new = Tapped(before, ["turned"]), Tapped(after, ["turned"])
+    old, new = Tapped(before, ["joined"]), Tapped(after, ["joined"])
     worst = 0.0
     for batch, _ in zip(Prompts(), range(4), strict=False):
-        expected, found = old(batch)["turned"], new(batch)["turned"]
+        expected, found = old(batch)["joined"], new(batch)["joined"]
         worst = max(worst, float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
     assert result.details["errors"] == {"turned/GroupQueryAttention": pytest.approx(worst, rel=1e-3)}
 
