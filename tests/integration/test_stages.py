@@ -98,8 +98,7 @@ def test_devices_without_stages(enginesmith, model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "minilm"])
-def test_a_large_model_in_stages(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+def test_a_large_model_in_stages(name, tmp_path, own_cache):
     source = models()
     inputs = getattr(source, f"{name}_inputs")(5)
     texts = [f"{key}:{'x'.join(map(str, array.shape))}:{array.dtype}" for key, array in inputs.items()]
