@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,4 +55,10 @@ def take(cache: Cache, key: str, folder: Path) -> bool:
 def keep(cache: Cache, key: str, folder: Path, exporter: str) -> None:
     """Keeps the files of an export, where they are no large part of the cache."""
     if size_bytes(folder) <= _SHARE * room_bytes():
-        cache.put("captures", key, folder, what={"exporter": exporter}, notes=local_modules(()))
+        cache.put("captures", key, folder, what={"exporter": exporter}, notes=local_modules(_gone()))
+
+
+def _gone() -> set[str]:
+    """Modules whose files were removed since they were imported: no later process can import them."""
+    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    return {name for name, file in files.items() if file and not Path(file).exists()}

@@ -115,6 +115,19 @@ def test_code_that_the_model_calls_counts(case: Case, tmp_path: Path, monkeypatc
     assert not case.taken
 
 
+def test_a_module_whose_file_is_gone_is_no_reason_to_fail(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "removed_helper_of_the_model.py"
+    file.write_text("slope = 0.5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, file.stem, importlib.import_module(file.stem))
+    file.unlink()
+    assert case(scaled()).graph is not None
+    case(scaled())
+    assert case.taken
+
+
 def test_an_export_that_would_fill_the_cache_is_not_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINESMITH_CACHE_GB", "1e-6")
     case(scaled())
