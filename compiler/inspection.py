@@ -108,6 +108,7 @@ def graph_of(recipe: Recipe, model: Model, data: Data, folder: Path, opsets: tup
     from ..passes import parse_pass
     from ..passes.base import Context
     from .capture import capture
+    from .storage.cache import Cache
 
     captured = capture(
         model,
@@ -119,6 +120,7 @@ def graph_of(recipe: Recipe, model: Model, data: Data, folder: Path, opsets: tup
         directory=folder,
         log=lambda line: None,
         required=True,
+        cache=Cache(),
     )
     assert captured.graph is not None
     for text in recipe.passes:

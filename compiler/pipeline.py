@@ -306,6 +306,7 @@ def _capture(job: Job, model: Model, data: Data) -> Captured:
         seed=job.recipe.seed,
         directory=_made(job.scratch / "export"),
         log=log.append,
+        cache=job.cache,
     )
     (job.folder / "capture.log").write_text("\n".join(log) + "\n")
     if captured.graph is None and all(target.capabilities.consumes == "graph" for target in job.targets):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,11 @@ from ..sources.guard import first_line, foreign
 from ..sources.onnx_file import open_session, run_session
 from ..storage.memory import release
 from .exporters import EXPORTERS, MAX_OPSET, Exporter, example_sizes, root_reason
+from .kept import export_key, keep, take
 
 if TYPE_CHECKING:
     from ..signature import Signature
+    from ..storage.cache import Cache
 
 RELATIVE_L2 = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 """How far a graph may be from the reference, by the coarsest dtype of the model: sums are rounded in another order."""
@@ -57,10 +60,12 @@ def capture(
     directory: Path,
     log: Callable[[str], None],
     required: bool = False,
+    cache: Cache | None = None,
 ) -> Captured:
     """Captures and checks the graph. `opset_range` is what all targets that take a graph accept.
 
-    `directory` must outlive the graph, whose weights are mapped from it.
+    `directory` must outlive the graph, whose weights are mapped from it. An export that was kept in `cache` takes the
+    place of a new one where it passes the checks.
 
     Raises:
         CaptureError: an ONNX source that does not run at the declared sizes; any failure where `required`.
@@ -81,9 +86,10 @@ def capture(
     for name in chosen:
         log(f"capture: trying the {name} exporter")
         start = time.perf_counter()
-        path = directory / f"captured-{name}.onnx"
+        path = directory / name / "captured.onnx"
+        path.parent.mkdir(exist_ok=True)
         try:
-            graph, differences = _attempt(model, name, target, opset_range, checks, path, log)
+            graph, differences = _attempt(model, name, target, opset_range, checks, path, log, cache)
         except EnginesmithError as error:
             reason = _short(error)
             log(f"capture: {name} failed: {reason}")
@@ -126,15 +132,36 @@ def _attempt(
     checks: Sequence[_Check],
     path: Path,
     log: Callable[[str], None],
+    cache: Cache | None,
 ) -> tuple[Graph, list[dict[str, Any]]]:
     if model.stateful:
         raise CaptureError("the model carries state from one call to the next, which a graph cannot")
     if exporter == "dynamo" and model.kind == "torchscript":
         raise CaptureError("it takes no TorchScript")
+    key = export_key(model, exporter, opset)
+    if cache is not None and take(cache, key, path.parent):
+        try:
+            found = _checked(model, path, opset_range, checks)
+        except EnginesmithError as error:
+            log(f"capture: the export in the cache is of no use any more: {_short(error)}")
+            shutil.rmtree(path.parent)
+            path.parent.mkdir()
+        else:
+            log("capture: the export was taken from the cache")
+            return found
     example = resized(model.signature, checks[0].inputs, example_sizes(model.signature))
     with foreign(lambda error: CaptureError(root_reason(error))):
         EXPORTERS[exporter](model, example, opset, path, log)
     release()
+    found = _checked(model, path, opset_range, checks)
+    if cache is not None:
+        keep(cache, key, path.parent, exporter)
+    return found
+
+
+def _checked(
+    model: Model, path: Path, opset_range: tuple[int, int], checks: Sequence[_Check]
+) -> tuple[Graph, list[dict[str, Any]]]:
     graph = Graph.load(path)
     if not opset_range[0] <= graph.opset <= opset_range[1]:
         raise CaptureError(f"it gives opset {graph.opset}, where the targets take {opset_range[0]} to {opset_range[1]}")

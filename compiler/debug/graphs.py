@@ -112,6 +112,7 @@ def _capture(bundle: Bundle, recipe: Recipe, scratch: Path) -> Captured:
         seed=recipe.seed,
         directory=scratch,
         log=lambda line: None,
+        cache=Cache(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ def of_model(source: str, fields: Mapping[str, Any], progress: Progress) -> Diag
     if not Path(source).exists() and ".py:" not in source:
         raise SourceError(f"{source!r} does not exist", expected="a model file, file.py:factory, or a bundle")
     recipe = make_recipe({**fields, "model": source}, "call")
+    candidates = _candidates(recipe)
     progress.stage("load model", 1, 4)
     model = load(recipe)
     data = open_data(recipe.data, model.signature, seed=recipe.seed)
@@ -50,7 +51,7 @@ def of_model(source: str, fields: Mapping[str, Any], progress: Progress) -> Diag
     progress.stage("profile as an engine", 4, 4)
     found: list[tuple[Roofline, Use]] = []
     try:
-        found.append(_as_engine(recipe, model, data, reading))
+        found.append(_as_engine(recipe, candidates, model, data, reading))
     except UsageError:
         raise
     except EnginesmithError as error:
@@ -61,9 +62,11 @@ def of_model(source: str, fields: Mapping[str, Any], progress: Progress) -> Diag
     return Diagnosed(source, "model", tuple(found), reading, eager, missing)
 
 
-def _as_engine(recipe: Recipe, model: Model, data: Data, reading: Reading | None) -> tuple[Roofline, Use]:
+def _as_engine(
+    recipe: Recipe, candidates: Sequence[Target], model: Model, data: Data, reading: Reading | None
+) -> tuple[Roofline, Use]:
     """The roofline of the captured graph in fp32, built for the target given, or for the best that is there."""
-    target = _target(recipe)
+    target = _usable(candidates)
     low, high = target.opset_range() or (9, 20)
     with tempfile.TemporaryDirectory(prefix="enginesmith-") as scratch:
         export, root = Path(scratch) / "export", Path(scratch) / "bundle"
@@ -88,12 +91,11 @@ def _as_engine(recipe: Recipe, model: Model, data: Data, reading: Reading | None
         return examine(root, record, model.signature, sample, cache, graph=graph, reading=reading)
 
 
-def _target(recipe: Recipe) -> Target:
-    """The target that is asked for, or the first of `TARGETS` that works here.
+def _candidates(recipe: Recipe) -> list[Target]:
+    """The target that is asked for, else `TARGETS`.
 
     Raises:
         RecipeError: several, or one that takes no graph.
-        TargetUnavailableError: it cannot be used here, or none can.
     """
     if len(recipe.targets) > 1:
         raise RecipeError("a model is diagnosed on one target", found=", ".join(recipe.targets))
@@ -104,6 +106,15 @@ def _target(recipe: Recipe) -> Target:
             expected="a target that is built from a graph",
             hint="what torch does is shown in any case",
         )
+    return candidates
+
+
+def _usable(candidates: Sequence[Target]) -> Target:
+    """The first target that works here.
+
+    Raises:
+        TargetUnavailableError: none does.
+    """
     states = [target.availability() for target in candidates]
     for target, state in zip(candidates, states, strict=True):
         if state.build and state.run:

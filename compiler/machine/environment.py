@@ -101,11 +101,12 @@ def cores() -> int:
 
 
 def _packages() -> dict[str, str]:
-    found = ((name, _version(name)) for name in PACKAGES)
+    found = ((name, version(name)) for name in PACKAGES)
     return {name: version for name, version in found if version}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -7,6 +7,7 @@ entry of `source`, `data`, `environment` and an engine's `details` is shown unde
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 
 
+@functools.cache
 def templates() -> jinja2.Environment:
-    """The templates of this folder. Every text is escaped: names of files, nodes and tensors are not to be trusted."""
+    """The templates of this folder, which compiles each once.
+
+    Every text is escaped: names of files, nodes and tensors are not to be trusted.
+    """
     import jinja2
     from markupsafe import Markup
 

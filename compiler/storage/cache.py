@@ -1,4 +1,4 @@
-"""Content-addressed cache of finished bundles, engines, statistics and trials, shared by processes and machines.
+"""Content-addressed cache of bundles, engines, exports, statistics and trials, shared by processes and machines.
 
 It lives in ``$ENGINESMITH_CACHE``, else ``$XDG_CACHE_HOME/enginesmith``, else ``~/.cache/enginesmith``; when it grows
 beyond ``$ENGINESMITH_CACHE_GB`` (20 by default) the entries unused for longest are removed.

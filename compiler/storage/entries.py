@@ -1,7 +1,7 @@
 """What lies in the cache: folders of files and small JSON values, each sealed by hashes, and loose files of builders.
 
-    bundles|engines|calibration|trials/<key>/entry.json    kind, key, size, what it is, the hash of each file
-                                             content/...
+    bundles|engines|captures|calibration/<key>/entry.json  kind, key, size, what it is, the hash of each file
+                                              content/...
     trials/<key>.json                                      the same with a value in place of files
     builders/*  tensorrt-rtx/*                             timing caches and the like, which their own software checks
 
@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from .files import hashes, size_bytes
 
-Kind = Literal["bundles", "engines", "calibration", "trials"]
-SEALED: tuple[Kind, ...] = ("bundles", "engines", "calibration", "trials")
+Kind = Literal["bundles", "engines", "captures", "calibration", "trials"]
+SEALED: tuple[Kind, ...] = ("bundles", "engines", "captures", "calibration", "trials")
 LOOSE = ("builders", "tensorrt-rtx")
 KINDS = (*SEALED, *LOOSE)
 

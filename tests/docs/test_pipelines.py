@@ -51,8 +51,10 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "captures").symlink_to(shared_cache / "captures")
+    return folder
 
 
 @pytest.fixture

@@ -34,12 +34,14 @@ def blocks(language: str) -> list[ParameterSet]:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clone(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
     """A folder that looks like a clone to the commands, with a cache of its own."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("docs", "samples"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "build").mkdir()
+    (folder / "cache").mkdir()
+    (folder / "cache" / "captures").symlink_to(shared_cache / "captures")
     return folder
 
 

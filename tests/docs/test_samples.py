@@ -84,8 +84,7 @@ def test_characters_guesses_as_many_as_its_page_says() -> None:
 
 
 @pytest.mark.slow
-def test_characters_in_int8_is_small_and_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+def test_characters_in_int8_is_small_and_as_good(tmp_path: Path, own_cache: Path) -> None:
     recipe = CHARACTERS / "recipe.yaml"
     bundle = enginesmith.compile(recipe=recipe, output=tmp_path / "bundle", benchmark=False)
     fp32, int8 = bundle.manifest["engines"]
@@ -159,8 +158,7 @@ def test_the_metric_is_the_area_under_the_curve() -> None:
 
 
 @pytest.mark.slow
-def test_recommendation_becomes_an_engine_that_ranks_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+def test_recommendation_becomes_an_engine_that_ranks_as_well(tmp_path: Path, own_cache: Path) -> None:
     recipe = RECOMMENDATION / "recipe.yaml"
     bundle = enginesmith.compile(recipe=recipe, output=tmp_path / "bundle", precisions=("fp32",), benchmark=False)
     (engine,) = bundle.manifest["engines"]
@@ -247,8 +245,7 @@ def test_the_metric_of_text_is_the_mean_cross_entropy() -> None:
 
 
 @pytest.mark.slow
-def test_text_in_few_bits_keeps_its_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+def test_text_in_few_bits_keeps_its_perplexity(tmp_path: Path, own_cache: Path) -> None:
     bundle = enginesmith.compile(
         recipe=TEXT / "small.yaml",
         output=tmp_path / "bundle",
@@ -273,10 +270,9 @@ def test_text_in_few_bits_keeps_its_perplexity(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_text_goes_on_as_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_goes_on_as_transformers_does(tmp_path: Path, own_cache: Path) -> None:
     from enginesmith.compiler.sources.decoders.causal import open_folder
 
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
     bundle = enginesmith.compile(recipe=TEXT / "recipe.yaml", output=tmp_path / "bundle", benchmark=False)
     assert bundle.passed
     (engine,) = bundle.manifest["engines"]

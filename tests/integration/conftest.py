@@ -37,9 +37,8 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def enginesmith(monkeypatch, capsys, tmp_path) -> Callable[..., Outcome]:
+def enginesmith(monkeypatch, capsys, own_cache) -> Callable[..., Outcome]:
     """Runs the command line in this process, with a cache of its own."""
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["enginesmith", *map(str, arguments)])

@@ -164,14 +164,12 @@ def test_full_disk(enginesmith, model, arguments):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_ended_during_a_build(model, arguments, number, code):
-    environment = {**os.environ, "ENGINESMITH_CACHE": str(model / "cache")}
+def test_ended_during_a_build(own_cache, model, arguments, number, code):
     with subprocess.Popen(
         [sys.executable, "-c", HANG, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
         # A runner in the background ignores it, and its children do unless told otherwise.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:

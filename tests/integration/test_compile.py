@@ -146,8 +146,7 @@ def test_inspect_groups(enginesmith, bundle, model, arguments):
     assert "may grow    no: it is an output of the model" in enginesmith("inspect", bundle, "--groups", "--all").out
 
 
-def test_python_api_with_a_module(tmp_path, monkeypatch):
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+def test_python_api_with_a_module(tmp_path, own_cache):
     made = es.compile(
         torch.nn.Linear(4, 2), tmp_path / "out", inputs=["input:2x4"], targets=["onnxruntime-cpu"], benchmark=False
     )
@@ -224,8 +223,7 @@ def test_bench_takes_an_engine_as_baseline_beside_those_asked_for(enginesmith, b
     assert json.loads(outcome.out)["baseline"] == ENGINE
 
 
-def test_bundle_of_a_module_is_measured_without_torch(enginesmith, tmp_path, monkeypatch):
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+def test_bundle_of_a_module_is_measured_without_torch(enginesmith, tmp_path, own_cache):
     es.compile(torch.nn.Linear(4, 2), tmp_path / "out", inputs=["input:2x4"], benchmark=False)
     outcome = enginesmith("bench", tmp_path / "out", "--rounds", "6", "--slice-s", "0.01", "--json")
     assert "was given in Python" in json.loads(outcome.out)["skipped"]["torch"]

@@ -39,17 +39,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     del proto.graph.value_info[:]
     onnx.save(proto, folder / "net.onnx")
     np.savez(folder / "x.npz", x=generator.standard_normal((16, 4)).astype(np.float32))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENGINESMITH_CACHE", str(folder / "cache"))
-        es.compile(
-            folder / "net.onnx",
-            folder / "out",
-            dynamic=["x:0=1..4..8"],
-            data=str(folder / "x.npz"),
-            targets=["onnxruntime-cpu"],
-            precisions=["fp32", "fp16"],
-            benchmark=False,
-        )
+    es.compile(
+        folder / "net.onnx",
+        folder / "out",
+        dynamic=["x:0=1..4..8"],
+        data=str(folder / "x.npz"),
+        targets=["onnxruntime-cpu"],
+        precisions=["fp32", "fp16"],
+        benchmark=False,
+    )
     return folder
 
 

@@ -62,12 +62,10 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("transformer")
     (folder / "model.py").write_text(TRANSFORMER)
     np.savez(folder / "ids.npz", ids=np.random.default_rng(0).integers(0, 50, (16, 32)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENGINESMITH_CACHE", str(folder / "cache"))
-        es.compile(
-            f"{folder}/model.py:net", folder / "out", inputs=["ids:1x32:int64"], dynamic=["ids:0=1..4..8"],
-            data=str(folder / "ids.npz"), targets=["onnxruntime-cpu"], precisions=["fp32", "int8"], benchmark=False,
-        )  # fmt: skip
+    es.compile(
+        f"{folder}/model.py:net", folder / "out", inputs=["ids:1x32:int64"], dynamic=["ids:0=1..4..8"],
+        data=str(folder / "ids.npz"), targets=["onnxruntime-cpu"], precisions=["fp32", "int8"], benchmark=False,
+    )  # fmt: skip
     return folder
 
 
@@ -249,13 +247,11 @@ def digits_bundle(tmp_path_factory) -> Path:
     import enginesmith as es
 
     folder = tmp_path_factory.mktemp("digits")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENGINESMITH_CACHE", str(folder / "cache"))
-        model = f"{ROOT}/samples/digits/model.py:digits"
-        es.compile(
-            model, folder / "out", weights=DIGITS[2], inputs=["image:1x1x8x8"], dynamic=["image:0=1..8..64"],
-            targets=["onnxruntime-cpu"], precisions=["fp32"], benchmark=False,
-        )  # fmt: skip
+    model = f"{ROOT}/samples/digits/model.py:digits"
+    es.compile(
+        model, folder / "out", weights=DIGITS[2], inputs=["image:1x1x8x8"], dynamic=["image:0=1..8..64"],
+        targets=["onnxruntime-cpu"], precisions=["fp32"], benchmark=False,
+    )  # fmt: skip
     return folder / "out"
 
 

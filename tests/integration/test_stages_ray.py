@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ray")
-    os.environ["ENGINESMITH_CACHE"] = str(folder / "cache")
     made = enginesmith.compile(
         recipe=ROOT / "samples/digits/recipe.yaml",
         output=folder / "bundle",

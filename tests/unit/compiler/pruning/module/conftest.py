@@ -18,6 +18,7 @@ from enginesmith.compiler.capture import capture
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import Model, load_model
+from enginesmith.compiler.storage.cache import Cache
 from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context, PassResult
 
@@ -165,6 +166,7 @@ def _prune(
         seed=0,
         directory=folder,
         log=lambda line: None,
+        cache=Cache(),
     )
     graph = captured.graph
     assert graph is not None, captured.record
