@@ -4,6 +4,9 @@
     x / 2 * (1 + erf(x / sqrt(2)))      ->  Gelu, and by tanh FastGelu, by a sigmoid QuickGelu, after a bias BiasGelu
     d / sqrt(mean(d**2) + e) * g + b    ->  LayerNormalization, after a sum SkipLayerNormalization
 
+What is added to the scores may be of any form: masks, biases of relative positions (T5), linear biases of each head
+(ALiBi). Queries may be of another text than keys and values, which is attention across (BART, Whisper).
+
 What a scheme fuses is what its runtime computes faster so and does not find itself. ONNX Runtime's CPU fuses GELU by
 itself, takes longer for SkipLayerNormalization than for the sum and the normalization, and gains nothing by Attention,
 whose weights are not quantized. It is for a graph in float32, before that is lowered: in a quantized one rounding moves

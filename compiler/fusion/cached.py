@@ -2,7 +2,7 @@
 
     present k, v = Scatter(past k, v; positions; new k, v)
     Softmax(scale * q k^T + mask) v
-    ->  result, present k, v = GroupQueryAttention(q, new k, new v, past k, past v, last position, most positions)
+    ->  result, present k, v = GroupQueryAttention(q, new k, new v, past k, past v, last position, most positions, bias)
 
 Queries are (batch, heads, time, width), or (batch, keys, heads / keys, time, width) where heads share a key.
 
@@ -24,6 +24,7 @@ from ..graph import Graph
 from ..graph.schemas import MICROSOFT
 from ..graph.selection import label
 from ..quantization.patch import Patch, Patcher
+from .biases import Biases, bias_in
 from .fuser import Region
 from .patterns import pairs, producer, rank, reader, scaled, size
 
@@ -43,7 +44,11 @@ class Write:
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """An attention. `query` is (batch, heads, time, width); `end` gives (batch, time, heads, width)."""
+    """An attention. `query` is (batch, heads, time, width); `end` gives (batch, time, heads, width).
+
+    Attributes:
+        bias: what is added to its scores beside the mask, see `biases`; None where nothing is.
+    """
 
     softmax: ir.Node
     query: ir.Value
@@ -54,6 +59,7 @@ class Cached:
     shared: int
     width: int
     end: ir.Node
+    bias: ir.Value | None = None
 
 
 class CachedFuser:
@@ -75,6 +81,7 @@ class CachedFuser:
         self._states = states
         self._left_out = frozenset(left_out)
         self._patcher = Patcher(graph)
+        self._biases = Biases(self._patcher)
         self._ends: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     @property
@@ -97,10 +104,11 @@ class CachedFuser:
 
     def _attention(self, softmax: ir.Node) -> Cached | str:
         """The attention around a softmax, or why it is none."""
-        product = next((p for a, b in pairs(producer(softmax.inputs[0], "Add")) if (p := self._scores(a))), None)
+        sums = pairs(producer(softmax.inputs[0], "Add"))
+        product = next(((*p, mask) for a, mask in sums if (p := self._scores(a))), None)
         if product is None:
             return "its scores are no sum of a mask and a product"
-        matmul, scale = product
+        matmul, scale, mask = product
         query, keys = matmul.inputs
         weighted = reader(softmax.outputs[0])
         if weighted is None or weighted.op_type != "MatMul" or weighted.inputs[0] is not softmax.outputs[0]:
@@ -110,7 +118,10 @@ class CachedFuser:
             return "its keys or values are no cache, but computed from one or without"
         if query is None or key.positions is not value.positions:
             return "keys and values are written to different positions"
-        return self._sized(softmax, query, key, value, scale, weighted)
+        found = self._sized(softmax, query, key, value, scale, weighted)
+        if isinstance(found, str):
+            return found
+        return dataclasses.replace(found, bias=bias_in(mask, found.heads, size(key.past, 2)))
 
     def _sized(
         self, softmax: ir.Node, query: ir.Value, key: Write, value: Write, scale: float, weighted: ir.Node
@@ -159,7 +170,7 @@ class CachedFuser:
         patch = Patch(self._patcher, found.end)
         dtype = found.query.dtype or ir.DataType.FLOAT
         last, most = self._reach(patch, found.key.positions)
-        inputs = [
+        inputs: list[ir.Value | None] = [
             self._joined(patch, found.query, found.heads),
             self._joined(patch, found.key.new, found.shared),
             self._joined(patch, found.value.new, found.shared),
@@ -168,6 +179,8 @@ class CachedFuser:
             last,
             most,
         ]
+        if found.bias is not None:  # behind what turns queries and keys, which nothing does here
+            inputs += [None, None, None, self._biases.operand(patch, found.bias, found.key.positions, most)]
         names = [f"{patch.title}/{kind}" for kind in ("attended", "key", "value")]
         joined = ir.Shape([None, None, found.heads * found.width])
         attended, key, value = patch.add(

@@ -2,8 +2,8 @@
 
     scores = scale * q k^T + mask + slope * position of the key        one slope for each head
 
-That is slope * (position of the key - position of the query) up to a number for each query, which Softmax does not see. A
-key stands in its cache at its position, so the bias is right for keys of earlier calls too; a cache that drops tokens
+That is slope * (position of the key - position of the query) up to a number for each query, which Softmax does not see.
+A key stands in its cache at its position, so the bias is right for keys of earlier calls too; a cache that drops tokens
 would have to keep their positions.
 
 These models do not call transformers' AttentionInterface: their layers are given a forward of ours.
