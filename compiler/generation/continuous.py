@@ -98,8 +98,8 @@ class Batcher:
 
     Raises:
         EngineError: the engine has no cache.
-        EngineMismatchError: its calls are of one number of rows only, or it was not compiled to drop tokens, or to check
-            drafts; the draft is of another vocabulary.
+        EngineMismatchError: its calls are of one number of rows only, or it was not compiled to drop tokens or to
+            check drafts; the draft is of another vocabulary.
         RecipeError: counts without a draft, or eviction beside it.
     """
 

@@ -12,6 +12,7 @@ These models do not call transformers' AttentionInterface: their layers are give
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -90,4 +91,4 @@ def _mpt(
     return layer.out_proj(result.flatten(2)), None
 
 
-_LAYERS = {"BloomAttention": _bloom, "MptAttention": _mpt}
+_LAYERS: Mapping[str, Callable[..., tuple[torch.Tensor, None]]] = {"BloomAttention": _bloom, "MptAttention": _mpt}
