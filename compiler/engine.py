@@ -267,7 +267,12 @@ class Engine:
         return perplexity(self._open_runner(), self._signature, texts, eviction)
 
     def batcher(
-        self, rows: int | None = None, prefixes: Prefixes | None = None, eviction: Eviction | None = None
+        self,
+        rows: int | None = None,
+        prefixes: Prefixes | None = None,
+        eviction: Eviction | None = None,
+        draft: Engine | None = None,
+        speculation: Speculation | None = None,
     ) -> Batcher:
         """Generates for requests that come and go, which share the calls of the engine.
 
@@ -275,14 +280,19 @@ class Engine:
             rows: requests that are under way at the same time, at most; all that the engine takes by default.
             prefixes: what earlier prompts left in the caches.
             eviction: what a full cache keeps, as in `generate`; not beside `prefixes`.
+            draft: as in `generate`; it proposes tokens to a greedy request as long as no other is under way. Only the
+                batcher may use it.
+            speculation: counts what the draft brings.
 
         Raises:
             EngineError: the engine has no cache.
-            EngineMismatchError: it takes one number of rows only.
+            EngineMismatchError: it takes one number of rows only, or checks no drafts; the draft is of another
+                vocabulary.
         """
         from .generation.continuous import Batcher
 
-        return Batcher(self._open_runner(), self._signature, rows, prefixes, eviction)
+        drafted = (draft._open_runner(), draft._signature) if draft is not None else None
+        return Batcher(self._open_runner(), self._signature, rows, prefixes, eviction, drafted, speculation)
 
     def reset(self) -> None:
         """Returns an engine that carries state between calls to its first state."""

@@ -1,12 +1,13 @@
 """Fuses attention over the static caches of a decoder to com.microsoft's GroupQueryAttention.
 
     present k, v = Scatter(past k, v; positions; new k, v)
-    Softmax(scale * q k^T + causal mask) v
-    ->  result, present k, v = GroupQueryAttention(q, new k, new v, past k, past v, ...)
+    Softmax(scale * q k^T + causal mask + bias) v
+    ->  result, present k, v = GroupQueryAttention(q, new k, new v, past k, past v, ..., bias)
 
 The node reads as much of a cache as is filled, where the graph's own products read all of it, and writes new tokens in
-place where past and present share a buffer. Heads may share keys. What it refuses: keys that are computed from a
-compressed cache, keys and values of different widths, masks that are not causal, and all that is no decoder.
+place where past and present share a buffer. Heads may share keys, and each may have a bias, as ALiBi gives it. What it
+refuses: keys that are computed from a compressed cache, keys and values of different widths, masks that are not causal,
+and all that is no decoder.
 
 Rotary embedding goes into the node, with the cosines and sines of all positions as constants, which the graph's own
 nodes compute whatever the scaling of angles; pairs of channels may be halves or interleaved. Where the operator does

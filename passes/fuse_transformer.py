@@ -5,6 +5,9 @@
     d / sqrt(mean(d**2) + e) * g + b    ->  LayerNormalization, after a sum SkipLayerNormalization
     s / sqrt(mean(s**2) + e) * g        ->  RMSNorm of a sum s: SkipSimplifiedLayerNormalization
 
+What is added to the scores may be of any form: masks, biases of relative positions (T5), linear biases of each head
+(ALiBi). Queries may be of another text than keys and values, which is attention across (BART, Whisper).
+
 What a scheme fuses is what its runtime computes faster so and does not find itself. ONNX Runtime's CPU fuses GELU by
 itself, takes longer for SkipLayerNormalization than for the sum and the normalization (for RMSNorm it does not), and
 gains nothing by Attention, whose weights are not quantized. It is for a graph in float32, before that is lowered: in a

@@ -33,6 +33,7 @@ from ..targets import get_target
 from ..targets.base import EngineInfo
 from .config import MARK, Kind, config, naming, warmup_file
 from .decoding import decoder_config
+from .drafted import Draft, of_draft
 from .layout import Layout, layout
 from .native import engine_files, native
 from .settings import Serving
@@ -102,7 +103,14 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
     if settings.evict:
         if not decodes:
             raise UsageError(f"evict is for language models with their cache, which {info.name} is not")
-        check_eviction(info.signature, Eviction(settings.evict), prefixes=bool(settings.prefix_mib))
+        eviction = Eviction(settings.evict)
+        prefixes, drafted = bool(settings.prefix_mib), bool(settings.draft)
+        check_eviction(info.signature, eviction, prefixes=prefixes, draft=drafted)
+    draft = _draft(settings, here=link)
+    if draft is not None:
+        if not decodes:
+            raise UsageError(f"draft is for language models with their cache, which {info.name} is not")
+        draft.check(info.signature)
     if decodes and form == "native":
         raise UsageError(
             f"engine {info.name} keeps a cache from token to token, which native backends do not",
@@ -115,7 +123,8 @@ def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python",
         if model:
             _copy_engine(bundle / "engines" / record["name"], version)
         else:
-            _write_python(bundle, version, manifest, record, settings, decodes=decodes, link=link)
+            extra = {**_of_decoder(bundle, settings), "draft": _write_draft(draft, version, link=link)}
+            _write_python(bundle, version, manifest, record, extra if decodes else {}, decodes=decodes, link=link)
         if decodes:
             text = decoder_config(name, settings, engine=record["name"], kind=kind)
         else:
@@ -156,6 +165,14 @@ def _record(bundle: Path, manifest: Manifest, settings: Serving, *, here: bool) 
         raise EngineError(f"{bundle} has no engine that may be served", hint="its report says why")
     check_files(bundle, record["name"], manifest)
     return record
+
+
+def _draft(settings: Serving, *, here: bool) -> Draft | None:
+    found = of_draft(settings)
+    if found is None:
+        return None
+    bundle, manifest, its_settings = found
+    return Draft(bundle, manifest, _record(bundle, manifest, its_settings, here=here))
 
 
 def _info(bundle: Path, record: EngineRecord) -> EngineInfo:
@@ -215,30 +232,35 @@ def _write_python(
     version: Path,
     manifest: Manifest,
     record: EngineRecord,
-    settings: Serving,
+    extra: Mapping[str, Any],
     *,
     decodes: bool,
     link: bool,
 ) -> None:
-    name = record["name"]
-    target = get_target(record["target"])
     wanted = {
-        "bundle": "bundle",
-        "engine": name,
-        "gpu_option": "device_id" if "device_id" in target.options() else None,
+        **_write_bundle(bundle, version / "bundle", manifest, record, link=link),
         "path": [str(Path(entry).absolute()) for entry in sys.path] if link else [],
-        **(_of_decoder(bundle, settings) if decodes else {}),
+        **extra,
     }
     (version / SERVE).write_text(json.dumps(wanted, indent=1) + "\n")
     source = "decoder.py" if decodes else "model.py"
     shutil.copyfile(Path(__file__).with_name("backend") / source, version / "model.py")
-    shutil.copytree(
-        bundle / "engines" / name,
-        version / "bundle" / "engines" / name,
-        copy_function=_link if link else shutil.copy2,
-    )
+
+
+def _write_draft(draft: Draft | None, version: Path, *, link: bool) -> dict[str, Any] | None:
+    if draft is None:
+        return None
+    return _write_bundle(draft.bundle, version / "draft", draft.manifest, draft.record, link=link)
+
+
+def _write_bundle(bundle: Path, home: Path, manifest: Manifest, record: EngineRecord, *, link: bool) -> dict[str, Any]:
+    """Writes one engine of a bundle, as a bundle; returns how it is loaded."""
+    name = record["name"]
+    shutil.copytree(bundle / "engines" / name, home / "engines" / name, copy_function=_link if link else shutil.copy2)
     kept = {**manifest, "engines": [record], "files": _files_of(manifest, name)}
-    (version / "bundle" / "manifest.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (home / "manifest.json").write_text(json.dumps(kept, indent=1) + "\n")
+    options = get_target(record["target"]).options()
+    return {"bundle": home.name, "engine": name, "gpu_option": "device_id" if "device_id" in options else None}
 
 
 def _link(source: str, target: str) -> None:

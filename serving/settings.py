@@ -49,6 +49,10 @@ class Serving:
     evict: str | None = _option(
         None, "What a full cache of a language model keeps, window or importance; texts may be longer. Default: all."
     )
+    draft: str | None = _option(
+        None, "Bundle whose engine proposes tokens to a greedy request that is alone. Default: no draft."
+    )
+    draft_engine: str | None = _option(None, "Engine of the draft. Default: the best of its bundle.")
     gpus: tuple[int, ...] = _option((), "GPUs to use, with an instance on each. Default: all that the server has.")
 
     def __post_init__(self) -> None:
@@ -57,6 +61,10 @@ class Serving:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise RecipeError(f"{name} is too small", expected=f"{minimum} or more", found=value)
+        if self.draft_engine is not None and self.draft is None:
+            raise RecipeError(
+                "draft_engine names an engine of a draft, and there is none", expected="draft, a bundle, beside it"
+            )
         if self.timeout_ms is not None and self.timeout_ms <= 0:
             raise RecipeError("timeout_ms is too small", expected="more than 0", found=self.timeout_ms)
         for name in ("preferred", "gpus"):

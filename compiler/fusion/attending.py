@@ -36,8 +36,6 @@ class Attending:
         for mask in found.masks:
             if (axes := rank(mask.value)) is None or axes > 4:
                 return f"its mask {mask.value.name!r} has {axes or 'an unknown number of'} axes, not up to 4"
-            if axes > 2 and rank(found.softmax.outputs[0]) == 3:
-                return f"its mask {mask.value.name!r} has batch and heads as one axis"
         return ""
 
     def apply(self, patch: Patch, found: Attention) -> None:
@@ -174,6 +172,10 @@ class Attending:
             axes = self._constant(f"axes{missing}", list(range(missing)))
             wider = ir.Shape([*[1] * missing, *(shape or ())])
             (value,) = patch.add("Unsqueeze", [value, axes], [(f"{patch.title}/mask", dtype, wider)])
+        if mask.folded:  # (1, batch * heads, queries, keys)
+            heads = self._constant("folded", [-1, found.heads, 0, 0])
+            output = (f"{patch.title}/bias", dtype, ir.Shape([None, found.heads, None, None]))
+            (value,) = patch.add("Reshape", [value, heads], [output])
         return value
 
     def _lengthened(self, patch: Patch, bias: ir.Value, found: Attention) -> ir.Value:

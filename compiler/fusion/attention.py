@@ -4,7 +4,8 @@
     scores:   scale * q k^T (+ mask ...)        or Where(allowed, scores, minus infinity)
     result:   Softmax(scores) v                 -> Transpose, Reshape ->  (batch, sequence, heads * width)
 
-The scale may stand on q, on k, on both or behind their product.
+The scale may stand on q, on k, on both or behind their product. Batch and heads may be one axis, of the products alone
+or of all, and then of what is added to the scores too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx_ir as ir
 from ..graph.editing import is_constant
 from ..quantization.attention import is_finite
 from .masks import Mask, all_zero, as_choice
-from .operands import Operand, permuted, split, transposed
+from .operands import Operand, permuted, split, transposed, unfolded
 from .patterns import integers, is_last, pairs, producer, rank, scalar, scaled, size
 
 _FAR_BELOW = -1e30
@@ -59,7 +60,7 @@ def attention(softmax: ir.Node) -> Attention | str:
     if isinstance(scored, str):
         return scored
     product, scale, masks = scored
-    guarded = mixed.inputs[0] is not softmax.outputs[0] and not is_finite(softmax.inputs[0])
+    guarded = unfolded(mixed.inputs[0]) is not softmax.outputs[0] and not is_finite(softmax.inputs[0])
     if guarded:
         choices = tuple(choice for mask in masks if (choice := as_choice(mask)) is not None)
         if len(masks) != 1 or not choices or rank(choices[0].value) != 4:
@@ -94,6 +95,9 @@ def _mixed(softmax: ir.Node) -> ir.Node | str:
             return "its probabilities are chosen by Where"
         probabilities = guard.outputs[0]
         readers = [node for node in probabilities.consumers() if node.op_type != "Shape"]
+    if len(readers) == 1 and unfolded(readers[0].outputs[0]) is probabilities:
+        probabilities = readers[0].outputs[0]
+        readers = [node for node in probabilities.consumers() if node.op_type != "Shape"]
     if len(readers) != 1 or readers[0].op_type != "MatMul" or readers[0].domain:
         return "its probabilities go elsewhere than to the product with values"
     return readers[0] if readers[0].inputs[0] is probabilities else "its probabilities are the second operand"
@@ -106,16 +110,20 @@ def _scores(value: ir.Value | None) -> tuple[ir.Node, float, tuple[Mask, ...]] |
         inner, factor = scaled(value)
         if (product := producer(inner, "MatMul")) is not None:
             return product, factor, tuple(mask for mask in masks if not all_zero(mask.value))
-        node = producer(inner, "Add", "Where")
+        node = producer(inner, "Add", "Where") or _opened(inner)
         if node is None:
             break
         if factor != 1:
             return "its mask is scaled together with the scores"
+        if node.op_type == "Reshape":
+            value = node.inputs[0]
+            continue
         found = _added(node) if node.op_type == "Add" else _chosen(node)
         if isinstance(found, str):
             return found
         value, mask = found
-        masks.append(mask)
+        folded = rank(node.outputs[0]) == rank(mask.value) == 3 and size(mask.value, 0) != 1
+        masks.append(mask._replace(folded=folded))
     return "its scores are no product of queries and keys"
 
 
@@ -140,8 +148,14 @@ def _leads_to_product(value: ir.Value | None) -> bool:
     inner, _ = scaled(value)
     if (node := producer(inner, "MatMul")) is not None:
         return rank(node.outputs[0]) in (3, 4) and not any(v is None or v.is_initializer() for v in node.inputs)
-    node = producer(inner, "Add", "Where")
+    node = producer(inner, "Add", "Where") or _opened(inner)
     return node is not None and any(map(_leads_to_product, node.inputs))
+
+
+def _opened(value: ir.Value | None) -> ir.Node | None:
+    """The Reshape that makes batch and heads two axes of scores (batch * heads, queries, keys)."""
+    node = producer(value, "Reshape")
+    return node if node is not None and rank(node.inputs[0]) == 3 and rank(value) == 4 else None
 
 
 def _heads_of(value: ir.Value, width: int | None) -> int | None:
@@ -162,8 +176,9 @@ def _heads_of(value: ir.Value, width: int | None) -> int | None:
 def _ends(value: ir.Value, heads: int) -> tuple[ir.Value, ir.Node | None, bool] | str:
     """The joined result, or the node that reshapes the split one, and whether the sequence comes first."""
     node = _only_reader(value)
-    if node is not None and node.op_type == "Reshape" and rank(node.outputs[0]) == rank(value) == 4:
-        node = _only_reader(node.outputs[0])  # the TorchScript exporter puts a Reshape between that changes nothing
+    if node is not None and node.op_type == "Reshape" and rank(node.outputs[0]) == 4 and rank(value) in (3, 4):
+        # Batch and heads become two axes; or nothing changes, where the TorchScript exporter puts a Reshape between.
+        node = _only_reader(node.outputs[0])
     if node is None:
         return "its result goes several ways before the heads are joined"
     turned = permuted(node.outputs[0], (2, 0, 1, 3)) or permuted(node.outputs[0], (1, 0, 2))

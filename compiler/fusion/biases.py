@@ -1,66 +1,74 @@
-"""Products whose bias what comes next can add: a GELU, or the sum before a LayerNormalization.
+"""What is added to the scores of attention over a cache beside its mask: a bias for each head, as ALiBi has.
 
-    Gemm(x, w, b)                   ->  MatMul(x, w) + b
-    Reshape(Gemm(x, w, b)) + r      ->  (Reshape(MatMul(x, w)) + b) + r
+    Softmax(scale * q k^T + (mask + bias)) v     bias (heads, 1, length) or (batch or 1, heads, 1 or time, length)
 
-Of one row ONNX Runtime's Gemm copies the bias to its result first, which takes a GPU as long as a small product.
+GroupQueryAttention makes the mask itself, and takes the bias of as many keys as the longest row has, for each query.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx_ir as ir
 
-from ..graph.editing import is_constant
 from ..quantization.patch import Patch, Patcher
-from .patterns import rank, reader, size
+from .patterns import pairs, producer, rank, size
 
 
-@dataclasses.dataclass(frozen=True)
-class Biased:
-    """A product with a bias. `view` shows it with other axes before the last one, where a sum reads it so."""
-
-    node: ir.Node
-    view: ir.Node | None
-
-    @property
-    def last(self) -> ir.Node:
-        """What gives the same before and after."""
-        return self.view or self.node
+def bias_in(mask: ir.Value, heads: int, length: int | None) -> ir.Value | None:
+    """The bias of `heads` that was added to a mask, or chosen between with it; None where there is none."""
+    candidates = [bias for bias, other in pairs(producer(mask, "Add")) if _of_all_heads(other)]
+    where = producer(mask, "Where")
+    candidates += [value for value in (where.inputs[1:] if where is not None else ()) if value is not None]
+    return next((value for value in candidates if _is_bias(value, heads, length)), None)
 
 
-def biased(node: ir.Node) -> Biased | None:
-    """The product of a node whose bias can be added after it."""
-    if node.domain or node.op_type != "Gemm" or len(node.inputs) < 3:
-        return None
-    _, weight, bias = node.inputs[:3]
-    plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
-    if not plain or node.attributes.get_int("transA", 0) != 0 or not (is_constant(weight) and is_constant(bias)):
-        return None
-    result = node.outputs[0]
-    if rank(bias) != 1 or size(bias, 0) != size(result, -1):
-        return None
-    after = reader(result)
-    if after is None or after.op_type != "Reshape":
-        return Biased(node, None)
-    shown = after.outputs[0]
-    summed = any(use.node.op_type == "Add" and not use.node.domain for use in shown.uses())
-    return Biased(node, after) if summed and size(shown, -1) == size(bias, 0) else None
+def _is_bias(value: ir.Value, heads: int, length: int | None) -> bool:
+    return rank(value) in (3, 4) and size(value, -3) == heads and length is not None and size(value, -1) == length
 
 
-def split(patcher: Patcher, patch: Patch, found: Biased) -> None:
-    """Fills a patch of the last node of `found`."""
-    node, result = found.node, found.last.outputs[0]
-    x, weight, bias = node.inputs[:3]
-    dtype = result.dtype or ir.DataType.FLOAT
-    if node.attributes.get_int("transB", 0):
-        assert weight is not None
-        assert weight.const_value is not None
-        weight = patcher.initializer(f"{patch.title}/weight", np.ascontiguousarray(weight.const_value.numpy().T))
-    (made,) = patch.add("MatMul", [x, weight], [(f"{patch.title}/product", dtype, node.outputs[0].shape)])
-    if found.view is not None:
-        inputs = [made, *found.view.inputs[1:]]
-        (made,) = patch.add("Reshape", inputs, [(f"{patch.title}/shown", dtype, result.shape)])
-    patch.apply(*patch.add("Add", [made, bias], [(f"{patch.title}/biased", dtype, result.shape)], main=True))
+def _of_all_heads(value: ir.Value) -> bool:
+    return rank(value) == 4 and size(value, 1) == 1
+
+
+class Biases:
+    """Makes biases as the operator takes them, each once."""
+
+    def __init__(self, patcher: Patcher) -> None:
+        self._patcher = patcher
+        self._made: dict[ir.Value, ir.Value] = {}
+
+    def operand(self, patch: Patch, bias: ir.Value, positions: ir.Value, most: ir.Value) -> ir.Value:
+        """(batch or 1, heads, time, keys), of a bias of all keys that there may be.
+
+        Args:
+            positions: of the queries, (batch, time).
+            most: how many keys the longest row has, a number of int32.
+        """
+        if bias in self._made:
+            return self._made[bias]
+        dtype, axes, value = bias.dtype or ir.DataType.FLOAT, list(bias.shape or ()), bias
+        if len(axes) == 3:
+            axes = [1, *axes]
+            first = self._constant("first", [0])
+            (value,) = patch.add("Unsqueeze", [value, first], [(f"{patch.title}/bias4", dtype, ir.Shape(axes))])
+        numbers, one = ir.DataType.INT64, ir.Shape([1])
+        (count,) = patch.add("Cast", [most], [(f"{patch.title}/most64", numbers, ir.Shape([]))], {"to": numbers.value})
+        (count,) = patch.add(
+            "Reshape", [count, self._constant("vector", [-1])], [(f"{patch.title}/keys", numbers, one)]
+        )
+        sliced = [value, self._constant("start", [0]), count, self._constant("last", [3])]
+        (value,) = patch.add("Slice", sliced, [(f"{patch.title}/reached", dtype, ir.Shape([*axes[:3], None]))])
+        if axes[2] == 1:
+            (time,) = patch.add("Shape", [positions], [(f"{patch.title}/time", numbers, one)], {"start": 1, "end": 2})
+            ones = self._constant("ones", [1, 1])
+            (shape,) = patch.add(
+                "Concat", [ones, time, self._constant("one", [1])],
+                [(f"{patch.title}/shape", numbers, ir.Shape([4]))], {"axis": 0},
+            )  # fmt: skip
+            output = (f"{patch.title}/bias", dtype, ir.Shape([axes[0], axes[1], None, None]))
+            (value,) = patch.add("Expand", [value, shape], [output])
+        self._made[bias] = value
+        return value
+
+    def _constant(self, name: str, numbers: list[int]) -> ir.Value:
+        return self._patcher.initializer(f"bias/{name}", np.array(numbers, np.int64))

@@ -2,7 +2,7 @@
 
     present k, v = Scatter(past k, v; positions; new k, v)
     Softmax(scale * q k^T + mask) v
-    ->  result, present k, v = GroupQueryAttention(q, new k, new v, past k, past v, last position, most positions)
+    ->  result, present k, v = GroupQueryAttention(q, new k, new v, past k, past v, last position, most positions, bias)
 
 Queries are (batch, heads, time, width), or (batch, keys, heads / keys, time, width) where heads share a key.
 
@@ -13,6 +13,7 @@ mask says is not read from the graph; the caller compares results.
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from ...passes.base import Refusal
 from ..graph import Graph
 from ..graph.selection import label
 from ..quantization.patch import Patch, Patcher
+from .biases import bias_in
 from .fuser import Region
 from .grouped import Cached, Grouped, Write
 from .operands import permuted
@@ -59,6 +61,7 @@ class CachedFuser:
         self._states = states
         self._left_out = frozenset(left_out)
         self._patcher = Patcher(graph)
+        self._reach = reach
         self._grouped = Grouped(self._patcher, Reach(self._patcher, reach), positions)
 
     @property
@@ -81,10 +84,11 @@ class CachedFuser:
 
     def _attention(self, softmax: ir.Node) -> Cached | str:
         """The attention around a softmax, or why it is none."""
-        product = next((p for a, b in pairs(producer(softmax.inputs[0], "Add")) if (p := self._scores(a))), None)
+        sums = pairs(producer(softmax.inputs[0], "Add"))
+        product = next(((*p, mask) for a, mask in sums if (p := self._scores(a))), None)
         if product is None:
             return "its scores are no sum of a mask and a product"
-        matmul, scale = product
+        matmul, scale, mask = product
         query, keys = matmul.inputs
         weighted = reader(softmax.outputs[0])
         if weighted is None or weighted.op_type != "MatMul" or weighted.inputs[0] is not softmax.outputs[0]:
@@ -94,7 +98,13 @@ class CachedFuser:
             return "its keys or values are no cache, but computed from one or without"
         if query is None or key.positions is not value.positions:
             return "keys and values are written to different positions"
-        return self._sized(softmax, query, key, value, scale, weighted)
+        found = self._sized(softmax, query, key, value, scale, weighted)
+        if isinstance(found, str):
+            return found
+        bias = bias_in(mask, found.heads, size(key.past, 2))
+        if bias is not None and self._reach == "room":
+            return "its heads have biases, which GroupQueryAttention does not take on a GPU"
+        return dataclasses.replace(found, bias=bias)
 
     def _sized(
         self, softmax: ir.Node, query: ir.Value, key: Write, value: Write, scale: float, weighted: ir.Node

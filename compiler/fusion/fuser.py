@@ -18,8 +18,8 @@ from ..graph.selection import label
 from ..quantization.patch import Attributes, Patch, Patcher
 from .attending import Attending, Form
 from .attention import attention
-from .biases import biased, split
 from .gelu import Gelu, gelu
+from .gemms import biased, split
 from .liveness import outlives
 from .normalization import Normalization, Skip, normalization, rms_skip, skip
 from .patterns import pairs, producer, rank, size

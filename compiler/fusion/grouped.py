@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from ..graph.schemas import MICROSOFT
 from ..quantization.patch import Patch, Patcher
+from .biases import Biases
 from .liveness import outlives
 from .operands import permuted, split
 from .parts import whole
@@ -26,6 +27,9 @@ from .rotary import Rotary, Table, Tables, attributes, rotary
 
 ALIGNED = 16
 """What the operator turns itself is as many channels, of a head as wide, as a multiple of it."""
+
+BIAS = 10
+"""Which input of the operator is the bias."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,11 @@ class Write:
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """An attention. `query` is (batch, heads, time, width); `end` gives (batch, time, heads, width)."""
+    """An attention. `query` is (batch, heads, time, width); `end` gives (batch, time, heads, width).
+
+    Attributes:
+        bias: what is added to its scores beside the mask, see `biases`; None where nothing is.
+    """
 
     softmax: ir.Node
     query: ir.Value
@@ -51,6 +59,7 @@ class Cached:
     shared: int
     width: int
     end: ir.Node
+    bias: ir.Value | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Grouped:
         self._positions = positions
         self._tables = Tables(patcher)
         self._reach = reach
+        self._biases = Biases(patcher)
 
     def apply(self, patch: Patch, found: Cached) -> None:
         """Puts the node in the place of the end of the attention, and of what writes the caches."""
@@ -93,10 +103,14 @@ class Grouped:
         options: dict[str, int | float] = {"num_heads": found.heads, "kv_num_heads": found.shared, "scale": found.scale}
         turning = self._turning(found)
         inputs = [*self._operands(patch, found, turning), found.key.past, found.value.past]
-        inputs += self._reach(patch, found.key.positions, size(found.key.past, 2))
+        last, most = self._reach(patch, found.key.positions, size(found.key.past, 2))
+        inputs += [last, most]
         if turning is not None and turning.inside:
             inputs += [turning.table.cos, turning.table.sin]
             options |= {"do_rotary": 1, "rotary_interleaved": int(turning.query.interleaved)}
+        if found.bias is not None:
+            inputs += [None] * (BIAS - len(inputs))
+            inputs.append(self._biases.operand(patch, found.bias, found.key.positions, most))
         names = [f"{patch.title}/{kind}" for kind in ("attended", "key", "value")]
         joined = ir.Shape([*(result.shape or (None, None))[:2], found.heads * found.width])
         attended, key, value = patch.add(

@@ -20,11 +20,13 @@ class Mask(NamedTuple):
         value: what is added; a condition where `masked` is a number.
         masked: what takes the place of scores that are not allowed.
         allowed: what the condition is where scores are allowed.
+        folded: whether it is (batch * heads, queries, keys).
     """
 
     value: ir.Value
     masked: float | None = None
     allowed: bool = True
+    folded: bool = False
 
 
 def as_choice(mask: Mask) -> Mask | None:

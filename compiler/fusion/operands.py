@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from .patterns import producer, rank, size
+from .patterns import integers, producer, rank, size
 
 
 class Operand(NamedTuple):
@@ -39,9 +39,18 @@ def permuted(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:
     return node.inputs[0] if node is not None and tuple(node.attributes.get_ints("perm") or ()) == perm else None
 
 
+def unfolded(value: ir.Value | None) -> ir.Value | None:
+    """Of a tensor whose batch and heads were made one axis, that with both; others as they are."""
+    node = producer(value, "Reshape")
+    return node.inputs[0] if node is not None and rank(node.inputs[0]) == 4 and rank(value) == 3 else value
+
+
 def split(value: ir.Value | None) -> Operand:
     """Reads (batch, heads, sequence, width), or (batch * heads, sequence, width)."""
     if rank(value) == 3:
+        if (before := unfolded(value)) is not value:
+            found = split(before)
+            return found._replace(width=found.width or _last_length(producer(value, "Reshape")))
         return _turned(permuted(value, (1, 0, 2)), None)
     if (before := permuted(value, (0, 2, 1, 3))) is not None:
         return _joined(before, value)
@@ -73,6 +82,14 @@ def _flat(value: ir.Value | None) -> ir.Value | None:
     outer = producer(value, "Reshape")
     inner = producer(permuted(outer.inputs[0], (0, 2, 1)), "Reshape") if outer is not None else None
     return inner.inputs[0] if inner is not None and rank(inner.inputs[0]) == 4 else None
+
+
+def _last_length(reshape: ir.Node | None) -> int | None:
+    """The length of the last axis that a Reshape asks for, where it is a number."""
+    shape = reshape.inputs[1] if reshape is not None else None
+    parts = producer(shape, "Concat")
+    numbers = integers(parts.inputs[-1] if parts is not None else shape)
+    return numbers[-1] if numbers and numbers[-1] > 0 else None
 
 
 def _joined(value: ir.Value | None, made: ir.Value | None) -> Operand:

@@ -28,6 +28,11 @@ class Choice:
         self._row = row
         self._step = 0
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it takes the likeliest always."""
+        return self._sampling is None
+
     def __call__(self, logits: np.ndarray) -> int:
         """A token by its logits (vocabulary).
 

@@ -4,6 +4,7 @@
     a prompt        is read into row n by itself; one at a time, so that the others go on in between
     a step          is one call on rows 0..n-1, and gives each its next token
     an end          the last row moves into the place of the one that ended
+    a row alone     takes what a draft proposes, where there is one and the row is greedy
 
 A request gets the tokens that it would get alone, whatever runs beside it. Needs NumPy and the engine's runtime only.
 """
@@ -21,12 +22,13 @@ import numpy as np
 from ...errors import EngineError, EngineMismatchError, EnginesmithError
 from ...targets.base import Runner
 from ..signature import Signature
-from ..states import IDS
+from ..states import IDS, longest_draft
 from .choice import Choice
 from .eviction import Eviction, check_eviction, steps_for
 from .generate import check_decoder
 from .prefixes import Prefixes, read
 from .prompts import check, most_rows
+from .speculative import Proposer, Speculation, advance, check_draft
 from .steps import Steps, caches_of
 
 Take = Callable[[int], Any]
@@ -43,6 +45,7 @@ class Request:
         ends: tokens after which nothing comes.
         take: gets each token as soon as it is known.
         done: called once, after the last token, with what went wrong. Neither may raise: the thread is everybody's.
+        text: the prompt and the tokens so far, of which the last is in no cache yet.
     """
 
     prompt: np.ndarray
@@ -51,14 +54,26 @@ class Request:
     ends: Collection[int]
     take: Take
     done: Done
-    made: int = 0
-    last: int = 0
     cancelled: bool = False
+    text: list[int] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.text = self.prompt.tolist()
+
+    @property
+    def last(self) -> int:
+        """The newest token."""
+        return self.text[-1]
 
     @property
     def past(self) -> int:
         """How many tokens its cache holds: the last one comes with the next call."""
-        return len(self.prompt) + self.made - 1
+        return len(self.text) - 1
+
+    @property
+    def missing(self) -> int:
+        """How many tokens may still come."""
+        return len(self.prompt) + self.max_new_tokens - len(self.text)
 
     def cancel(self) -> None:
         """Ends it before its next token."""
@@ -66,10 +81,9 @@ class Request:
 
     def add(self, logits: np.ndarray) -> bool:
         """Takes the token that follows; whether more are to come."""
-        self.last = self.choice(logits)
-        self.made += 1
+        self.text.append(self.choice(logits))
         self.take(self.last)
-        return self.last not in self.ends and self.made < self.max_new_tokens
+        return self.last not in self.ends and self.missing > 0
 
 
 class Batcher:
@@ -79,10 +93,14 @@ class Batcher:
         rows: requests that are under way at the same time, at most; more wait. All that the engine takes by default.
         prefixes: what is known of beginnings of prompts.
         eviction: what a full cache keeps; not beside `prefixes`.
+        draft: runner and signature of an engine that proposes tokens to a greedy request which is alone.
+        speculation: counts what the draft brings.
 
     Raises:
         EngineError: the engine has no cache.
-        EngineMismatchError: its calls are of one number of rows only, or it was not compiled to drop tokens.
+        EngineMismatchError: its calls are of one number of rows only, or it was not compiled to drop tokens or to
+            check drafts; the draft is of another vocabulary.
+        RecipeError: counts without a draft, or eviction beside it.
     """
 
     def __init__(
@@ -92,16 +110,24 @@ class Batcher:
         rows: int | None = None,
         prefixes: Prefixes | None = None,
         eviction: Eviction | None = None,
+        draft: tuple[Runner, Signature] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         check_decoder(signature)
         _check_rows(signature)
-        check_eviction(signature, eviction, prefixes=prefixes is not None)
+        check_eviction(signature, eviction, prefixes=prefixes is not None, draft=draft is not None)
+        if draft is not None:
+            check_decoder(draft[1])
+        check_draft(signature, 1, draft and draft[1], speculation, do_sample=False)
         most = most_rows(signature)
         self._runner, self._signature, self._prefixes = runner, signature, prefixes
         self._most = most if rows is None else min(rows, most)
         self._caches = caches_of(runner, signature, self._most)
         self._eviction, self._dropped = eviction, np.zeros(self._most, np.int64)
         self._steps: dict[tuple[int, int], Steps] = {}
+        self._propose = Proposer(*draft) if draft is not None else None
+        self._drafted: Request | None = None
+        self._speculation = speculation or Speculation()
         self._rows: list[Request] = []
         self._waiting: collections.deque[Request] = collections.deque()
         self._changed = threading.Condition()
@@ -172,6 +198,9 @@ class Batcher:
                 self._end(row, None)
         if not self._rows:
             return
+        if self._propose is not None and len(self._rows) == 1 and self._rows[0].choice.greedy:
+            self._speculate(self._rows[0], self._propose)
+            return
         last = np.array([[request.last] for request in self._rows])
         past = np.array([request.past for request in self._rows])
         try:
@@ -189,8 +218,24 @@ class Batcher:
             if not more:
                 self._end(row, None)
 
+    def _speculate(self, request: Request, propose: Proposer) -> None:
+        """The next tokens of the only row."""
+        if request is not self._drafted:
+            self._drafted = request
+            propose.keep(0)
+        most = min(longest_draft(self._signature), request.missing - 1)
+        try:
+            more = advance(self._steps_of(slice(0, 1)), propose, request.text, most, request.add, self._speculation)
+        except EnginesmithError as error:
+            self._end(0, error)
+            return
+        if not more:
+            self._end(0, None)
+
     def _end(self, row: int, error: EnginesmithError | None) -> None:
         request, last = self._rows[row], self._rows.pop()
+        if request is self._drafted:
+            self._drafted = None
         if request is not last:
             self._rows[row] = last
             source = len(self._rows)

@@ -12,7 +12,7 @@ written over it. Needs NumPy and the engine's runtime only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -64,7 +64,6 @@ class Proposer:
             EngineError: the draft fails, or gives logits that are no numbers.
         """
         found: list[int] = []
-        self._past = min(self._past, len(text) - 1)  # behind it lies what was proposed and not taken
         unread = text[self._past :]
         while len(found) < min(most, self._room - len(text) + 1):  # the last one that is found is not read
             logits = self._steps(np.array([unread]), np.array([self._past]), np.array([len(unread)]))
@@ -72,6 +71,10 @@ class Proposer:
             unread = [likeliest(logits[0], f"for token {len(found) + 1} of a draft")]
             found += unread
         return found
+
+    def keep(self, tokens: int) -> None:
+        """Forgets what was read behind so many tokens of the text: what was proposed and not taken."""
+        self._past = min(self._past, tokens)
 
 
 def check_draft(
@@ -148,19 +151,40 @@ def speculate(
 
     more = add(logits)
     while more:
-        before = len(text)
-        proposed = propose(text, min(longest, end - before - 1))  # the engine adds one by itself
-        call = np.array([[text[-1], *proposed]])
-        back = np.arange(len(proposed), -1, -1)
-        checked = steps(call, np.array([before - 1]), np.array([call.shape[1]]), back)[0]
-        counts.calls += 1
-        counts.proposed += len(proposed)
-        for row, guess in zip(checked, [*proposed, None], strict=True):
-            more = add(row)
-            counts.tokens += 1
-            if text[-1] != guess:
-                break
-            counts.accepted += 1
-            if not more:
-                break
+        more = advance(steps, propose, text, min(longest, end - len(text) - 1), add, counts)
     return text[len(prompt) :]
+
+
+def advance(
+    steps: Steps,
+    propose: Proposer,
+    text: list[int],
+    most: int,
+    add: Callable[[np.ndarray], bool],
+    counts: Speculation,
+) -> bool:
+    """One call of the engine on one row, which checks what the draft proposes. Whether more tokens are to come.
+
+    Args:
+        most: tokens that may be proposed; the engine adds one by itself.
+        add: takes the logits (vocabulary) of the next token, puts that at the end of `text`, and says whether more are
+            to come.
+    """
+    before = len(text)
+    proposed = propose(text, most)
+    call = np.array([[text[-1], *proposed]])
+    back = np.arange(len(proposed), -1, -1)
+    checked = steps(call, np.array([before - 1]), np.array([call.shape[1]]), back)[0]
+    counts.calls += 1
+    counts.proposed += len(proposed)
+    more = True
+    for row, guess in zip(checked, [*proposed, None], strict=True):
+        more = add(row)
+        counts.tokens += 1
+        if text[-1] != guess:
+            break
+        counts.accepted += 1
+        if not more:
+            break
+    propose.keep(len(text) - 1)
+    return more

@@ -126,15 +126,16 @@ def _begun(trials: Trials, start: Contender, captured: Graph | None) -> list[Lad
 def _climbed(trials: Trials, memory: Memory, start: Contender, steps: list[LadderStep]) -> Contender:
     """All rungs of a target; adds to `steps`, and gives the engine that is left."""
     recipe, incumbent = trials.shop.job.recipe, start
+    decodes = bool(trials.shop.model.signature.states)
     planned = list(planners(start.variant.target, recipe))
     while planned:
-        situation = Situation(recipe, incumbent.variant, steps)
+        situation = Situation(recipe, incumbent.variant, steps, decodes)
         ahead = remaining(planned, situation)
         incumbent = _step_up(trials, memory, planned.pop(0)(situation), incumbent, start, steps, ahead)
-    situation = Situation(recipe, incumbent.variant, steps)
+    situation = Situation(recipe, incumbent.variant, steps, decodes)
     rungs = [rung.name for rung in own_rungs(situation)]
     for number, name in enumerate(rungs):
-        situation = Situation(recipe, incumbent.variant, steps)
+        situation = Situation(recipe, incumbent.variant, steps, decodes)
         rung = next((rung for rung in own_rungs(situation) if rung.name == name), Rung(name))
         incumbent = _step_up(trials, memory, rung, incumbent, start, steps, len(rungs) - number)
     return incumbent

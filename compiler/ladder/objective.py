@@ -2,7 +2,8 @@
 
 latency       the time of a call at the usual sizes; the 95 % interval of the ratio has to lie above FASTER
 throughput    the same at the largest batch
-size=0.25     the bytes of the engine's files, which have to shrink by that share at least; "size" asks for SHARE
+size=0.25     the bytes of the engine's files, which have to shrink by that share at least; "size" asks for SHARE. Of a
+              decoder the caches of all rows that it takes are added: what it holds in memory
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Literal
 
 from ...errors import RecipeError, UnknownNameError
 from ..gains import FASTER
+from ..generation.prompts import most_rows
 from ..manifest import SpeedUp
 from ..signature import Signature
+from ..states import row_bytes
 
 KINDS = ("latency", "throughput", "size")
 
@@ -67,7 +70,7 @@ class Objective:
 
         Args:
             incumbent: name of the engine that the candidate is compared with.
-            size_bytes: of that engine.
+            size_bytes: of that engine, as `held_bytes`.
             own_bytes: of the candidate.
         """
         if self.kind != "size":
@@ -84,9 +87,14 @@ class Objective:
         """Whether a step is worth keeping."""
         return gain["low"] >= self.threshold if self.kind == "size" else gain["low"] > self.threshold
 
-    def describe(self, gain: Mapping[str, object]) -> str:
-        """The gain in words."""
+    def describe(self, gain: Mapping[str, object], what: str = "size") -> str:
+        """The gain in words; `what` is smaller, where the size is to be."""
         ratio, low, high = (float(str(gain[key])) for key in ("ratio", "low", "high"))
         if self.kind == "size":
-            return f"{1 / ratio:.0%} of the size of {gain['against']}"
+            return f"{1 / ratio:.0%} of the {what} of {gain['against']}"
         return f"{ratio:.2f} times the speed of {gain['against']}, 95 % interval {low:.2f} to {high:.2f}"
+
+
+def held_bytes(size_bytes: int, signature: Signature) -> int:
+    """What counts as the size of an engine: its files, and of a decoder the caches of as many rows as it takes."""
+    return size_bytes + (most_rows(signature) * row_bytes(signature) if signature.states else 0)

@@ -8,6 +8,7 @@
     alignment       dimensions grown to what Tensor Cores take
     rewrites        what the target runs better, as fused attention
     attention       to few keys of a decoder's cache, where the user asks for it
+    caches          of a decoder in 8 bits
     options         of the target, one question a rung
 
 Passes that change the float32 graph are run before those that lower it, whichever rung found them.
@@ -23,8 +24,9 @@ from ...passes import parse_pass
 from ...passes.base import Pass
 from ...targets.base import Effort, Target, Tuning
 from ..manifest import LadderStep
+from ..options import split
 from ..recipe import Recipe
-from ..variants import Variant, aligned, attending, builds, lowering_of, pruned, sparse
+from ..variants import FUSING, Variant, aligned, attending, builds, lowering_of, pruned, sparse
 
 EFFORTS: tuple[Effort, ...] = ("quick", "default", "thorough")
 
@@ -42,6 +44,9 @@ FALLBACKS = {"fp16": "mixed-fp16", "bf16": "mixed-bf16", "int8": "mixed"}
 """What to try where a precision is not close enough."""
 
 NO_DATA = "it needs calibration data: give --data with 32 to 512 real samples, or --random-calibration"
+STORING = "kv-cache"
+"""The pass that keeps caches in 8 bits."""
+
 PRUNED_SHARE = "macs=0.75"
 """What is left of the multiply-adds where the user gives a budget and does not say how much is to go."""
 
@@ -63,11 +68,12 @@ class Rung:
 
 @dataclasses.dataclass(frozen=True)
 class Situation:
-    """Where the ladder stands on a target: the engine to beat, and what was tried before."""
+    """Where the ladder stands on a target: the engine to beat, what was tried before, and whether it is a decoder."""
 
     recipe: Recipe
     incumbent: Variant
     steps: Sequence[LadderStep] = ()
+    decodes: bool = False
 
     def inaccurate(self, precision: str) -> bool:
         """Whether an engine of that precision was built and not close enough: such a one is not timed."""
@@ -93,6 +99,8 @@ def own_rungs(situation: Situation) -> Iterator[Rung]:
             yield _rewriting(incumbent, parse_pass(text))
         if recipe.sparse_attention is not None:
             yield _attention(situation, recipe.sparse_attention)
+        if situation.decodes and FUSING in incumbent.target.rewrites(incumbent.precision):
+            yield _caches(situation)
     for tuning in incumbent.target.tunings(incumbent.precision):
         if _reaches(recipe.effort, tuning.effort):
             yield Rung(tuning.what, retuned(incumbent, tuning, recipe))
@@ -176,6 +184,18 @@ def _attention(situation: Situation, asked: str) -> Rung:
     if reason := next((variant.refusal for variant in found if variant.refusal), ""):
         return Rung(name, (), {asked: reason}, asked=True)
     return _with_data(name, asked, found, situation, asked=True)
+
+
+def _caches(situation: Situation) -> Rung:
+    """8 bits are a quarter of the caches, which count where size does; a token may gain too, as it reads less."""
+    name, incumbent, recipe = "caches", situation.incumbent, situation.recipe
+    small = recipe.objective.startswith("size")
+    known = [*(split(text)[0] for text in recipe.passes), *(step.name for step in incumbent.steps)]
+    if STORING in known or not (small or _reaches(recipe.effort, "default")):
+        return Rung(name)
+    if "sparse-attention" in known:
+        return Rung(name, (), {STORING: "sparse attention reads caches as they are"})
+    return _with_data(name, STORING, (incumbent.with_step(STORING, parse_pass(STORING)),), situation, asked=False)
 
 
 def _with_data(name: str, what: str, found: tuple[Variant, ...], situation: Situation, *, asked: bool) -> Rung:

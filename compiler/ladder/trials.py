@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..build import build_one
+from ..engine import engine_info
 from ..gains import problem
+from ..generation.prompts import most_rows
 from ..manifest import CaptureRecord, EngineRecord, LadderStep, OutputMetrics, PassRecord, SpeedUp, Timing, Validation
 from ..options import split
 from ..pruning.module import FOLDER
@@ -19,7 +21,7 @@ from ..trial import race, validate_engines
 from ..validation.reference import ReferenceOutputs
 from ..variants import Variant
 from .clock import Clock
-from .objective import Objective
+from .objective import Objective, held_bytes
 from .rungs import Rung
 
 if TYPE_CHECKING:
@@ -182,8 +184,8 @@ class Trials:
             step["seconds"] += share
             ratio = self.objective.gain(
                 incumbent.record["name"],
-                incumbent.record["size_bytes"],
-                contender.record["size_bytes"],
+                self._held(incumbent.record),
+                self._held(contender.record),
                 timing["speed_up"] if timing else None,
             )
             _note_timing(step, timing, ratio)
@@ -206,13 +208,21 @@ class Trials:
         return race(job.folder, records, self.shop.data.first(), signature, job.recipe, sizes, job.stages.update)
 
     def _why(self, gain: SpeedUp, best: str | None, name: str) -> str:
-        found = self.objective.describe(gain)
+        found = self.objective.describe(gain, self._size())
         if name == best:
             return found
         if self.objective.reached(gain):
             return f"{found}; {best} is better still"
         bound = f"at most {1 / self.objective.threshold:.0%}" if self.objective.kind == "size" else None
         return f"{found}, which has to {'be ' + bound if bound else f'lie above {self.objective.threshold:g}'}"
+
+    def _held(self, record: EngineRecord) -> int:
+        """What an engine's size is for the objective."""
+        return held_bytes(record["size_bytes"], engine_info(self.shop.job.folder, record["name"]).signature)
+
+    def _size(self) -> str:
+        signature = self.shop.model.signature
+        return f"size with the caches of {most_rows(signature)} rows" if signature.states else "size"
 
     def _asked(self, built: Sequence[tuple[LadderStep, Contender]], *, asked: bool) -> Contender | None:
         """Without a clock only what the user asked for stays."""

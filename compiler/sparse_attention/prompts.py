@@ -25,10 +25,8 @@ def attend(nodes: Nodes, given: Operands, kind: Kind) -> ir.Value:
         reach = nodes.integer("Mul", number, nodes.whole(kind.size))
     end = nodes.reshape(reach, 1)
     keys, values = (nodes("Slice", cache, nodes.shape(0), end, nodes.shape(2)) for cache in (given.keys, given.values))
-    slots = nodes.integer("Range", nodes.whole(0), reach, nodes.whole(1))
-    places = nodes.integer("Unsqueeze", given.positions, nodes.constants(np.array([1, 3])))
-    open_ = nodes.truth("LessOrEqual", slots, places)
-    causal = nodes("Where", open_, nodes.number(0.0), nodes.number(float("-inf")))
+    slots, places = _positions(nodes, given, reach)
+    causal = _closing(nodes, nodes.truth("LessOrEqual", slots, places))
     products = nodes("Mul", nodes("MatMul", query, nodes.transpose(keys, 0, 1, 3, 2)), nodes.number(layer.scale))
     masked = nodes("Add", nodes.reshape(products, 0, layer.heads, -1, 0), causal)
     masked = _top(nodes, kind, masked, end) if isinstance(kind, TopK) else _blocks(nodes, kind, masked, places, end)
@@ -54,10 +52,19 @@ def _window(nodes: Nodes, given: Operands, kind: Window) -> ir.Value:
 def _bias(nodes: Nodes, given: Operands, kind: Window) -> ir.Value:
     """Minus infinity on what lies before the window and is no sink, (batch, 1, time, positions)."""
     reach = nodes.integer("Cast", given.most, to=INTEGER.value)
-    slots = nodes.integer("Range", nodes.whole(0), reach, nodes.whole(1))
-    places = nodes.integer("Unsqueeze", given.positions, nodes.constants(np.array([1, 3])))
+    slots, places = _positions(nodes, given, reach)
     near = nodes.truth("Greater", slots, nodes.integer("Sub", places, nodes.whole(kind.width)))
-    open_ = nodes.truth("Or", near, nodes.truth("Less", slots, nodes.whole(kind.sinks)))
+    return _closing(nodes, nodes.truth("Or", near, nodes.truth("Less", slots, nodes.whole(kind.sinks))))
+
+
+def _positions(nodes: Nodes, given: Operands, reach: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Of the first `reach` keys (keys), and of the queries (batch, 1, time, 1)."""
+    slots = nodes.integer("Range", nodes.whole(0), reach, nodes.whole(1))
+    return slots, nodes.integer("Unsqueeze", given.positions, nodes.constants(np.array([1, 3])))
+
+
+def _closing(nodes: Nodes, open_: ir.Value) -> ir.Value:
+    """What is added to scores: zero where they are open, minus infinity elsewhere."""
     return nodes("Where", open_, nodes.number(0.0), nodes.number(float("-inf")))
 
 

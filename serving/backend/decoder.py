@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 import enginesmith  # noqa: E402
 from enginesmith.errors import EnginesmithError  # noqa: E402
 from enginesmith.serving import hosted  # noqa: E402
+from enginesmith.serving.counted import Counted  # noqa: E402
 from enginesmith.serving.decoding import OPTIONS, PROMPT, TOKEN, request_of  # noqa: E402
 
 _LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -28,9 +29,16 @@ class TritonPythonModel:
     def initialize(self, args):
         self._engine = hosted.open_engine(args, _WANTED, json.loads(args["model_config"]))
         kept, policy = _WANTED["prefix_bytes"], _WANTED["evict"]
+        self._draft = self._counts = self._counted = None
+        if drafted := _WANTED["draft"]:
+            self._draft = hosted.open_engine(args, drafted, json.loads(args["model_config"]))
+            self._counts = enginesmith.Speculation()
+            self._counted = Counted(pb_utils, args["model_name"], self._counts)
         self._batcher = self._engine.batcher(
             prefixes=enginesmith.Prefixes(kept) if kept else None,
             eviction=enginesmith.Eviction(policy) if policy else None,
+            draft=self._draft,
+            speculation=self._counts,
         )
         self._left = threading.Semaphore(0)
         self._begun = 0
@@ -45,6 +53,8 @@ class TritonPythonModel:
             self._left.acquire()
         self._batcher.close()
         self._engine.close()
+        if self._draft is not None:
+            self._draft.close()
 
     def _begin(self, sender, request):
         given = {PROMPT: self._read(request, PROMPT)}
@@ -59,6 +69,8 @@ class TritonPythonModel:
 
         def done(error):
             try:
+                if self._counted is not None:
+                    self._counted()
                 if error is not None:
                     sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error))), flags=_LAST)
                 else:

@@ -15,6 +15,7 @@ from ...signature import AxisRange, Signature, TensorSpec
 from ...states import BACK, COUNT, IDS, IMPORTANCE, PAST, POSITION
 from .. import Model, module
 from ..guard import first_line, foreign, quiet
+from .alibi import is_biased
 from .module import Decoder, Layers, widths
 from .options import DecoderOptions
 
@@ -72,6 +73,12 @@ def load(
         SourceError: it computes something else with static caches.
         RecipeError: a cache longer than what the model was made for, or with no room for a token.
     """
+    if options.eviction and is_biased(model):
+        raise RecipeError(
+            f"{type(model).__name__} cannot drop tokens: its bias is computed from where a key stands in its cache",
+            expected="no eviction",
+            found=f"eviction={options.eviction}",
+        )
     model.train(False).to(device)
     made_for = _made_for(model)
     decoder = Decoder(model, _length(made_for, options, type(model).__name__), made_for).eval()
@@ -102,7 +109,8 @@ def load(
 
 def _made_for(model: transformers.PreTrainedModel) -> int | None:
     """Tokens of the longest text that the model was made for, where it says so."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    found: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ....errors import SourceError
-from . import attention
+from . import alibi, attention
 
 if TYPE_CHECKING:
     import transformers
@@ -181,6 +181,9 @@ def _own(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """A copy that shares the weights, with our attention, and experts that can be captured."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     own: transformers.PreTrainedModel = copy.deepcopy(model, shared)
+    if alibi.is_biased(own):
+        alibi.replace(own)
+        return own
     attention.register()
     own.set_attn_implementation(attention.NAME)
     if own.config.get_text_config()._attn_implementation != attention.NAME:

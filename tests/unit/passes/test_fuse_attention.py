@@ -4,12 +4,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+import transformers
 
+from enginesmith.compiler.capture import capture
 from enginesmith.compiler.fusion.cached import CachedFuser
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.graph.probe import run
 from enginesmith.compiler.quantization.patch import Patch
 from enginesmith.compiler.signature import Signature
+from enginesmith.compiler.sources import load_model
 from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context
 
@@ -41,22 +45,94 @@ def test_attention_over_a_cache_becomes_one_node():
     assert node.attributes["scale"].as_float() == 0.5
 
 
-@pytest.mark.parametrize(("past", "length"), [((0, 0), 5), ((3, 11), 1), ((7,), 4)])
-def test_numbers_stay_equal_whatever_rows_hold(past, length):
-    before, (after, _) = graph(), fused()
+def replaced(old, new):
+    assert old in small["GRAPH"]
+    return small["GRAPH"].replace(old, new)
+
+
+def filled(past, length):
+    """Inputs whose caches hold that many tokens of each row."""
     generator = np.random.default_rng(2)
     rows = len(past)
     shape = (rows, small["HEADS"], small["ROOM"], small["WIDTH"])
-    filled = (np.arange(small["ROOM"]) < np.array(past)[:, None])[:, None, :, None]
-    inputs = {
+    kept = (np.arange(small["ROOM"]) < np.array(past)[:, None])[:, None, :, None]
+    return {
         "ids": generator.integers(0, small["VOCABULARY"], (rows, length)),
         "past": np.array(past),
         "count": np.array([1, length][-rows:]),
-        **{name: np.where(filled, generator.standard_normal(shape), 0).astype(np.float32) for name in ("key", "value")},
+        **{name: np.where(kept, generator.standard_normal(shape), 0).astype(np.float32) for name in ("key", "value")},
     }
+
+
+@pytest.mark.parametrize(("past", "length"), [((0, 0), 5), ((3, 11), 1), ((7,), 4)])
+def test_numbers_stay_equal_whatever_rows_hold(past, length):
+    before, (after, _) = graph(), fused()
+    inputs = filled(past, length)
     expected, found = run(before, inputs), run(after, inputs)
     for name, array in expected.items():
         assert found[name] == pytest.approx(array, rel=1e-4, abs=1e-5)
+
+
+SLOPES = f"float[{small['HEADS']}, 1, 1] slopes = {{-40, 8}}, int64[1] whole = {{-1}}, int64[1] axis0 = {{0}},"
+
+
+def biased(sum_of, bias="bias = Mul(numbers, slopes)"):
+    """The decoder with linear biases: the slope of each head times the position of a key."""
+    text = replaced("masked = Add(scores, mask)", f"numbers = Cast<to = 1>(slots)  {bias}  {sum_of}")
+    return text.replace("<int64 zero", f"<{SLOPES} int64 zero")
+
+
+ADDED = "allowed = Add(mask, bias)  masked = Add(scores, allowed)"
+BIASES = {
+    "a row for each head": biased(ADDED),
+    "added the other way round": biased("allowed = Add(bias, mask)  masked = Add(allowed, scores)"),
+    "chosen by the mask": biased("allowed = Where(seen, bias, never)  masked = Add(scores, allowed)"),
+    "of four axes": biased(ADDED, "bias3 = Mul(numbers, slopes)  bias = Unsqueeze(bias3, axis0)"),
+    "of each query": biased(
+        ADDED,
+        "asked = Cast<to = 1>(spread)  far = Sub(numbers, asked)  bias = Mul(far, slopes)",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", BIASES)
+@pytest.mark.parametrize(("past", "length"), [((0, 0), 5), ((3, 11), 1), ((7,), 4)])
+def test_biases_for_each_head_go_into_the_node(form, past, length):
+    before, (after, result) = graph(BIASES[form]), fused(BIASES[form])
+    assert result.changes == {"attention over a cache fused": 1}
+    assert result.refusals == ()
+    (node,) = (node for node in after.model.graph if node.op_type == "GroupQueryAttention")
+    assert len(node.inputs) == 11
+    inputs = filled(past, length)
+    expected, found = run(before, inputs), run(after, inputs)
+    for name, array in expected.items():
+        assert found[name] == pytest.approx(array, rel=1e-4, abs=1e-5)
+    unbiased = run(graph(), inputs)
+    assert np.abs(unbiased["logits"] - expected["logits"]).max() > 1
+
+
+def test_a_bias_of_something_else_is_found_out():
+    alike = "each = Mul(numbers, slopes)  bias = ReduceSum<keepdims = 1>(each, axis0)"
+    _, result = fused(biased(ADDED, alike))
+    assert not result.modified
+    (refusal,) = result.refusals
+    assert refusal.reason.startswith("attention over a cache stays as it was: fused, tensor 'turned' changes")
+
+
+@pytest.mark.parametrize(("family", "exporter"), [("Bloom", "dynamo"), ("Mpt", "torchscript")])
+def test_models_with_linear_biases_are_fused(tmp_path, family, exporter):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
+    config = getattr(transformers, f"{family}Config")(vocab_size=43, bos_token_id=0, eos_token_id=1, **sizes)
+    source = load_model(getattr(transformers, f"{family}ForCausalLM")(config), decoder={"max_length": 24, "batch": 3})
+    found = capture(
+        source, exporter=exporter, opset_range=(9, 20), samples=None, seed=0, directory=tmp_path, log=lambda line: None,
+        required=True,
+    ).graph  # fmt: skip
+    for name in ("simplify", "dedupe", "fuse-attention"):
+        result = parse_pass(name)(found, Context(source.signature))
+    assert result.changes == {"attention over a cache fused": 2}
+    assert "Softmax" not in found.operators()
 
 
 @pytest.mark.parametrize(("past", "length"), [((0, 0), 5), ((3, 11), 1), ((7,), 4), ((0,), 6), ((0, 9), 1)])
@@ -100,11 +176,6 @@ def test_a_model_without_caches_stays_as_it_is():
     result = parse_pass("fuse-attention")(made, Context(Signature(small["signature"]().inputs)))
     assert not result.modified
     assert [refusal.reason for refusal in result.refusals] == ["the model has no caches to attend over"]
-
-
-def replaced(old, new):
-    assert old in small["GRAPH"]
-    return small["GRAPH"].replace(old, new)
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,61 @@ def vit(attention: str) -> torch.nn.Module:
     return Images(transformers.ViTModel(config, add_pooling_layer=False))
 
 
+class Answers(torch.nn.Module):
+    """An encoder and a decoder that attends to it, on texts of different lengths."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=answer, use_cache=False
+        )[0]
+
+
+def bloom(attention: str) -> torch.nn.Module:
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4, attn_implementation=attention)
+    return Encoder(transformers.BloomModel(config), use_cache=False)
+
+
+def mpt(attention: str) -> torch.nn.Module:
+    config = transformers.MptConfig(
+        vocab_size=50, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, attn_implementation=attention
+    )
+    return Encoder(transformers.MptModel(config), use_cache=False)
+
+
+def t5(attention: str) -> torch.nn.Module:
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, attn_implementation=attention
+    )
+    return Answers(transformers.T5Model(config))
+
+
+def bart(attention: str) -> torch.nn.Module:
+    config = transformers.BartConfig(
+        vocab_size=50,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        attn_implementation=attention,
+    )
+    return Answers(transformers.BartModel(config))
+
+
 TOKENS = (
     ("input_ids:2x16:int64", "attention_mask:2x16:int64"),
     ("input_ids:0=1..2..4", "attention_mask:0=1..2..4", "input_ids:1=4..16..32", "attention_mask:1=4..16..32"),
+)
+TWO_TEXTS = (
+    (*TOKENS[0], "answer:2x6:int64"),
+    (*TOKENS[1], "answer:0=1..2..4", "answer:1=2..6..12"),
 )
 PIXELS = (("pixels:2x3x32x32",), ("pixels:0=1..2..4",))
 
@@ -167,13 +219,16 @@ def captured(make, attention: str, exporter: str, folder) -> tuple[Graph, Signat
     with torch.no_grad():
         for parameter in model.parameters():  # biases begin as zeros, which would be simplified away
             parameter.add_(0.05 * torch.randn_like(parameter))
-    source = load_model(model, inputs=parse_inputs(*(PIXELS if make is vit else TOKENS)))
+    inputs = {vit: PIXELS, t5: TWO_TEXTS, bart: TWO_TEXTS}.get(make, TOKENS)
+    source = load_model(model, inputs=parse_inputs(*inputs))
     random = np.random.default_rng(0)
     mask = np.ones((2, 16), np.int64)
     mask[0, 9:] = 0
     sample = {"input_ids": random.integers(1, 50, (2, 16)), "attention_mask": mask}
     if make is vit:
         sample = {"pixels": random.standard_normal((2, 3, 32, 32)).astype(np.float32)}
+    if inputs is TWO_TEXTS:
+        sample["answer"] = random.integers(1, 50, (2, 6))
     samples = One([sample])
     found = capture(
         source,
@@ -224,3 +279,23 @@ def test_fuses_transformers_as_both_exporters_write_them(tmp_path, make, sums, e
     parse_pass("cast:to=fp16")(on_cuda, Context(signature, samples))
     halves = {n.outputs[0].dtype.name for n in on_cuda.nodes() if n.domain and n.outputs[0].dtype is not None}
     assert halves == {"FLOAT16"}
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "exporter", "attention"),
+    [
+        (bloom, 2, "dynamo", "eager"),
+        (bloom, 2, "torchscript", "eager"),
+        (mpt, 2, "dynamo", "eager"),
+        (t5, 3, "dynamo", "sdpa"),
+        (bart, 3, "torchscript", "sdpa"),
+    ],
+)
+def test_fuses_biases_of_positions_and_attention_to_another_text(tmp_path, make, count, exporter, attention):
+    graph, signature, samples = captured(make, attention, exporter, tmp_path)
+    work, result = fuse(graph, "onnxruntime-cpu", signature, samples)
+    assert result.changes == {"attention fused": count}
+    assert not result.refusals
+    assert "Softmax" not in work.operators()
+    biases = [node.inputs[5] for node in work.nodes() if node.op_type == "MultiHeadAttention" and len(node.inputs) > 5]
+    assert biases

@@ -194,7 +194,8 @@ def test_descriptions_are_no_part_of_an_engine(bundle):
     assert [path.name for path in engine_files(folder)] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("option", [{"prefix_mib": 1}, {"evict": "window"}])
+@pytest.mark.parametrize("option", [{"prefix_mib": 1}, {"evict": "window"}, {"draft": "BUNDLE"}])
 def test_options_of_language_models_are_for_them_alone(bundle, tmp_path, option):
+    option = {name: str(bundle) if value == "BUNDLE" else value for name, value in option.items()}
     with pytest.raises(UsageError, match=f"{next(iter(option))} is for language models with their cache"):
         export(bundle, tmp_path / "models", Serving(**option))

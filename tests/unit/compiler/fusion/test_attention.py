@@ -180,10 +180,65 @@ def test_attention_with_the_sequence_first_and_heads_beside_the_batch(fused, end
     assert graph.operators()["Transpose"] == 4
 
 
-def test_refuses_a_mask_for_each_head_beside_the_batch(fill, context):
-    text = FIRST.replace("SCORES", "s = Add(m, each)").replace("END", "y = Reshape(t, join)")
-    graph = fill(text.replace("float[S,S] flat", "float[C,S,S] each"))
-    assert not CPU(graph, context(graph)).modified
+@pytest.mark.parametrize("rows", ["1", "S"])
+def test_a_mask_for_each_head_beside_the_batch_is_unfolded(fused, rows):
+    scores = """r = Shape <start = -2> (each)  l = Concat <axis = 0> (less, r)  f = Reshape(each, l)  s = Add(m, f)"""
+    text = FIRST.replace("SCORES", scores).replace("END", "y = Reshape(t, join)")
+    text = text.replace("float[S,S] flat", f"float[B,2,{rows},S] each").replace(
+        "<int64[3]", "<int64[1] less = {-1}, int64[3]"
+    )
+    graph, result = fused(CPU, text)
+    assert result.changes == {"attention fused": 1}
+    assert "Softmax" not in graph.operators()
+
+
+FOLDED = """<ir_version: 8, opset_import: ["": 17]>
+g (float[B,S,8] x, float[B,2,1,S] slopes, float[B,1,S,S] mask) => (float[B,S,8] y)
+    <int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}, int64[1] two = {2}, int64[1] four = {4},
+     int64[1] rest = {-1}, int64[2] row = {1, -1}, float half = {0.5}> {
+    h = Reshape(x, split)  q = Transpose <perm = [0, 2, 1, 3]> (h)  n = Neg(q)
+    b = Shape <start = 0, end = 1> (x)  l = Shape <start = 1, end = 2> (x)  both = Mul(b, two)
+    products = Concat <axis = 0> (both, rest, four)  qf = Reshape(q, products)  nf = Reshape(n, products)
+    k = Transpose <perm = [0, 2, 1]> (nf)  m = MatMul(qf, k)  w = Mul(m, half)
+    biases = Concat <axis = 0> (both, row)  bias = Reshape(slopes, biases)  a = Add(w, bias)
+    opened = Concat <axis = 0> (b, two, l, rest)  o = Reshape(a, opened)  s = Add(o, mask)
+    [softmax] p = Softmax <axis = -1> (s)
+    folded = Concat <axis = 0> (both, l, rest)  pf = Reshape(p, folded)  v = MatMul(pf, nf)
+    ends = Concat <axis = 0> (b, two, l, four)  vo = Reshape(v, ends)
+    t = Transpose <perm = [0, 2, 1, 3]> (vo)  y = Reshape(t, join) }"""
+
+
+@pytest.mark.parametrize("scores", ["s = Add(o, mask)", "s = Mul(o, one)"])
+def test_products_with_batch_and_heads_as_one_axis_and_a_bias_for_each_head(fused, scores):
+    text = FOLDED.replace("s = Add(o, mask)", scores).replace("float half", "float one = {1}, float half")
+    graph, result = fused(CPU, text)
+    assert result.changes == {"attention fused": 1}
+    node = node_of(graph, "MultiHeadAttention")
+    assert node.attributes["num_heads"].value == 2
+    assert node.attributes["scale"].value == pytest.approx(0.5)
+
+
+def test_a_bias_of_three_axes_beside_scores_of_four_is_of_the_heads(fused):
+    text = attention(scores="m = MatMul(q, k)  s = Add(m, each)").replace("float[S,S] flat", "float[2,S,S] each")
+    graph, result = fused(CPU, text)
+    assert result.changes == {"attention fused": 1}
+    assert "Softmax" not in graph.operators()
+
+
+def test_refuses_scores_that_are_scaled_behind_a_bias_for_each_head(fill, context):
+    graph = fill(FOLDED.replace("s = Add(o, mask)", "z = Mul(o, half)  s = Add(z, mask)"))
+    result = CPU(graph, context(graph))
+    assert not result.modified
+    assert "its mask is scaled together with the scores" in result.refusals[0].reason
+
+
+def test_queries_of_another_length_than_keys(fused):
+    text = attention().replace("float[B,S,8] x,", "float[B,S,8] x, float[B,7,8] memory,")
+    text = text.replace("MatMul(x, wk)", "MatMul(memory, wk)").replace("MatMul(x, wv)", "MatMul(memory, wv)")
+    graph, result = fused(CPU, text)
+    assert result.changes == {"attention fused": 1}
+    node = node_of(graph, "MultiHeadAttention")
+    assert [value.shape[1] for value in node.inputs[:3]] == ["S", 7, 7]
 
 
 def test_refuses_an_attention_whose_probabilities_are_an_output(fill, context):

@@ -11,6 +11,7 @@ from enginesmith.compiler.engine import load
 from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Batcher, Request
 from enginesmith.compiler.generation.sampling import Sampling
+from enginesmith.compiler.generation.speculative import Speculation
 from enginesmith.compiler.generation.steps import caches_of, steps_of
 from enginesmith.errors import DataError, EngineError, EngineMismatchError, RecipeError
 
@@ -214,3 +215,130 @@ def test_an_engine_of_a_fixed_number_of_rows_is_refused(runner):
     found = dataclasses.replace(found, inputs=fixed(found.inputs), outputs=fixed(found.outputs))
     with pytest.raises(EngineMismatchError, match="the engine takes 4 rows at a time"):
         Batcher(runner, found)
+
+
+class Fixed:
+    """A draft of given texts: what comes next in the one that begins so."""
+
+    def __init__(self, texts, change=lambda token: token):
+        self._texts, self._change = texts, change
+        self.calls = 0
+
+    def run(self, inputs):
+        raise AssertionError("a draft keeps its caches itself")
+
+    def steps(self, batch, caches):
+        read = []
+
+        def call(ids, past, count, back=None):
+            self.calls += 1
+            read[past[0] :] = ids[0].tolist()
+            (text,) = {tuple(text) for text in self._texts if text[: len(read)] == read} or {(0,) * 99}
+            logits = np.zeros((1, small["VOCABULARY"]), np.float32)
+            logits[0, self._change((*text, 0)[len(read)])] = 1
+            return logits
+
+        return call
+
+
+def whole(prompt, count):
+    return [*prompt, *small["greedy"](prompt, count)]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["in place", "copied"])
+def checking(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checking")
+    with load(small["write_bundle"](folder, drafted=3, details={"in_place": request.param})) as engine:
+        yield engine._open_runner()
+
+
+@pytest.mark.parametrize(("wrong", "calls"), [(False, 2), (True, 8)])
+def test_a_request_that_is_alone_takes_what_a_draft_proposes(checking, wrong, calls):
+    draft = Fixed([whole([3, 1, 4], 9)], lambda token: (token + 1) % small["VOCABULARY"] if wrong else token)
+    counts = Speculation()
+    batcher = Batcher(checking, small["signature"](3), draft=(draft, small["signature"]()), speculation=counts)
+    for _ in range(2):  # the second begins as the first did, and the draft reads it again
+        text = Text([3, 1, 4], 9)
+        batcher.submit(text.request)
+        assert text.error() is None
+        assert text.tokens == small["greedy"]([3, 1, 4], 9)
+    batcher.close()
+    assert counts.calls == 2 * calls
+    assert counts.tokens == 2 * 8
+    assert (counts.accepted == 0) == wrong
+
+
+def test_requests_that_share_calls_or_are_drawn_go_on_without_a_draft(checking):
+    draft = Fixed([])
+    counts = Speculation()
+    batcher = Batcher(checking, small["signature"](3), draft=(draft, small["signature"]()), speculation=counts)
+    drawn = Text([3, 1, 4], 9, sampling=Sampling(temperature=1.0))
+    batcher.submit(drawn.request)
+    assert drawn.error() is None
+    assert draft.calls == counts.calls == 0
+    texts = [Text(prompt, 7) for prompt in prompts(3)]
+    submit_together(batcher, texts)
+    for text in texts:
+        assert text.error() is None
+        assert text.tokens == small["greedy"](text.request.prompt.tolist(), 7)
+    batcher.close()
+
+
+def test_a_request_that_is_alone_again_is_proposed_to_again(checking):
+    """Between the two, tokens came that the draft has not read, over some that it proposed and that were not taken."""
+    long, short = [3, 1, 4], [2, 7]
+    draft = Fixed([whole(long, 12)])
+    counts = Speculation()
+    batcher = Batcher(checking, small["signature"](3), draft=(draft, small["signature"]()), speculation=counts)
+    second = Text(short, 3)
+
+    def take(token):
+        first.tokens.append(token)
+        if len(first.tokens) == 3:
+            batcher.submit(second.request)
+
+    first = Text(long, 12, take=take)
+    batcher.submit(first.request)
+    for text in (first, second):
+        assert text.error() is None
+    batcher.close()
+    assert first.tokens == small["greedy"](long, 12)
+    assert second.tokens == small["greedy"](short, 3)
+    assert counts.accepted > 2
+
+
+@pytest.mark.parametrize("draft_of_all", [True, False])
+def test_the_same_tokens_come_with_any_draft(checking, runner, draft_of_all):
+    """A whole engine as the draft, on requests that come one by one and together."""
+    batcher = Batcher(checking, small["signature"](3), draft=(runner, small["signature"]()))
+    texts = [Text(prompt, 8) for prompt in prompts(6)]
+    for text in texts:
+        batcher.submit(text.request)
+        if draft_of_all:
+            assert text.error() is None
+    for text in texts:
+        assert draft_of_all or text.error() is None
+        assert text.tokens == small["greedy"](text.request.prompt.tolist(), 8)
+    batcher.close()
+
+
+def test_an_engine_that_checks_no_drafts_takes_none(runner):
+    with pytest.raises(EngineMismatchError, match="the engine checks no drafts"):
+        Batcher(runner, small["signature"](), draft=(runner, small["signature"]()))
+
+
+def test_a_draft_that_fails_ends_its_request(checking, runner):
+    class Failing(Fixed):
+        def steps(self, batch, caches):
+            def call(*_):
+                raise EngineError("the draft has failed")
+
+            return call
+
+    batcher = Batcher(checking, small["signature"](3), draft=(Failing([]), small["signature"]()))
+    text = Text([3, 1, 4], 5)
+    batcher.submit(text.request)
+    error = text.error()
+    batcher.close()
+    assert isinstance(error, EngineError)
+    assert "the draft has failed" in str(error)

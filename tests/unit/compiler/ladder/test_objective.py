@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 
-from enginesmith.compiler.ladder.objective import Objective
+from enginesmith.compiler.ladder.objective import Objective, held_bytes
 from enginesmith.compiler.manifest import SpeedUp
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.errors import RecipeError, UnknownNameError
@@ -17,6 +19,21 @@ def test_what_is_no_objective():
     for text in ("size=2", "size=", "size=0", "latency=3"):
         with pytest.raises(RecipeError, match=f"objective '{text}' cannot be read"):
             Objective.parse(text)
+
+
+def test_caches_of_all_rows_count_as_size():
+    caches = [f"{name}:2x4x16x8:{dtype}" for name, dtype in (("key", "float32"), ("value", "int8"))]
+    plain = parse_inputs(["ids:2x3:int64", *caches], ["ids:0=b@1..2..5", "key:0=b@1..2..5", "value:0=b@1..2..5"])
+    decoder = dataclasses.replace(plain, states={"key": "key_out", "value": "value_out"})
+    assert held_bytes(1000, plain) == 1000
+    assert held_bytes(1000, decoder) == 1000 + 5 * (4 * 16 * 8) * (4 + 1)
+
+
+def test_what_shrinks_is_said():
+    gain = Objective("size", 0.25).gain("a", 100, 40, None)
+    assert Objective("size").describe(gain, "size with the caches of 8 rows") == (
+        "40% of the size with the caches of 8 rows of a"
+    )
 
 
 def test_throughput_is_measured_at_the_largest_batch():

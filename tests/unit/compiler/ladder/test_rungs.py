@@ -7,6 +7,7 @@ from enginesmith.compiler.ladder.rungs import Situation, own_rungs, planners, re
 from enginesmith.compiler.ladder.trials import difference, new_step
 from enginesmith.compiler.recipe import make_recipe
 from enginesmith.compiler.variants import make_variants
+from enginesmith.passes import parse_pass
 from enginesmith.targets import parse_target
 from enginesmith.targets.base import Tuning
 from enginesmith.targets.onnxruntime_cpu import OnnxRuntimeCpu
@@ -171,3 +172,34 @@ def test_sparse_attention_takes_what_the_ladder_fused():
 def test_sparse_attention_needs_data():
     found = situation(data=None, passes=["fuse-attention"], sparse_attention="window=64")
     assert attending(found).left_out["window=64"].startswith("it needs calibration data")
+
+
+def caches_of(found, *, decodes=True):
+    rungs = own_rungs(dataclasses.replace(found, decodes=decodes))
+    return next((rung for rung in rungs if rung.name == "caches"), None)
+
+
+def test_caches_are_stored_where_size_counts_or_there_is_time():
+    for fields in ({"objective": "size", "effort": "quick"}, {"effort": "default"}, {"objective": "size=0.3"}):
+        (variant,) = caches_of(situation(**fields)).candidates
+        assert variant.name == "onnxruntime-cpu-fp32-kv-cache"
+        assert [step.name for step in variant.steps] == ["kv-cache"]
+    assert caches_of(situation(effort="quick")).candidates == ()
+    assert caches_of(situation(), decodes=False) is None
+    assert caches_of(situation(target="openvino")) is None
+
+
+def test_caches_that_are_stored_already_are_not_again():
+    found = situation(objective="size")
+    (variant,) = caches_of(found).candidates
+    assert caches_of(dataclasses.replace(found, incumbent=variant)).candidates == ()
+    assert caches_of(situation(passes=["simplify", "fuse-attention", "kv-cache"])).candidates == ()
+
+
+def test_caches_need_data_and_dense_attention():
+    rung = caches_of(situation(data=None))
+    assert rung.left_out["kv-cache"].startswith("it needs calibration data")
+    found = situation()
+    sparse = found.incumbent.with_step("sparse-attention", parse_pass("sparse-attention:window=8,sinks=1"))
+    rung = caches_of(dataclasses.replace(found, incumbent=sparse))
+    assert rung.left_out == {"kv-cache": "sparse attention reads caches as they are"}

@@ -11,6 +11,7 @@ from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import load_model
 from enginesmith.compiler.sources.decoders.causal import open_folder
 from enginesmith.compiler.sources.decoders.detect import is_causal
+from enginesmith.compiler.sources.decoders.module import Decoder
 from enginesmith.compiler.states import completed
 from enginesmith.errors import RecipeError, SourceError, UnknownNameError
 
@@ -49,6 +50,18 @@ def deepseek():
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def bloom():
+    return transformers.BloomForCausalLM(transformers.BloomConfig(
+        vocab_size=43, hidden_size=24, n_layer=2, n_head=3, bos_token_id=0, eos_token_id=1, initializer_range=0.3,
+    ))  # fmt: skip
+
+
+def mpt():
+    return transformers.MptForCausalLM(transformers.MptConfig(
+        vocab_size=43, d_model=24, n_layers=2, n_heads=3, max_seq_len=32, expansion_ratio=2, initializer_range=0.3,
+    ))  # fmt: skip
+
+
 def call(model, ids, past, caches=None):
     """One call of the reference on a single row."""
     empty = {s.name: np.zeros((1, *s.shape[1:]), np.float32) for s in model.signature.inputs[3:]}
@@ -57,7 +70,7 @@ def call(model, ids, past, caches=None):
     return outputs["logits"], {name: outputs[output] for name, output in model.signature.states.items()}
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, qwen2, qwen3, mistral, deepseek])
+@pytest.mark.parametrize("make", [gpt2, llama, qwen2, qwen3, mistral, deepseek, bloom, mpt])
 def test_logits_are_those_without_a_cache(make):
     torch.manual_seed(0)
     original = make().eval()
@@ -72,6 +85,39 @@ def test_logits_are_those_without_a_cache(make):
     for at in range(9, 12):
         logits, caches = call(model, tokens[at : at + 1], at, caches)
         assert logits == pytest.approx(expected[at : at + 1], abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [bloom, mpt])
+def test_biases_depend_on_the_distance_of_tokens(make):
+    """The model itself attends otherwise where they are taken away, so that they are what is compared above."""
+    torch.manual_seed(0)
+    original = make().eval()
+    decoder = Decoder(original, 24)
+    (part,) = (part for part in decoder.model.modules() if type(part).__name__ in ("BloomModel", "MptModel"))
+    build = "build_alibi_tensor" if make is bloom else "build_mpt_alibi_tensor"
+    slopes = getattr(part, build).args[0]
+    assert slopes.shape == (3, 1, 1)
+    assert len(slopes.unique()) == 3
+    ids = torch.arange(6)[None]
+    caches = [[torch.zeros(1, 3, 24, 8)] * 2 for _ in range(2)]
+    numbers = torch.tensor([0]), torch.tensor([6])
+    with torch.no_grad():
+        expected = original(ids).logits[0, -1]
+        assert decoder(ids, *numbers, *caches)["logits"][0] == pytest.approx(expected, abs=1e-4)
+        slopes.zero_()
+        assert (decoder(ids, *numbers, *caches)["logits"][0] - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("make", [bloom, mpt])
+def test_models_with_biases_drop_no_tokens(make):
+    with pytest.raises(RecipeError, match="cannot drop tokens: its bias is computed from where a key stands"):
+        load_model(make(), decoder={"eviction": "window"})
+
+
+def test_mpt_says_for_how_many_tokens_it_was_made():
+    assert load_model(mpt()).signature.axes["time"].max == 32
+    with pytest.raises(RecipeError, match="max_length=64 is more than MptForCausalLM was made for"):
+        load_model(mpt(), decoder={"max_length": 64})
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
