@@ -187,7 +187,10 @@ def _attention(situation: Situation, asked: str) -> Rung:
 
 
 def _caches(situation: Situation) -> Rung:
-    """8 bits are a quarter of the caches, which count where size does; a token may gain too, as it reads less."""
+    """8 bits are a quarter of the caches, which count where size does; a token may gain too, as it reads less.
+
+    Attention is fused with it where that was not worth its while alone, as other attention converts whole caches.
+    """
     name, incumbent, recipe = "caches", situation.incumbent, situation.recipe
     small = recipe.objective.startswith("size")
     known = [*(split(text)[0] for text in recipe.passes), *(step.name for step in incumbent.steps)]
@@ -195,7 +198,9 @@ def _caches(situation: Situation) -> Rung:
         return Rung(name)
     if "sparse-attention" in known:
         return Rung(name, (), {STORING: "sparse attention reads caches as they are"})
-    return _with_data(name, STORING, (incumbent.with_step(STORING, parse_pass(STORING)),), situation, asked=False)
+    fused = incumbent if FUSING in known else _rewriting(incumbent, parse_pass(FUSING)).candidates[0]
+    stored = dataclasses.replace(fused.with_step(STORING, parse_pass(STORING)), sibling=incumbent.name)
+    return _with_data(name, STORING, (stored,), situation, asked=False)
 
 
 def _with_data(name: str, what: str, found: tuple[Variant, ...], situation: Situation, *, asked: bool) -> Rung:

@@ -182,8 +182,10 @@ def caches_of(found, *, decodes=True):
 def test_caches_are_stored_where_size_counts_or_there_is_time():
     for fields in ({"objective": "size", "effort": "quick"}, {"effort": "default"}, {"objective": "size=0.3"}):
         (variant,) = caches_of(situation(**fields)).candidates
-        assert variant.name == "onnxruntime-cpu-fp32-kv-cache"
-        assert [step.name for step in variant.steps] == ["kv-cache"]
+        assert (variant.name, variant.sibling) == ("onnxruntime-cpu-fp32-fused-kv-cache", "onnxruntime-cpu-fp32")
+        assert [step.name for step in variant.steps] == ["fuse-attention", "kv-cache"]
+    (variant,) = caches_of(situation(passes=["simplify", "fuse-attention"])).candidates
+    assert (variant.name, len(variant.steps)) == ("onnxruntime-cpu-fp32-kv-cache", 1)
     assert caches_of(situation(effort="quick")).candidates == ()
     assert caches_of(situation(), decodes=False) is None
     assert caches_of(situation(target="openvino")) is None
