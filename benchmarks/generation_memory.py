@@ -1,9 +1,10 @@
 """Peak memory of generation on the CPU against what it has to hold: the engine's weights and the caches of its rows.
 
 GPT-2 with random weights is compiled for each precision. A process of its own loads the engine, reads a prompt of 128
-tokens and finds 64 new ones for each row. Its peak resident memory, less what it had before it loaded the engine, is
-compared with the bytes of the engine's files and of the caches. Exits with 1 where it is more than `AT_MOST` times
-that.
+tokens and finds 64 new ones for each row. Its peak resident memory while it generates, less what it had before it
+loaded the engine, is compared with the bytes of the engine's files and of the caches. Exits with 1 where it is more
+than `AT_MOST` times that. The peak of loading stands beside it: ONNX Runtime packs weights for its products then, of
+which the largest is there twice for that time.
 """
 
 from __future__ import annotations
@@ -34,14 +35,18 @@ def resident(what):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(what))
 
+def forget_the_peak():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
 bundle, name, prompt, new, rows = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 before = resident("VmRSS")
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
+forget_the_peak()
 with enginesmith.load(bundle, name) as engine:
-    loaded, peak_of_loading = resident("VmRSS"), resident("VmHWM")
+    loading = resident("VmHWM")
+    forget_the_peak()
     engine.generate([prompt] * rows, new)
-    print(json.dumps({"before": before, "loaded": loaded, "loading": peak_of_loading, "peak": resident("VmHWM")}))
+    print(json.dumps({"loading": loading - before, "generating": resident("VmHWM") - before}))
 """
 
 
@@ -84,18 +89,14 @@ def main() -> int:
             found[record["precision"]] = {
                 "weight_bytes": record["size_bytes"],
                 "cache_bytes": caches,
-                "loaded_bytes": measured["loaded"] - measured["before"],
-                "loading_peak_bytes": measured["loading"] - measured["before"],
-                "peak_bytes": measured["peak"] - measured["before"],
-                "ratio": (measured["peak"] - measured["before"]) / needed,
+                "loading_peak_bytes": measured["loading"],
+                "peak_bytes": measured["generating"],
+                "ratio": measured["generating"] / needed,
             }
     for precision, row in found.items():
         held = " + ".join(f"{row[key] / 1e6:.1f}" for key in ("weight_bytes", "cache_bytes"))
-        peaks = ", ".join(
-            f"{what} {row[key] / 1e6:.1f}"
-            for what, key in (("peak", "peak_bytes"), ("of it loading", "loading_peak_bytes"), ("then", "loaded_bytes"))
-        )
-        print(f"{precision:14} weights + caches {held} MB; {peaks} MB; {row['ratio']:.2f} times, at most {AT_MOST}")
+        peaks = f"peak {row['peak_bytes'] / 1e6:.1f} MB, of loading {row['loading_peak_bytes'] / 1e6:.1f} MB"
+        print(f"{precision:14} weights + caches {held} MB; {peaks}; {row['ratio']:.2f} times, at most {AT_MOST}")
     write("generation_memory", {"prompt_tokens": PROMPT, "new_tokens": NEW, "engines": found}, options.out)
     return 0 if all(row["ratio"] <= AT_MOST for row in found.values()) else 1
 

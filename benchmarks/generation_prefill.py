@@ -24,6 +24,7 @@ from _results import write
 
 import enginesmith
 from enginesmith.compiler.difference import relative_l2
+from enginesmith.targets import parse_target
 
 LENGTH = 1024
 RELATIVE_L2 = {"fp32": 1e-3, "fp16": 2e-2}
@@ -47,7 +48,7 @@ def main() -> int:
             decoder={"max_length": options.tokens + 1, "batch": 1},
             targets=[target],
             precisions=[precision],
-            passes=["simplify", "dedupe", "fuse-attention"],
+            passes=["simplify", "dedupe", *parse_target(target).rewrites(precision)],
             random_calibration=True,
             benchmark=False,
             max_samples=1,

@@ -40,12 +40,15 @@ from ..base import Arrays, Bound
 from .arrays import DeviceArray, new
 from .choosers import AMONG, DRAW, GREEDY
 from .dlpack import cuda_device, ort_dtype
-from .onnxruntime import DEVICE, MAX_GRAPHS, NO_GRAPH, Buffers, DeviceBound, DeviceRunner, empty, run_options
+from .onnxruntime import DEVICE, NO_GRAPH, Buffers, DeviceBound, DeviceRunner, empty, run_options
 from .pinned import pinned
 from .stream import Stream
 
 AHEAD = 2
 """Tokens that the device may be ahead of the host."""
+
+GRAPHS = 64
+"""CUDA graphs of an engine: of calls of one token, and of choices, for each number of rows. Further ones go without."""
 
 Numbers = Mapping[str, np.ndarray]
 Open = Callable[[str], Any]
@@ -119,7 +122,10 @@ class DecodingRunner(CachesRunner):
         super().__init__(session, stream, signature, caches, fused=fused, graphs=graphs)
         self._open_chooser = open_chooser
         self._choosers: dict[str, Any] = {}
-        self._idle: dict[int, list[Calls]] = {}
+        self._shared: dict[str, DeviceArray] = {}
+        self._rows = 0
+        self._calls: dict[int, Calls] = {}
+        self._taken = False
         self._captured = 0
 
     def empty_caches(self, batch: int) -> dict[str, DeviceArray]:
@@ -127,18 +133,23 @@ class DecodingRunner(CachesRunner):
         return self.turn(lambda: self._empty_caches(batch))
 
     def steps(self, batch: int, caches: Mapping[str, Any] | None = None) -> DeviceSteps:
-        """Calls for so many rows, with empty caches, or with those that are given."""
+        """Calls for so many rows, with empty caches, or with those that are given.
+
+        Caches and graphs of one generation are those of the next one; where several run at a time, the others have
+        caches of their own.
+        """
         if caches is not None:
             return DeviceSteps(self, self.turn(lambda: Calls(self, batch, caches)))
-        idle = self._idle.setdefault(batch, [])
-        calls = self.turn(lambda: idle.pop().again() if idle else Calls(self, batch, self._empty_caches(batch)))
+        calls = self.turn(lambda: self._own(batch))
         steps = DeviceSteps(self, calls)
-        weakref.finalize(steps, idle.append, calls)  # its graphs hold memory that is never given back
+        if calls is self._calls.get(batch):
+            weakref.finalize(steps, setattr, self, "_taken", False)
         return steps
 
     def close(self) -> None:
         """As of `DeviceRunner`."""
-        self._idle.clear()
+        self._calls.clear()
+        self._shared.clear()
         self._choosers.clear()
         super().close()
 
@@ -161,10 +172,23 @@ class DecodingRunner(CachesRunner):
 
         A graph is captured by running a call again, which must not add to what the first one left.
         """
-        if any(name.startswith(IMPORTANCE) for name in self.signature.states) or self._captured == MAX_GRAPHS:
+        if any(name.startswith(IMPORTANCE) for name in self.signature.states) or self._captured == GRAPHS:
             return NO_GRAPH
         self._captured += 1
         return next(self._numbers)
+
+    def _own(self, batch: int) -> Calls:
+        """Calls on the first rows of the caches that generations share, which are as many as were asked for so far."""
+        if self._taken:
+            return Calls(self, batch, self._empty_caches(batch))
+        if self._rows < batch:
+            self._calls.clear()
+            self._shared.clear()  # before there is memory for more
+            self._shared, self._rows = self._empty_caches(batch), batch
+        if batch not in self._calls:
+            self._calls[batch] = Calls(self, batch, {name: cache[:batch] for name, cache in self._shared.items()})
+        self._taken = True
+        return self._calls[batch].again()
 
     def _empty_caches(self, batch: int) -> dict[str, DeviceArray]:
         made = {}

@@ -148,15 +148,22 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on(engine):
     ]
 
 
-def test_calls_that_were_left_are_taken_again(engine):
+def test_generations_share_caches_unless_they_run_at_a_time(engine):
     runner = engine._open_runner()
-    engine.generate(PROMPTS[:2], 2)
-    (kept,) = runner._idle[2]
-    steps = steps_of(runner, engine.signature, 2)
-    assert steps._calls is kept
+    engine.generate(PROMPTS, 2)
+    rows = runner._rows
+    first = steps_of(runner, engine.signature, 2)
+    kept = first._calls
+    assert kept._caches["key"].address == runner._shared["key"].address
     assert all(not np.asarray(cache).any() for cache in kept._caches.values())
-    del steps
-    assert runner._idle[2] == [kept]
+    other = steps_of(runner, engine.signature, 2)
+    assert other._calls is not kept
+    assert other._calls._caches["key"].address != kept._caches["key"].address
+    del other
+    assert steps_of(runner, engine.signature, 2)._calls is not kept
+    del first
+    assert steps_of(runner, engine.signature, 2)._calls is kept
+    assert runner._rows == rows
 
 
 def test_prompts_are_read_in_pieces_and_behind_each_other(engine):
@@ -255,7 +262,7 @@ def test_caches_are_cut_and_copied_like_arrays(engine):
 
 def test_graphs_of_cuda_are_counted(engine, monkeypatch):
     runner = engine._open_runner()
-    monkeypatch.setattr(runner, "_captured", device.MAX_GRAPHS - 1)
+    monkeypatch.setattr(runner, "_captured", decoding.GRAPHS - 1)
     assert runner.graph() > 0
     assert runner.graph() == device.NO_GRAPH
 
