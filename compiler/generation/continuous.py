@@ -129,6 +129,7 @@ class Batcher:
         self._drafted: Request | None = None
         self._speculation = speculation or Speculation()
         self._rows: list[Request] = []
+        self._reading: Request | None = None
         self._waiting: collections.deque[Request] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -159,8 +160,24 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._admit():
-            self._step()
+        try:
+            while self._admit():
+                self._step()
+        except Exception as problem:
+            self._give_up(problem)
+            raise
+
+    def _give_up(self, problem: Exception) -> None:
+        """Ends all requests after a fault that is none of an engine, so that none waits for ever."""
+        error = EngineError(f"generation ended by a fault: {type(problem).__name__}: {problem}")
+        error.__cause__ = problem
+        with self._changed:
+            self._closed = True
+            left = [*self._rows, *self._waiting, *([self._reading] if self._reading is not None else [])]
+            self._rows.clear()
+            self._waiting.clear()
+        for request in left:
+            request.done(error)
 
     def _admit(self) -> bool:
         """Reads the next prompt if there is room for it; waits while there is nothing to do. Whether there is more."""
@@ -171,7 +188,9 @@ class Batcher:
                 return False
             request = self._waiting.popleft() if self._waiting and len(self._rows) < self._most else None
         if request is not None:
+            self._reading = request
             self._begin(request)
+            self._reading = None
         return True
 
     def _begin(self, request: Request) -> None:

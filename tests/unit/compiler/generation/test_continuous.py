@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import queue
 import runpy
@@ -188,6 +189,25 @@ def test_a_call_that_fails_ends_those_it_was_for(runner):
     assert after.tokens == small["greedy"]([3, 1, 4], 2)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("when", [0, 1], ids=["a prompt", "a token"])
+def test_after_a_fault_of_our_own_nobody_waits(runner, when):
+    def faulty(number, logits):
+        if number == when:
+            raise ZeroDivisionError("a fault")
+        return logits
+
+    batcher = Batcher(Counting(runner, small["signature"](), faulty), small["signature"](), rows=1)
+    texts = [Text([3, 1, 4], 9) for _ in range(3)]
+    for text in texts:
+        with contextlib.suppress(EngineError):  # it may have ended already
+            batcher.submit(text.request)
+    assert str(texts[0].error()) == "generation ended by a fault: ZeroDivisionError: a fault"
+    batcher.close()
+    with pytest.raises(EngineError, match="the batcher is closed"):
+        batcher.submit(Text([3], 1).request)
+
+
 def test_closing_finishes_what_was_asked_for(runner):
     batcher = Batcher(runner, small["signature"](), rows=1)
     texts = [Text(prompt, 9) for prompt in prompts(3)]
@@ -225,6 +245,9 @@ class Fixed:
         self.calls = 0
 
     def run(self, inputs):
+        raise AssertionError("a draft keeps its caches itself")
+
+    def empty_caches(self, batch):
         raise AssertionError("a draft keeps its caches itself")
 
     def steps(self, batch, caches):
