@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,10 @@ class Caches:
     def real(self, name: str, cache: np.ndarray) -> np.ndarray:
         """A cache as float32."""
         return np.asarray(cache * self._scales.get(name, np.float32(1)), np.float32)
+
+    def as_given(self, outputs: Mapping[str, Any], floats: Mapping[str, str]) -> dict[str, Any]:
+        """The outputs, with those caches as float32 that were given so: `floats`, by the output their input."""
+        return {**outputs, **{out: self.real(name, np.asarray(outputs[out])) for out, name in floats.items()}}
 
     def _stored(self, name: str, cache: np.ndarray) -> np.ndarray:
         if name in self._halves:

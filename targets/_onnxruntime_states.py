@@ -161,8 +161,7 @@ class _BoundCall(HostBound):
 
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs of the last run."""
-        outputs = super().outputs()
-        return {**outputs, **{out: self._caches.real(name, outputs[out]) for out, name in self._floats.items()}}
+        return self._caches.as_given(super().outputs(), self._floats)
 
 
 class Steps:

@@ -39,8 +39,8 @@ class Choice:
         Raises:
             EngineError: they are no numbers.
         """
-        best = int(logits.argmax())
-        self.check(logits[best])  # NaN is the largest to argmax
+        self._step += 1
+        best = likeliest(logits, self._where)
         return best if self._sampling is None else self._sampling.draw(logits, self._generator)
 
     def check(self, best: np.floating[Any]) -> None:
@@ -50,8 +50,11 @@ class Choice:
             EngineError: it is not finite.
         """
         self._step += 1
-        if not np.isfinite(best):
-            raise no_numbers(f"for row {self._row} at token {self._step}", best)
+        check_number(best, self._where)
+
+    @property
+    def _where(self) -> str:
+        return f"for row {self._row} at token {self._step}"
 
     def draws(self, count: int) -> np.ndarray:
         """The random numbers (count) from 0 up to 1 by which its next tokens are drawn."""
@@ -65,16 +68,20 @@ def likeliest(logits: np.ndarray, where: str) -> int:
         EngineError: they are no numbers, `where` they are given.
     """
     best = int(logits.argmax())
-    if not np.isfinite(logits[best]):  # NaN is the largest to argmax
-        raise no_numbers(where, logits[best])
+    check_number(logits[best], where)  # NaN is the largest to argmax
     return best
 
 
-def no_numbers(where: str, found: np.floating[Any]) -> EngineError:
-    """What is wrong where the largest logit is not finite."""
-    return EngineError(
-        f"the engine gives logits that are no numbers, {where}",
-        expected="finite numbers",
-        found=float(found),
-        hint="validate the engine; `enginesmith debug` finds the node",
-    )
+def check_number(best: np.floating[Any], where: str) -> None:
+    """Looks at the largest of some logits.
+
+    Raises:
+        EngineError: it is not finite, `where` the logits are given.
+    """
+    if not np.isfinite(best):
+        raise EngineError(
+            f"the engine gives logits that are no numbers, {where}",
+            expected="finite numbers",
+            found=float(best),
+            hint="validate the engine; `enginesmith debug` finds the node",
+        )

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...targets.base import Runner
 from ..signature import Signature
-from .choice import no_numbers
+from .choice import check_number
 from .eviction import Eviction, check_eviction, steps_for
 from .generate import check_decoder
 from .prompts import check_texts, most_rows, rows_of, side_by_side
@@ -60,8 +60,7 @@ def _read(
         # A text that has ended is filled up, and writes where nothing reads it.
         logits = steps(ids[:, at : at + 1], np.full_like(lengths, at), one)
         live = np.flatnonzero(lengths > at + 1)
-        if not np.isfinite(best := logits[live].max(axis=1)).all():
-            wrong = int(np.flatnonzero(~np.isfinite(best))[0])
-            raise no_numbers(f"after token {at + 1} of a text", best[wrong])
+        for best in logits[live].max(axis=1):
+            check_number(best, f"after token {at + 1} of a text")
         found[live, at] = log_probabilities(logits[live], ids[live, at + 1])
     return [values[: length - 1] for values, length in zip(found, lengths, strict=True)]

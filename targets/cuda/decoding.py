@@ -36,6 +36,7 @@ from ...compiler.states import (
 )
 from ...errors import DataError
 from .._caches import Caches
+from .._onnxruntime import to_numpy
 from ..base import Arrays, Bound
 from .arrays import DeviceArray, new
 from .choosers import AMONG, DRAW, GREEDY
@@ -75,8 +76,7 @@ class CachesRunner(DeviceRunner):
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name, as of `DeviceRunner`. Caches that are given as float32 come back so."""
         stored, floats = self._stored(inputs)
-        outputs = super().run(stored)
-        return {**outputs, **{name: self._kept.real(floats[name], np.asarray(outputs[name])) for name in floats}}
+        return self._kept.as_given(super().run(stored), floats)
 
     def bind(self, inputs: Arrays) -> Bound:
         """The inputs on the device, for runs each of which writes the same tokens into the same caches."""
@@ -102,10 +102,9 @@ class CachesRunner(DeviceRunner):
     def _stored(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """The inputs as the engine takes them, and by the outputs of caches that came as float32 their inputs."""
         self.check(inputs)
-        host = {name: np.asarray(value) for name, value in inputs.items() if cuda_device(value) is None}
-        given = self._kept.given(host)
-        stored = {name: array for name, array in self._kept.stored(host).items() if name in given}
-        return {**inputs, **stored}, {self.signature.states[name]: name for name in given}
+        host = {name: to_numpy(name, value) for name, value in inputs.items() if cuda_device(value) is None}
+        floats = {self.signature.states[name]: name for name in self._kept.given(host)}
+        return {**inputs, **self._kept.stored(host)}, floats
 
 
 class DecodingRunner(CachesRunner):
@@ -208,8 +207,7 @@ class _FloatBound(DeviceBound):
 
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs of the last run, on the host."""
-        outputs = super().outputs()
-        return {**outputs, **{out: self._caches.real(name, outputs[out]) for out, name in self._floats.items()}}
+        return self._caches.as_given(super().outputs(), self._floats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,12 +393,7 @@ class DeviceSteps:
     def tokens(
         self, past: np.ndarray, limit: int, sampling: Sampling | None = None, draws: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The next tokens (batch), `limit` times at most, and the largest logit (batch) of each choice.
-
-        Args:
-            past: tokens of each row that the caches hold after the last call, by whose logits the first is chosen.
-            draws: (limit, batch), numbers from 0 up to 1 to draw by, beside `sampling`.
-        """
+        """The next tokens and largest logits, as `Choosing` tells."""
         turn = self._runner.turn
         chooser = turn(lambda: self._calls.chooser(_kind(sampling)))
         turn(lambda: chooser.begin(past, sampling, draws))

@@ -1,8 +1,7 @@
 """The CUDA target without a GPU: its session and its device are those of the CPU, its driver is a fake."""
 
-import contextlib
-import ctypes
 import dataclasses
+import runpy
 import threading
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from enginesmith.targets.cuda import onnxruntime as device
 from enginesmith.targets.onnxruntime_cuda import OnnxRuntimeCuda
 
 torch = pytest.importorskip("torch")
+FakeStream = runpy.run_path(str(Path(__file__).parents[2] / "host_device.py"))["Stream"]
 
 MODEL = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -45,39 +45,6 @@ SIGNATURE = Signature(
     axes={"N": AxisRange(1, 2, 64)},
 )
 SAMPLE = {"x": np.array([[1, -1], [0, 2]], np.float32), "flip": np.array(True)}
-
-
-class FakeEvent:
-    def milliseconds_since(self, start):
-        return 0.25
-
-
-class FakeStream:
-    """Copies at once, in the host's memory."""
-
-    device = 0
-    handle = None
-
-    def __init__(self, device=0):
-        self.closed = False
-
-    def current(self):
-        return contextlib.nullcontext()
-
-    def copy(self, destination, source, size_bytes):
-        ctypes.memmove(destination, source, size_bytes)
-
-    def synchronize(self):
-        pass
-
-    def event(self):
-        return FakeEvent()
-
-    def record(self, event):
-        pass
-
-    def close(self):
-        self.closed = True
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import runpy
 from pathlib import Path
@@ -30,37 +29,8 @@ from enginesmith.targets.cuda import onnxruntime as device
 from enginesmith.targets.cuda.decoding import DecodingRunner, put
 
 small = runpy.run_path(str(Path(__file__).parents[3] / "small_decoder.py"))
+FakeStream = runpy.run_path(str(Path(__file__).parents[3] / "host_device.py"))["Stream"]
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
-
-
-class FakeEvent:
-    def synchronize(self):
-        pass
-
-
-class FakeStream:
-    """Copies at once."""
-
-    device = 0
-    pointer = None
-
-    def current(self):
-        return contextlib.nullcontext()
-
-    def copy(self, destination, source, size_bytes):
-        ctypes.memmove(destination, source, size_bytes)
-
-    def synchronize(self):
-        pass
-
-    def event(self):
-        return FakeEvent()
-
-    def record(self, event):
-        pass
-
-    def close(self):
-        pass
 
 
 def fake_call(function, *arguments):
