@@ -2,18 +2,20 @@
 
 The model has random weights, biases among them; prompts have 128 tokens, and 256 new ones are found greedily, for one
 row and for 32. Candidates are transformers in fp32 and fp16, with a static cache that torch.compile has compiled, and
-enginesmith's engine for onnxruntime-cuda. A round times each candidate twice, in random order: the whole answer, and
-the prompt with one token, from which the time of a token follows. Exits with 1 where the engine is not as many times as
-fast as the best of transformers, or takes longer for a token, than `AT_LEAST` and `AT_MOST_MS` say.
+enginesmith's engines for onnxruntime-cuda and torch-inductor. A round times each candidate twice, in random order: the
+whole answer, and the prompt with one token, from which the time of a token follows. Exits with 1 where the best engine
+is not as many times as fast as the best of transformers, or takes longer for a token, than `AT_LEAST` and `AT_MOST_MS`
+say.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,7 @@ import enginesmith
 from enginesmith.targets import parse_target
 
 PROMPT, NEW = 128, 256
-TARGET = "onnxruntime-cuda"
-ENGINE = f"engine {TARGET} fp16"
+TARGETS = {"onnxruntime-cuda": "onnxruntime-cuda", "torch-inductor": "torch-inductor:device=cuda"}
 PEERS = {
     "fp32": "transformers fp32",
     "fp16": "transformers fp16",
@@ -52,15 +53,17 @@ def main() -> int:
         bundle = compiled(model, options.bundle or Path(folder) / "bundle", options)
         print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
         single, half = model.cuda(), copy.deepcopy(model).half().cuda()
-        with bundle.load() as engine:
+        with contextlib.ExitStack() as stack:
+            engines = {name: stack.enter_context(bundle.load(f"{name}-fp16")) for name in options.engines}
             for batch in options.batches:
                 rows = ids[:batch]
                 answers = (eager(single, rows), eager(half, rows), eager(half, rows, "static"))
                 peers = dict(zip(PEERS, answers, strict=True))
                 candidates = {PEERS[name]: peers[name] for name in options.peers}
-                times = race({**candidates, ENGINE: ours(engine, rows)}, options.rounds, options.seed, NEW)
+                own = {f"engine {name} fp16": ours(engine, rows) for name, engine in engines.items()}
+                times = race({**candidates, **own}, options.rounds, options.seed, NEW)
                 found[str(batch)] = times
-                passed = report(batch, times) and passed
+                passed = report(batch, times, own) and passed
                 results = {"prompt_tokens": PROMPT, "new_tokens": NEW, "max_length": options.max_length, "rows": found}
                 write("generation_gpu", results, options.out)
     return 0 if passed else 1
@@ -76,14 +79,16 @@ def random_model() -> transformers.PreTrainedModel:
 
 
 def compiled(model: transformers.PreTrainedModel, place: Path, options: argparse.Namespace) -> enginesmith.Bundle:
-    """The model with its cache, in fp16, with all that the target fuses."""
+    """The model with its cache, in fp16, with all that the targets fuse."""
+    targets = [TARGETS[name] for name in options.engines]
+    rewrites = [rewrite for target in targets for rewrite in parse_target(target).rewrites("fp16")]
     return enginesmith.compile(
         model,
         place,
         decoder={"max_length": options.max_length, "batch": max(options.batches)},
-        targets=[TARGET],
+        targets=targets,
         precisions=["fp16"],
-        passes=["simplify", "dedupe", *parse_target(TARGET).rewrites("fp16")],
+        passes=["simplify", "dedupe", *rewrites] if rewrites else [],
         benchmark=False,
         max_samples=1,
     )
@@ -109,9 +114,9 @@ def ours(engine: enginesmith.Engine, rows: Sequence[np.ndarray] | np.ndarray) ->
     return lambda count: engine.generate(list(rows), count)
 
 
-def report(batch: int, times: dict[str, dict[str, float]]) -> bool:
-    """Prints the times for so many rows; whether the engine is as fast as it should be."""
-    best = min(row["token_ms"] for name, row in times.items() if name != ENGINE)
+def report(batch: int, times: dict[str, dict[str, float]], engines: Collection[str]) -> bool:
+    """Prints the times for so many rows; whether the best engine is as fast as it should be."""
+    best = min(row["token_ms"] for name, row in times.items() if name not in engines)
     for name, row in times.items():
         row["speed_up"] = best / row["token_ms"]
         print(
@@ -119,7 +124,7 @@ def report(batch: int, times: dict[str, dict[str, float]]) -> bool:
             f"and one, {row['speed_up']:.2f}x",
             flush=True,
         )
-    engine = times[ENGINE]
+    engine = min((times[name] for name in engines), key=lambda row: row["token_ms"])
     return engine["speed_up"] >= AT_LEAST.get(batch, 1.0) and engine["token_ms"] <= AT_MOST_MS.get(batch, np.inf)
 
 
@@ -129,6 +134,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--engines", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--bundle", type=Path, help="keep the engine here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: generation_gpu.json in the results")

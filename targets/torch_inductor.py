@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -15,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from ..compiler.states import row_bytes
 from ..errors import BuildError, EngineError, RecipeError
 from ._torch import MINIMUM_TEXT, TorchRunner, check, prepare, require, tensors_of, torch_availability
 from ._worker import Worker
@@ -36,12 +39,13 @@ class TorchInductor(Target):
     """A library that TorchInductor compiles for this very processor or GPU, and that torch of the same version loads.
 
     fp16 and bf16 hold and compute everything in that type, with casts where inputs and outputs have other dtypes. On a
-    processor with bfloat16 instructions bf16 is about twice as fast as fp32.
+    processor with bfloat16 instructions bf16 is about twice as fast as fp32. A decoder becomes programs that write into
+    its caches; see docs/generation.md.
 
     Attributes:
         device: where the engine runs.
         freezing: whether weights become constants in layouts of the compiler's choice. Without it a CNN was slower than
-            eager torch (0.86x), with it faster (1.5x). Left out for models with state and on a GPU.
+            eager torch (0.86x), with it faster (1.5x). Left out for models with state, for decoders and on a GPU.
         max_autotune: whether kernels are chosen by measuring, which takes minutes.
         coordinate_descent: whether the sizes of blocks in kernels for a GPU are searched by measuring too.
         threads: number of threads compiled in; None for as many as torch uses when it runs.
@@ -103,18 +107,28 @@ class TorchInductor(Target):
     def build(self, request: BuildRequest) -> EngineInfo:
         """Exports the module; a worker process compiles and packages it, loads it and runs it against the model.
 
-        Compiler and compiled code are native: the first load of a package is where a bad one crashes.
+        Compiler and compiled code are native: the first load of a package is where a bad one crashes. A decoder becomes
+        several programs with the same weights, each compiled in a process of its own.
         """
         require(state := self.availability(), to_build=True)
-        entry = request.directory / "model.pt2"
+        entry, signature, details = "model.pt2", request.signature, {}
+        if _in_place(request):
+            from .inductor.decoders import ANY, stored
+
+            entry, signature = f"{ANY}.pt2", stored(signature, request.precision)
+            details = {"in_place": True, "cache_row_bytes": row_bytes(signature), "caches_in_8_bits": 0}
         requires = self._requires(state.versions["torch"])
-        info = self.info(request, entry.name, state.versions, requires=requires, stateful=request.model.stateful)
+        info = self.info(
+            dataclasses.replace(request, signature=signature), entry, state.versions, requires=requires,
+            stateful=request.model.stateful, details=details,
+        )  # fmt: skip
         request.cache.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(dir=request.cache, prefix="inductor-") as scratch:
                 self._build(request, info, Path(scratch).absolute())
         except EngineError:
-            entry.unlink(missing_ok=True)
+            for file in (*request.directory.glob("*.pt2"), *request.directory.glob("*.safetensors")):
+                file.unlink()
             raise
         request.progress(1.0, "done")
         return info
@@ -122,6 +136,10 @@ class TorchInductor(Target):
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
         """Loads the package; its calls are checked, for compiled code reads beyond inputs that are too small."""
         require(self.availability())
+        if info.details.get("in_place"):
+            from .inductor.decoding import DecodingRunner
+
+            return DecodingRunner(directory, info, self.device)
         return _CheckedRunner(lambda: self._load(directory / info.entry), info, self.device)
 
     def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
@@ -137,43 +155,73 @@ class TorchInductor(Target):
 
     def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> None:
         request.progress(0.0, "torch.export")
-        program = scratch / "program.pt2"
-        libraries = self._export(request, program)
+        programs = self._export(dataclasses.replace(request, signature=info.signature), scratch)
         info.write(scratch)
-        directory = request.directory.absolute()
-        with Worker(command(), name="TorchInductor in its worker process", log=request.log) as worker:
+        directory, name = request.directory.absolute(), "TorchInductor in its worker process"
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(Worker(command(), name=name, log=request.log)) for _ in programs]
             request.progress(0.3, "compilation")
-            worker.call(
-                "compile",
-                timeout_s=request.timeout_s,
-                program=str(program),
-                package=str(directory / info.entry),
-                scratch=str(scratch),
-                libraries=libraries,
-                configs=self._configs(request.model.stateful),
-            )
+            with ThreadPoolExecutor(len(programs)) as pool:
+                for done in [
+                    pool.submit(
+                        worker.call,
+                        "compile",
+                        timeout_s=request.timeout_s,
+                        program=str(program),
+                        package=str(directory / program.name),
+                        scratch=str(scratch),
+                        libraries=libraries,
+                        configs=self._configs(stateful=request.model.stateful, decoder=_in_place(request)),
+                    )
+                    for worker, (program, libraries) in zip(workers, programs.items(), strict=True)
+                ]:
+                    done.result()
             request.progress(0.9, "first runs")
-            worker.call("load", timeout_s=request.timeout_s, directory=str(directory), info=str(scratch))
-            check(_Remote(worker, info, scratch, request.timeout_s), request, "compiled")
+            workers[0].call("load", timeout_s=request.timeout_s, directory=str(directory), info=str(scratch))
+            check(_Remote(workers[0], info, scratch, request.timeout_s), request, "compiled")
 
-    def _configs(self, stateful: bool) -> dict[str, Any]:
+    def _configs(self, *, stateful: bool, decoder: bool = False) -> dict[str, Any]:
         return {
-            "freezing": self.freezing and self.device == "cpu" and not stateful,
+            "freezing": self.freezing and self.device == "cpu" and not stateful and not decoder,
             "max_autotune": self.max_autotune,
             "coordinate_descent_tuning": self.coordinate_descent,
             "cpp.threads": self.threads or -1,
             "cpp.dynamic_threads": self.threads is None,
+            **({"aot_inductor.package_constants_in_so": False} if decoder else {}),  # several programs share them
         }
 
-    def _export(self, request: BuildRequest, file: Path) -> list[str]:
-        """Saves the program in `file`, and returns the modules whose operators it uses."""
+    def _export(self, request: BuildRequest, folder: Path) -> dict[Path, list[str]]:
+        """Saves the programs in a folder, and returns the modules whose operators each of them uses."""
         import torch
 
-        from ..compiler.data import resized
         from ..compiler.sources.guard import first_line, foreign, quiet
 
         def failed(error: BaseException) -> BuildError:
             return BuildError("TorchInductor failed at torch.export", found=first_line(error), hint="see build.log")
+
+        found = {}
+        with torch.no_grad(), quiet(request.log), foreign(failed):
+            programs = self._decoder(request) if _in_place(request) else {"model": self._program(request)}
+            for name, program in programs.items():
+                torch.export.save(program, folder / f"{name}.pt2")
+                found[folder / f"{name}.pt2"] = _libraries(program)
+        del programs, program
+        gc.collect()  # programs refer to themselves, and the workers need the room
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def _decoder(self, request: BuildRequest) -> dict[str, torch.export.ExportedProgram]:
+        from .inductor import decoders
+
+        programs = dict(decoders.export(request, self.device, kernels=self.device == "cuda"))
+        decoders.saved(programs, request.directory)
+        return programs
+
+    def _program(self, request: BuildRequest) -> torch.export.ExportedProgram:
+        import torch
+
+        from ..compiler.data import resized
 
         module = prepare(request, self.device)
         if any(_is_script(part) for part in module.modules()):
@@ -181,15 +229,7 @@ class TorchInductor(Target):
         # torch.export takes a size of 1 for a constant.
         sizes = {name: min(max(size, 2), request.signature.axes[name].max) for name, size in _sizes(request).items()}
         inputs = tuple(tensors_of(resized(request.signature, request.sample, sizes), request, self.device))
-        with torch.no_grad(), quiet(request.log), foreign(failed):
-            program = torch.export.export(module, inputs, dynamic_shapes=(_dynamic_shapes(request),), strict=False)
-            torch.export.save(program, file)
-            libraries = _libraries(program)
-        del program, module, inputs
-        gc.collect()  # programs refer to themselves, and the worker needs the room
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-        return libraries
+        return torch.export.export(module, inputs, dynamic_shapes=(_dynamic_shapes(request),), strict=False)
 
     def _requires(self, version: str) -> dict[str, str]:
         from ..compiler.machine import environment
@@ -298,6 +338,11 @@ def _dynamic_shapes(request: BuildRequest) -> tuple[dict[int, Any], ...]:
         {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim in dims}
         for spec in request.signature.inputs
     )
+
+
+def _in_place(request: BuildRequest) -> bool:
+    """Whether a model is built as programs that write into their caches; NumPy has none in bfloat16."""
+    return bool(request.signature.states) and request.precision != "bf16"
 
 
 def _is_script(module: torch.nn.Module) -> bool:

@@ -57,6 +57,10 @@ class Commands:
         for library in libraries:
             importlib.import_module(library)
         import torch
+
+        from .operators import operators
+
+        operators()
         from torch._inductor.utils import fresh_cache
 
         with torch.no_grad(), fresh_cache(dir=scratch):

@@ -1,13 +1,16 @@
-"""One engine compiled by TorchInductor, from the model to results at every batch size."""
+"""Engines compiled by TorchInductor, from the model to results."""
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
+import enginesmith
 from enginesmith.compiler.signature import parse_inputs
 from enginesmith.compiler.sources import load_model
 from enginesmith.compiler.validation.reference import ReferenceOutputs
@@ -15,6 +18,8 @@ from enginesmith.compiler.validation.validator import validate
 from enginesmith.errors import DataError
 from enginesmith.targets import parse_target
 from enginesmith.targets.base import BuildRequest
+
+random = runpy.run_path(str(Path(__file__).parents[1] / "random_model.py"))["random"]
 
 
 @pytest.mark.slow
@@ -46,3 +51,25 @@ def test_an_engine_is_compiled_validated_and_timed(tmp_path: Path) -> None:
     assert len(runner.bind(sample).timed(2)[0]) == 2
     with pytest.raises(DataError, match="input 'input' has the wrong shape"):
         runner.run({"input": np.zeros((4, 1, 8, 6), np.float32)})
+
+
+@pytest.mark.slow
+def test_a_decoder_is_compiled_and_generates(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=61, n_positions=48, n_embd=24, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    model = random(lambda: transformers.GPT2LMHeadModel(config))
+    bundle = enginesmith.compile(
+        model, tmp_path / "bundle", decoder={"max_length": 32, "batch": 1}, targets=["torch-inductor"], passes=[],
+        precisions=["fp32"], benchmark=False, max_samples=1,
+    )  # fmt: skip
+    folder = tmp_path / "bundle" / "engines" / "torch-inductor-fp32"
+    assert {path.name for path in folder.glob("*.pt2")} == {"one.pt2", "any.pt2"}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert (folder / "weights.safetensors").stat().st_size < 4 * parameters + 10_000
+    ids = torch.tensor([[3, 1, 4]])
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
+    with bundle.load() as engine:
+        assert engine.generate([3, 1, 4], 20) == expected[:, 3:].tolist()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -47,17 +47,32 @@ class Total:
         self.sums[layer] = self.sums[layer] + shared[..., None]
 
 
+class Attending(Protocol):
+    """What keeps the caches of a call, and may attend itself."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """(batch, heads, time, width) for queries of that shape; None where it leaves that to others.
+
+        Args:
+            key: what the layer attends to, and `value` beside it.
+        """
+
+
+_attending: contextvars.ContextVar[Attending | None] = contextvars.ContextVar("enginesmith-caches", default=None)
 _summing: contextvars.ContextVar[Total | None] = contextvars.ContextVar("enginesmith-attention", default=None)
 
 
 @contextlib.contextmanager
-def summing(total: Total | None) -> Iterator[None]:
-    """Within it the layers add what they attend to."""
-    token = _summing.set(total)
+def over(caches: Attending, total: Total | None) -> Iterator[None]:
+    """Within it layers attend over these caches, and add what they attend to."""
+    tokens = _attending.set(caches), _summing.set(total)
     try:
         yield
     finally:
-        _summing.reset(token)
+        _attending.reset(tokens[0])
+        _summing.reset(tokens[1])
 
 
 def attend(
@@ -92,6 +107,9 @@ def attend(
                 hint="compile the model without its cache: declare its inputs with --input",
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    own = _attending.get()
+    if own is not None and (output := own.attend(_number(module), query, key, value, scale)) is not None:
+        return output.transpose(1, 2), None
     shared = query.shape[1] // key.shape[1]
     if shared == 1:
         scores = torch.matmul(query, key.transpose(2, 3)) * scale + attention_mask
@@ -104,8 +122,12 @@ def attend(
         output = torch.matmul(weights, value.unsqueeze(2)).flatten(1, 2)
         weights = weights.flatten(1, 2)
     if (total := _summing.get()) is not None:
-        total.add(int(module.layer_idx), weights)  # type: ignore[arg-type]
+        total.add(_number(module), weights)
     return output.transpose(1, 2), None
+
+
+def _number(layer: torch.nn.Module) -> int:
+    return int(layer.layer_idx)  # type: ignore[arg-type]
 
 
 def register() -> None:

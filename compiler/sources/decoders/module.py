@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,7 +76,7 @@ class Decoder(torch.nn.Module):
         seen = numbers <= entries[:, None, :, None]
         weight = next(self.model.parameters())
         mask = torch.zeros((), dtype=weight.dtype, device=ids.device).masked_fill(~seen, -torch.inf)
-        rows = Rows(entries, key, value)
+        rows = _rows.get()(entries, key, value)
         total = None
         if importance:
             held = (numbers < entries[:, :1])[:, None, :, None]  # what stands beyond is of entries that are gone
@@ -82,7 +84,7 @@ class Decoder(torch.nn.Module):
         last = torch.minimum(count[:, None] - 1, end).clamp_min(0)
         self._last.index = last if back is None else torch.minimum(last - back, end).clamp_min(0)
         try:
-            with attention.summing(total):
+            with attention.over(rows, total):
                 logits = self.model(
                     input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=rows, use_cache=True
                 ).logits
@@ -116,8 +118,29 @@ class Rows:
         """Asked by models to number positions, which they are given."""
         return 0
 
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """None: layers attend as they do."""
+        return None
+
     def _written(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return buffer.scatter(2, self._index.expand(*new.shape), new.to(buffer.dtype))
+
+
+MakeRows = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], Rows]
+
+_rows: contextvars.ContextVar[MakeRows] = contextvars.ContextVar("enginesmith-rows", default=Rows)
+
+
+@contextlib.contextmanager
+def keeping(rows: MakeRows) -> Iterator[None]:
+    """Within it calls of decoders keep their caches so."""
+    token = _rows.set(rows)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
 
 
 class _Widths(Rows):

@@ -1,0 +1,196 @@
+"""Triton kernels for calls of one new token a row, which are bound by how fast weights and caches are read.
+
+A call of a language model is dozens of small kernels one after the other, so each of these does what would be several:
+a product with the layer norm before it and what is added or computed behind it; attention over a cache with the new
+token written into it; the largest of many logits. All sums are in float32.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# Triton compiles these functions; their arguments are addresses and sizes.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activated(y, activation: tl.constexpr):
+    """By the number in `operators.ACTIVATIONS`."""
+    if activation == 1:  # x Sigmoid(2 u) is x (1 + tanh u) / 2
+        y = y / (1 + tl.exp(-2 * 0.7978845608028654 * (y + 0.044715 * y * y * y)))
+    elif activation == 2:
+        y = tl.maximum(y, 0.0)
+    return y
+
+
+@triton.jit
+def row_product(
+    x_at, weight_at, bias_at, residual_at, norm_weight_at, norm_bias_at, y_at, n_size, k_size,
+    eps: tl.constexpr, has_bias: tl.constexpr, has_residual: tl.constexpr, has_norm: tl.constexpr,
+    activation: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, whole: tl.constexpr,
+):  # fmt: skip
+    """Computes y (n) = activation(weight (n, k) norm(x (k)) + bias) + residual.
+
+    Each program finds the norm for itself. Weights are read before what does not need them.
+    """
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    inside_n = n < n_size
+    place = weight_at + n[:, None].to(tl.int64) * k_size
+    first = tl.arange(0, block_k)
+    weight = tl.load(place + first[None, :], mask=inside_n[:, None] & (first < k_size)[None, :], other=0.0)
+    if has_norm:
+        all_k = tl.arange(0, whole)
+        all_x = tl.load(x_at + all_k, mask=all_k < k_size, other=0.0).to(tl.float32)
+        mean = tl.sum(all_x, axis=0) / k_size
+        apart = tl.where(all_k < k_size, all_x - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(apart * apart, axis=0) / k_size + eps)
+    sums = tl.zeros((block_n, block_k), tl.float32)
+    for start in range(0, k_size, block_k):
+        k = start + first
+        inside_k, inside_next = k < k_size, k + block_k < k_size
+        next_place = place + (k + block_k)[None, :]
+        next_weight = tl.load(next_place, mask=inside_n[:, None] & inside_next[None, :], other=0.0)
+        x = tl.load(x_at + k, mask=inside_k, other=0.0).to(tl.float32)
+        if has_norm:
+            norm_weight = tl.load(norm_weight_at + k, mask=inside_k, other=0.0).to(tl.float32)
+            norm_bias = tl.load(norm_bias_at + k, mask=inside_k, other=0.0).to(tl.float32)
+            x = (x - mean) * scale * norm_weight + norm_bias
+        sums += weight.to(tl.float32) * x[None, :]
+        weight = next_weight
+    y = tl.sum(sums, axis=1)
+    if has_bias:
+        y += tl.load(bias_at + n, mask=inside_n, other=0.0).to(tl.float32)
+    y = _activated(y, activation)
+    if has_residual:
+        y += tl.load(residual_at + n, mask=inside_n, other=0.0).to(tl.float32)
+    tl.store(y_at + n, y.to(y_at.dtype.element_ty), mask=inside_n)
+
+
+@triton.jit
+def rows_product(
+    x_at, weight_at, bias_at, residual_at, y_at, m_size, n_size, k_size,
+    has_bias: tl.constexpr, has_residual: tl.constexpr, activation: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, stages: tl.constexpr,
+):  # fmt: skip
+    """Computes y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual, on Tensor Cores."""
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    m = tl.program_id(1) * block_m + tl.arange(0, block_m)
+    inside_n, inside_m = n < n_size, m < m_size
+    sums = tl.zeros((block_m, block_n), tl.float32)
+    for start in tl.range(0, k_size, block_k, num_stages=stages):
+        k = start + tl.arange(0, block_k)
+        inside_k = k < k_size
+        x = tl.load(x_at + m[:, None] * k_size + k[None, :], mask=inside_m[:, None] & inside_k[None, :], other=0.0)
+        place = weight_at + n[None, :].to(tl.int64) * k_size + k[:, None]
+        sums = tl.dot(x, tl.load(place, mask=inside_n[None, :] & inside_k[:, None], other=0.0), sums)
+    if has_bias:
+        sums += tl.load(bias_at + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+    sums = _activated(sums, activation)
+    place = m[:, None] * n_size + n[None, :]
+    inside = inside_m[:, None] & inside_n[None, :]
+    if has_residual:
+        sums += tl.load(residual_at + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_at + place, sums.to(y_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attend(
+    query_at, key_at, value_at, keys_at, values_at, entries_at, y_at, parts_at, ends_at,
+    query_row, query_head, key_row, key_head, value_row, value_head, entries_row, length,
+    scale: tl.constexpr, heads: tl.constexpr, shared: tl.constexpr, width: tl.constexpr, block_d: tl.constexpr,
+    block_t: tl.constexpr, tokens: tl.constexpr, splits: tl.constexpr,
+):  # fmt: skip
+    """Softmax(scale q K^T) V of one query, over the part of a cache that is `tokens` long, up to the entry of the row.
+
+    A program is of a row and a head of the cache, which `shared` heads of the query share, and of one of the `splits`
+    parts. The one whose part has the entry writes the new key and value there. Several parts leave their sums, largest
+    score and total to `combine`. After the online softmax of https://arxiv.org/abs/1805.02867.
+    """
+    cache = tl.program_id(0)
+    split = tl.program_id(1)
+    row, head = cache // heads, cache % heads
+    entry = tl.load(entries_at + row * entries_row)
+    d = tl.arange(0, block_d)
+    inside_d = d < width
+    begin = cache.to(tl.int64) * length * width
+    key = tl.load(key_at + row * key_row + head * key_head + d, mask=inside_d, other=0.0)
+    value = tl.load(value_at + row * value_row + head * value_head + d, mask=inside_d, other=0.0)
+    first = split * tokens
+    end = tl.minimum(entry + 1, first + tokens)
+    if (entry >= first) & (entry < first + tokens):
+        tl.store(keys_at + begin + entry * width + d, key, mask=inside_d)
+        tl.store(values_at + begin + entry * width + d, value, mask=inside_d)
+    for number in tl.static_range(shared):
+        query_number = head * shared + number
+        place = query_at + row * query_row + query_number * query_head + d
+        query = tl.load(place, mask=inside_d, other=0.0).to(tl.float32) * scale
+        largest = -float("inf")
+        total = 0.0
+        sums = tl.zeros((block_d,), tl.float32)
+        for start in range(first, end, block_t):
+            t = start + tl.arange(0, block_t)
+            seen = t < end
+            new = (t == entry)[:, None]  # not read: it may not be written yet
+            place_t = begin + t[:, None] * width + d[None, :]
+            old = seen[:, None] & inside_d[None, :] & ~new
+            keys = tl.load(keys_at + place_t, mask=old, other=0.0).to(tl.float32)
+            values = tl.load(values_at + place_t, mask=old, other=0.0).to(tl.float32)
+            keys = tl.where(new, key.to(tl.float32)[None, :], keys)
+            values = tl.where(new, value.to(tl.float32)[None, :], values)
+            scores = tl.where(seen, tl.sum(keys * query[None, :], axis=1), -float("inf"))
+            higher = tl.maximum(largest, tl.max(scores, axis=0))
+            weights = tl.exp(scores - higher)
+            factor = tl.exp(largest - higher)
+            total = total * factor + tl.sum(weights, axis=0)
+            sums = sums * factor + tl.sum(weights[:, None] * values, axis=0)
+            largest = higher
+        place_y = row * heads * shared + query_number
+        if splits == 1:
+            tl.store(y_at + place_y * width + d, (sums / total).to(y_at.dtype.element_ty), mask=inside_d)
+        else:
+            part = place_y * splits + split
+            tl.store(parts_at + part * block_d + d, sums)
+            tl.store(ends_at + part * 2, largest)
+            tl.store(ends_at + part * 2 + 1, total)
+
+
+@triton.jit
+def combine(
+    parts_at, ends_at, y_at, width: tl.constexpr, block_d: tl.constexpr, splits: tl.constexpr, block_s: tl.constexpr
+):
+    """What the parts of a query's cache give together."""
+    query = tl.program_id(0)
+    split = tl.arange(0, block_s)
+    inside = split < splits
+    d = tl.arange(0, block_d)
+    part = query * splits + split
+    largest = tl.load(ends_at + part * 2, mask=inside, other=-float("inf"))
+    total = tl.load(ends_at + part * 2 + 1, mask=inside, other=0.0)
+    factor = tl.exp(largest - tl.max(largest, axis=0))
+    sums = tl.load(parts_at + part[:, None] * block_d + d[None, :], mask=inside[:, None], other=0.0)
+    y = tl.sum(sums * factor[:, None], axis=0) / tl.sum(total * factor, axis=0)
+    tl.store(y_at + query * width + d, y.to(y_at.dtype.element_ty), mask=d < width)
+
+
+@triton.jit
+def block_largest(x_at, largest_at, place_at, size, blocks, block: tl.constexpr):
+    """The largest of a block of a row, and its place; infinity where one is no number."""
+    row, number = tl.program_id(0), tl.program_id(1)
+    n = number * block + tl.arange(0, block)
+    x = tl.load(x_at + row.to(tl.int64) * size + n, mask=n < size, other=-float("inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("inf"))
+    largest, place = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(largest_at + row * blocks + number, largest)
+    tl.store(place_at + row * blocks + number, number * block + place)
+
+
+@triton.jit
+def row_largest(largest_at, place_at, best_at, token_at, blocks, block: tl.constexpr):
+    """The largest of the blocks of a row; of equal ones the first."""
+    row = tl.program_id(0)
+    number = tl.arange(0, block)
+    x = tl.load(largest_at + row * blocks + number, mask=number < blocks, other=-float("inf"))
+    largest, place = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(best_at + row, largest.to(best_at.dtype.element_ty))
+    tl.store(token_at + row, tl.load(place_at + row * blocks + place).to(tl.int64))

@@ -1,0 +1,97 @@
+"""What stands around products is computed within them, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from enginesmith.targets.inductor import products
+from enginesmith.targets.inductor.products import Product
+
+
+class Feed(torch.nn.Module):
+    """Layer norm, two products with an activation between, and what comes around them."""
+
+    def __init__(self, activation: torch.nn.Module, *, read_twice: bool = False) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = torch.nn.LayerNorm(8), torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+        self.activation, self.drop, self.read_twice = activation, torch.nn.Dropout(0.5), read_twice
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        inner = self.activation(self.first(normed))
+        outer = x + self.drop(self.second(inner))
+        return (outer * normed if self.read_twice else outer) * 2
+
+
+def traced(model: torch.nn.Module, x: torch.Tensor, *, norms: bool = True) -> tuple[list[str], torch.nn.Module]:
+    """The operators of the fused graph, and the graph as a module."""
+    products.replace(model)
+    with products.fusing(True):
+        program = torch.export.export(model, (x,), strict=False)
+    products.fuse(program.graph_module.graph, norms=norms)
+    program.graph_module.recompile()
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"], program.module()
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        torch.nn.ReLU(), torch.nn.GELU(approximate="tanh"), transformers.activations.NewGELUActivation(),
+        transformers.activations.FastGELUActivation(),
+    ],
+    ids=lambda module: type(module).__name__,
+)  # fmt: skip
+def test_norm_activation_and_sum_go_into_products(activation):
+    torch.manual_seed(0)
+    model, x = Feed(activation).eval(), torch.randn(1, 1, 8)
+    expected = model(x)
+    found, fused = traced(model, x)
+    assert found == ["enginesmith.product.default"] * 2 + ["aten.mul.Tensor"]
+    torch.testing.assert_close(fused(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "options", "left"),
+    [
+        (torch.nn.ReLU(), {"norms": False}, "aten.layer_norm.default"),
+        (torch.nn.GELU(), {}, "aten.gelu.default"),
+        (torch.nn.SiLU(), {}, "aten.silu.default"),
+    ],
+    ids=["norm of several rows", "GELU by erf", "SiLU"],
+)
+def test_what_the_operator_does_not_compute_stays(activation, options, left):
+    model, x = Feed(activation).eval(), torch.randn(1, 1, 8)
+    expected = model(x)
+    found, fused = traced(model, x, **options)
+    assert left in found
+    assert found.count("enginesmith.product.default") == 2
+    torch.testing.assert_close(fused(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_others_read_stays():
+    model, x = Feed(torch.nn.ReLU(), read_twice=True).eval(), torch.randn(1, 1, 8)
+    expected = model(x)
+    found, fused = traced(model, x)
+    assert "aten.layer_norm.default" in found
+    torch.testing.assert_close(fused(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_several_rows_in_float32_are_left_to_torch():
+    found, _ = traced(Feed(torch.nn.ReLU()).eval(), torch.randn(3, 1, 8))
+    assert "enginesmith.product.default" not in found
+    assert found.count("aten.linear.default") == 2
+
+
+def test_layers_of_transformers_are_turned_and_hooks_stay():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(transformers.pytorch_utils.Conv1D(6, 4), torch.nn.Linear(6, 3)).eval()
+    model[1].register_forward_pre_hook(lambda module, arguments: (arguments[0][:1],))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    products.replace(model)
+    assert [type(part) for part in model] == [Product, Product]
+    assert tuple(model[0].weight.shape) == (6, 4)
+    torch.testing.assert_close(model(x), expected)
+    assert model(x).shape == (1, 3)
