@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_CORES_FOR_ONE = 4
+"""Cores that one of several programs is compiled on; those that share a process share what headers were compiled to."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TorchInductor(Target):
     """A library that TorchInductor compiles for this very processor or GPU, and that torch of the same version loads.
@@ -154,26 +158,27 @@ class TorchInductor(Target):
         return torch._inductor.aoti_load_package(str(path))
 
     def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> None:
+        from ..compiler.machine import environment
+
         request.progress(0.0, "torch.export")
-        programs = self._export(dataclasses.replace(request, signature=info.signature), scratch)
+        programs, libraries = self._export(dataclasses.replace(request, signature=info.signature), scratch)
         info.write(scratch)
         directory, name = request.directory.absolute(), "TorchInductor in its worker process"
+        packages = [(str(program), str(directory / program.name)) for program in programs]
+        several = max(min(len(packages), environment.cores() // _CORES_FOR_ONE), 1)
         with contextlib.ExitStack() as stack:
-            workers = [stack.enter_context(Worker(command(), name=name, log=request.log)) for _ in programs]
+            workers = [stack.enter_context(Worker(command(), name=name, log=request.log)) for _ in range(several)]
             request.progress(0.3, "compilation")
-            with ThreadPoolExecutor(len(programs)) as pool:
+            common: dict[str, Any] = {
+                "timeout_s": request.timeout_s,
+                "scratch": str(scratch),
+                "libraries": libraries,
+                "configs": self._configs(stateful=request.model.stateful, decoder=_in_place(request)),
+            }
+            with ThreadPoolExecutor(several) as pool:
                 for done in [
-                    pool.submit(
-                        worker.call,
-                        "compile",
-                        timeout_s=request.timeout_s,
-                        program=str(program),
-                        package=str(directory / program.name),
-                        scratch=str(scratch),
-                        libraries=libraries,
-                        configs=self._configs(stateful=request.model.stateful, decoder=_in_place(request)),
-                    )
-                    for worker, (program, libraries) in zip(workers, programs.items(), strict=True)
+                    pool.submit(worker.call, "compile", programs=dict(packages[number::several]), **common)
+                    for number, worker in enumerate(workers)
                 ]:
                     done.result()
             request.progress(0.9, "first runs")
@@ -190,8 +195,8 @@ class TorchInductor(Target):
             **({"aot_inductor.package_constants_in_so": False} if decoder else {}),  # several programs share them
         }
 
-    def _export(self, request: BuildRequest, folder: Path) -> dict[Path, list[str]]:
-        """Saves the programs in a folder, and returns the modules whose operators each of them uses."""
+    def _export(self, request: BuildRequest, folder: Path) -> tuple[list[Path], list[str]]:
+        """Saves the programs in a folder, and returns their files and the modules whose operators they use."""
         import torch
 
         from ..compiler.sources.guard import first_line, foreign, quiet
@@ -199,17 +204,19 @@ class TorchInductor(Target):
         def failed(error: BaseException) -> BuildError:
             return BuildError("TorchInductor failed at torch.export", found=first_line(error), hint="see build.log")
 
-        found = {}
+        files = []
+        libraries: set[str] = set()
         with torch.no_grad(), quiet(request.log), foreign(failed):
             programs = self._decoder(request) if _in_place(request) else {"model": self._program(request)}
             for name, program in programs.items():
-                torch.export.save(program, folder / f"{name}.pt2")
-                found[folder / f"{name}.pt2"] = _libraries(program)
+                files.append(folder / f"{name}.pt2")
+                torch.export.save(program, files[-1])
+                libraries.update(_libraries(program))
         del programs, program
         gc.collect()  # programs refer to themselves, and the workers need the room
         if self.device == "cuda":
             torch.cuda.empty_cache()
-        return found
+        return files, sorted(libraries)
 
     def _decoder(self, request: BuildRequest) -> dict[str, torch.export.ExportedProgram]:
         from .inductor import decoders

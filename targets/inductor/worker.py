@@ -44,11 +44,12 @@ class Commands:
         self._info: EngineInfo | None = None
 
     def compile(
-        self, program: str, package: str, scratch: str, libraries: Sequence[str], configs: Mapping[str, Any]
+        self, programs: Mapping[str, str], scratch: str, libraries: Sequence[str], configs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Compiles the exported `program` to a `package`.
+        """Compiles exported programs, each to a package.
 
         Args:
+            programs: file of the package, by that of the program.
             scratch: folder for intermediate files, to remove when the parent dies.
             libraries: modules that bring operators of their own.
             configs: TorchInductor's options.
@@ -64,8 +65,9 @@ class Commands:
         from torch._inductor.utils import fresh_cache
 
         with torch.no_grad(), fresh_cache(dir=scratch):
-            loaded = torch.export.load(program)
-            torch._inductor.aoti_compile_and_package(loaded, package_path=package, inductor_configs=dict(configs))
+            for program, package in programs.items():
+                loaded = torch.export.load(program)
+                torch._inductor.aoti_compile_and_package(loaded, package_path=package, inductor_configs=dict(configs))
         return {}
 
     def load(self, directory: str, info: str) -> dict[str, Any]:

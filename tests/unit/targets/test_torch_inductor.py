@@ -220,7 +220,7 @@ def test_an_engine_that_refuses_inputs_in_the_check_is_told_with_their_sizes(
 
 
 def test_the_worker_process_tells_its_errors(tmp_path: Path) -> None:
-    arguments = {"program": str(tmp_path / "none.pt2"), "package": "", "scratch": str(tmp_path), "configs": {}}
+    arguments = {"programs": {str(tmp_path / "none.pt2"): ""}, "scratch": str(tmp_path), "configs": {}}
     with (
         Worker(command(), name="the worker") as worker,
         pytest.raises(BuildError, match=r"the worker failed: ModuleNotFoundError: No module named 'no_such_library'"),
@@ -235,7 +235,7 @@ def test_the_worker_process_ends_with_its_parent_and_cleans_up(tmp_path: Path, m
     (tmp_path / "compiles_for_long.py").write_text(code)
     (scratch := tmp_path / "scratch").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    request = {"program": "", "package": "", "scratch": str(scratch), "libraries": ["compiles_for_long"], "configs": {}}
+    request = {"programs": {}, "scratch": str(scratch), "libraries": ["compiles_for_long"], "configs": {}}
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command(), text=True, **pipes) as process:
         assert process.stdin is not None
