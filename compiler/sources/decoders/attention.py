@@ -51,12 +51,13 @@ class Attending(Protocol):
     """What keeps the caches of a call, and may attend itself."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor | None:
         """(batch, heads, time, width) for queries of that shape; None where it leaves that to others.
 
         Args:
             key: what the layer attends to, and `value` beside it.
+            mask: what is added to the scores.
         """
 
 
@@ -108,7 +109,10 @@ def attend(
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     own = _attending.get()
-    if own is not None and (output := own.attend(_number(module), query, key, value, scale)) is not None:
+    if (
+        own is not None
+        and (output := own.attend(_number(module), query, key, value, attention_mask, scale)) is not None
+    ):
         return output.transpose(1, 2), None
     shared = query.shape[1] // key.shape[1]
     if shared == 1:

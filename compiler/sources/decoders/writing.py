@@ -60,7 +60,7 @@ class Single(InPlace):
         return (key, value) if layer_idx in self._layers else super().update(key, value, layer_idx)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor | None:
         """What the operator gives, for its layers."""
         if layer not in self._layers:
@@ -85,13 +85,16 @@ class _Plain(Rows):
         noted: set[int],
     ) -> None:
         super().__init__(positions, keys, values)
+        seen = torch.arange(keys[0].shape[2], device=positions.device) <= positions[:, None, :, None]
+        self._mask = torch.zeros((), device=positions.device).masked_fill(~seen, -torch.inf)
         self._noted = noted
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor | None:
         """None; what is attended to tells about the layer."""
-        if key is self.keys[layer] and value is self.values[layer]:
+        kept = key is self.keys[layer] and value is self.values[layer]
+        if kept and mask.shape == self._mask.shape and torch.equal(mask.float(), self._mask):
             self._noted.add(layer)
         return None
 
