@@ -20,10 +20,13 @@ class Choice:
     Args:
         sampling: how it is drawn; None for the likeliest always.
         seed: of what is drawn: a number, or one with the number of the row.
+
+    Attributes:
+        sampling: as given.
     """
 
     def __init__(self, sampling: Sampling | None, seed: int | tuple[int, int] = 0, *, row: int = 0) -> None:
-        self._sampling = sampling
+        self.sampling = sampling
         self._generator = np.random.default_rng(seed)
         self._row = row
         self._step = 0
@@ -31,7 +34,7 @@ class Choice:
     @property
     def greedy(self) -> bool:
         """Whether it takes the likeliest always."""
-        return self._sampling is None
+        return self.sampling is None
 
     def __call__(self, logits: np.ndarray) -> int:
         """A token by its logits (vocabulary).
@@ -41,7 +44,7 @@ class Choice:
         """
         self._step += 1
         best = likeliest(logits, self._where)
-        return best if self._sampling is None else self._sampling.draw(logits, self._generator)
+        return best if self.sampling is None else self.sampling.draw(logits, self._generator)
 
     def check(self, best: np.floating[Any]) -> None:
         """Looks at the largest logit of the next token, which is not a number where one of them is none.

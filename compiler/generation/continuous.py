@@ -6,7 +6,8 @@
     an end          the last row moves into the place of the one that ended
     a row alone     takes what a draft proposes, where there is one and the row is greedy
 
-A request gets the tokens that it would get alone, whatever runs beside it. Needs NumPy and the engine's runtime only.
+Where the runner can, tokens are chosen where the logits lie, as long as all rows choose in the same way. A request gets
+the tokens that it would get alone, whatever runs beside it. Needs NumPy and the engine's runtime only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from .generate import check_decoder
 from .prefixes import Prefixes, read
 from .prompts import check, most_rows
 from .speculative import Proposer, Speculation, advance, check_draft
-from .steps import Steps, caches_of
+from .steps import Choosing, Steps, caches_of
 
 Take = Callable[[int], Any]
 Done = Callable[[EnginesmithError | None], Any]
@@ -81,8 +82,16 @@ class Request:
 
     def add(self, logits: np.ndarray) -> bool:
         """Takes the token that follows; whether more are to come."""
-        self.text.append(self.choice(logits))
-        self.take(self.last)
+        return self._added(self.choice(logits))
+
+    def add_chosen(self, token: int, best: np.floating[Any]) -> bool:
+        """Takes a token that was chosen where the logits lie, the largest of which comes along; as `add`."""
+        self.choice.check(best)
+        return self._added(token)
+
+    def _added(self, token: int) -> bool:
+        self.text.append(token)
+        self.take(token)
         return self.last not in self.ends and self.missing > 0
 
 
@@ -220,22 +229,33 @@ class Batcher:
         if self._propose is not None and len(self._rows) == 1 and self._rows[0].choice.greedy:
             self._speculate(self._rows[0], self._propose)
             return
-        last = np.array([[request.last] for request in self._rows])
-        past = np.array([request.past for request in self._rows])
         try:
-            logits = self._steps_of(slice(0, len(past)))(last, past, np.ones_like(past))
+            add = self._call(self._rows)
         except EnginesmithError as error:
             for row in reversed(range(len(self._rows))):
                 self._end(row, error)
             return
         for row in reversed(range(len(self._rows))):  # from the end: the row that moves has had its token
             try:
-                more = self._rows[row].add(logits[row])
+                more = add(row)
             except EnginesmithError as error:
                 self._end(row, error)
                 continue
             if not more:
                 self._end(row, None)
+
+    def _call(self, rows: Sequence[Request]) -> Callable[[int], bool]:
+        """One call on all rows; what is given lets a row take its token, as `Request.add`."""
+        last = np.array([request.last for request in rows])
+        past = np.array([request.past for request in rows])
+        steps, samplings = self._steps_of(slice(0, len(rows))), {request.choice.sampling for request in rows}
+        if isinstance(steps, Choosing) and len(samplings) == 1:
+            (sampling,) = samplings
+            chance = None if sampling is None else np.concatenate([request.choice.draws(1) for request in rows])
+            tokens, best = steps.token(last, past, sampling, chance)
+            return lambda row: rows[row].add_chosen(int(tokens[row]), best[row])
+        logits = steps(last[:, None], past, np.ones_like(past))
+        return lambda row: rows[row].add(logits[row])
 
     def _speculate(self, request: Request, propose: Proposer) -> None:
         """The next tokens of the only row."""

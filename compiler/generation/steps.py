@@ -57,6 +57,16 @@ class Choosing(Protocol):
             draws: (limit, batch), numbers from 0 up to 1 to draw by, beside `sampling`.
         """
 
+    def token(
+        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One call with the last token (batch) of each row: the tokens (batch) that follow, and the largest logits.
+
+        Args:
+            past: tokens of each row that the caches hold before.
+            chance: (batch), numbers from 0 up to 1 to draw by, beside `sampling`.
+        """
+
 
 def caches_of(runner: Runner, signature: Signature, batch: int) -> Any:
     """Caches for so many rows that hold nothing yet, where the runner has them."""

@@ -27,6 +27,7 @@ from ...compiler.states import (
     IMPORTANCE,
     LOGITS,
     PAST,
+    POSITION,
     asked_for,
     caches,
     call,
@@ -319,6 +320,7 @@ class Chooser:
         self._bests = pinned((AHEAD, batch), calls.dtype, stream)
         self._events = [stream.event() for _ in range(AHEAD)]
         self._draws: Any = None
+        self._sampling: Sampling | None = None
         self._set(Sampling())
         put(stream, self._chance, np.zeros(batch))
         self._launch()  # a graph is captured by running it, and here nothing is lost by that
@@ -343,24 +345,56 @@ class Chooser:
         """Starts some choices, and gives the tokens (batch) and largest logits (batch) of one once it is made."""
         for number in steps:
             self._start(number)
-        at = step % AHEAD
-        self._events[at].synchronize()
-        return self._tokens[at].copy(), self._bests[at].copy()
+        return self._taken(step % AHEAD)
 
     def _start(self, step: int) -> None:
         """Starts the choice of a token, and before all but the first the call that gives its logits."""
         if step:
-            self._calls.next()
+            self._next()
         if self._draws is not None:
             size = 8 * self._calls.batch
             self._stream.copy(self._chance.data_ptr(), self._draws.data_ptr() + step * size, size)
         self._launch()
-        at = step % AHEAD
+        self._send(step % AHEAD)
+
+    def _taken(self, at: int) -> tuple[np.ndarray, np.ndarray]:
+        self._events[at].synchronize()
+        return self._tokens[at].copy(), self._bests[at].copy()
+
+    def _send(self, at: int) -> None:
+        """Starts to copy what was chosen to a place of the host."""
         self._stream.copy(self._tokens[at].ctypes.data, self._calls.one.inputs[IDS].data_ptr(), self._tokens[at].nbytes)
         self._stream.copy(self._bests[at].ctypes.data, self._best.data_ptr(), self._bests[at].nbytes)
         self._stream.record(self._events[at])
 
+    def behind(
+        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None, chance: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A call with these tokens, and the choice of the next: tokens (batch) and largest logits (batch)."""
+        one = self._calls.one.inputs
+        for name, value in ((IDS, last[:, None]), (PAST, past), (COUNT, np.ones_like(past))):
+            put(self._stream, one[name], value)
+        if BACK in one:
+            put(self._stream, one[BACK], np.zeros(1, np.int64))
+        if sampling is not None and chance is not None:
+            put(self._stream, self._chance, chance)
+            self._set(sampling)
+        self._next()
+        self._launch()
+        self._send(0)
+        return self._taken(0)
+
+    def _next(self) -> None:
+        """Starts the call of one token a row. Nothing was dropped before it."""
+        one = self._calls.one.inputs
+        if POSITION in one:
+            self._stream.copy(one[POSITION].data_ptr(), one[PAST].data_ptr(), 8 * self._calls.batch)
+        self._calls.next()
+
     def _set(self, sampling: Sampling) -> None:
+        if sampling == self._sampling:
+            return
+        self._sampling = sampling
         size = self._calls.vocabulary
         all_of_it = sampling.top_p is None or sampling.top_p == 1  # and more than sums that are rounded up
         put(self._stream, self._options["temperature"], np.array(float(sampling.temperature)))
@@ -402,6 +436,14 @@ class DeviceSteps:
             ahead = range(started, min(limit, step + AHEAD))
             yield turn(functools.partial(chooser.after, ahead, step))
             started = ahead.stop
+
+    def token(
+        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that follow, and the largest logits, as `Choosing` tells."""
+        turn = self._runner.turn
+        chooser = turn(lambda: self._calls.chooser(_kind(sampling)))
+        return turn(lambda: chooser.behind(last, past, sampling, chance))
 
 
 def _kind(sampling: Sampling | None) -> str:

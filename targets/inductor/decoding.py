@@ -34,6 +34,7 @@ from ...compiler.states import (
     call,
     max_length,
     numbers,
+    vocabulary,
 )
 from ...errors import EngineError
 from .._caches import Caches
@@ -291,13 +292,23 @@ class Calls:
                 self._draws = torch.zeros(draws.shape, dtype=torch.float64, device=self._device)
                 self._following.clear()
             self._draws[: len(draws)] = torch.from_numpy(draws)
-            size = self._logits.shape[-1]
-            everything = sampling.top_p is None or sampling.top_p == 1  # and more than sums that are rounded up
+            size = vocabulary(self._runner.signature) or 1
+            every = sampling.top_p is None or sampling.top_p == 1  # and more than sums that are rounded up
             self._temperature.fill_(float(sampling.temperature))
             self._top_k.fill_(min(sampling.top_k or size, size))
-            self._top_p.fill_(2.0 if everything else sampling.top_p or 1.0)
+            self._top_p.fill_(2.0 if every else sampling.top_p or 1.0)
         if limit > 1 and self._kind not in self._following:
             self._following[self._kind] = self._captured(self._kind)
+
+    def behind(
+        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None, chance: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A call with these tokens, and the choice of the next: tokens (batch) and largest logits (batch)."""
+        self.begin(past, 2, sampling, None if chance is None else chance[None])
+        self._one[IDS].copy_(torch.from_numpy(last[:, None]))
+        self._following[self._kind]()
+        self._send(0)
+        return self.take(0)
 
     def start(self, step: int) -> None:
         """Starts the choice of a token, and before all but the first the call that gives its logits."""
@@ -306,7 +317,10 @@ class Calls:
         else:
             rows = self._logits.reshape(self._batch, -1, self._logits.shape[-1])[:, 0]
             self._choose(self._kind, rows, *rows.max(dim=-1))
-        at = step % AHEAD
+        self._send(step % AHEAD)
+
+    def _send(self, at: int) -> None:
+        """Starts to copy what was chosen to a place of the host."""
         self._tokens[at].copy_(self._one[IDS][:, 0], non_blocking=True)
         self._bests[at].copy_(self._best, non_blocking=True)
         if self._on_gpu:
@@ -403,6 +417,13 @@ class Steps:
                 started = min(limit, step + AHEAD)
                 found = self._calls.take(step)
             yield found
+
+    def token(
+        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that follow, and the largest logits, as `Choosing` tells."""
+        with self._runner.turn():
+            return self._calls.behind(last, past, sampling, chance)
 
 
 def _kind(sampling: Sampling | None) -> str:

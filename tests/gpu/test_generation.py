@@ -197,6 +197,7 @@ def test_texts_longer_than_the_cache(bundles, policy):
         assert [len(row) for row in rows] == [60, 60, 60]
         assert rows[1][:24] == greedy(model, PROMPTS[1], 24)
         assert rows[2] == engine.generate(PROMPTS[2], 60, eviction=kept)[0]
+        assert engine.generate(PROMPTS, 20) == [greedy(model, prompt, 20) for prompt in PROMPTS]  # chosen on the device
 
 
 def test_drafts_change_nothing(bundles):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
 import runpy
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from enginesmith.compiler.engine import Engine
 from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
 from enginesmith.compiler.generation.prefixes import Prefixes
+from enginesmith.compiler.generation.sampling import Sampling
 from enginesmith.compiler.generation.steps import Choosing, Stepping, steps_of
 from enginesmith.compiler.graph import Graph
+from enginesmith.compiler.signature import TensorSpec
 from enginesmith.errors import DataError, EngineError
 from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context
@@ -56,17 +60,36 @@ def on_host():
         yield
 
 
+EVICTING = (
+    small["GRAPH"]
+    .replace("int64[batch] count,", "int64[batch] count, int64[batch] position,")
+    .replace("Gather(place, positions)", "Gather(place, spots)")
+    .replace("token = Gather", "begin = Unsqueeze(position, axis1)  spots = Add(begin, steps)  token = Gather")
+)
+"""The decoder with the input `position`, at which embeddings are looked up."""
+
+
+def signature_of(kind):
+    """What a kind of decoder takes and gives."""
+    made = small["signature"](2 if kind == "checking drafts" else 0)
+    if kind != "dropping tokens":
+        return made
+    inputs = (*made.inputs[:3], TensorSpec("position", "int64", ("batch",)), *made.inputs[3:])
+    return dataclasses.replace(made, inputs=inputs, positions=small["ROOM"])
+
+
 @pytest.fixture(
     scope="module",
-    params=[("fp32", 0), ("fp16", 0), ("fp32", 2)],
-    ids=["float32", "float16", "checking drafts"],
+    params=[("fp32", ""), ("fp16", ""), ("fp32", "checking drafts"), ("fp32", "dropping tokens")],
+    ids=lambda param: " ".join(filter(None, param)),
 )
 def engine(request, on_host, tmp_path_factory):
-    precision, drafted = request.param
+    precision, kind = request.param
     folder = tmp_path_factory.mktemp("engine")
-    graph = Graph.from_proto(small["model"](small["LOOKING_BACK"] if drafted else small["GRAPH"]))
+    text = {"checking drafts": small["LOOKING_BACK"], "dropping tokens": EVICTING}.get(kind, small["GRAPH"])
+    graph = Graph.from_proto(small["model"](text))
     graph.infer()
-    signature = small["signature"](drafted)
+    signature = signature_of(kind)
     for text in ("fuse-attention:scheme=onnxruntime-cuda", *(["cast:to=fp16"] if precision == "fp16" else [])):
         assert parse_pass(text)(graph, Context(signature)).modified
     made = saved(
@@ -168,16 +191,60 @@ def test_the_batcher_moves_rows_on_the_device(engine):
     assert known.reused == 9
 
 
+@pytest.mark.parametrize("chosen", ["where the logits lie", "on the host"])
+def test_requests_that_choose_alike_share_the_choice(engine, monkeypatch, chosen):
+    drawn = Sampling(temperature=20.0, top_k=4)
+    mixed = [None, drawn, None] if chosen == "on the host" else [drawn] * 3
+    alone = [
+        engine.generate(prompt, 6, do_sample=True, temperature=20.0, top_k=4, seed=7)[0] if sampling else
+        engine.generate(prompt, 6)[0] for prompt, sampling in zip(PROMPTS, mixed, strict=True)
+    ]  # fmt: skip
+    counts = []
+    token = decoding.DeviceSteps.token
+    monkeypatch.setattr(
+        decoding.DeviceSteps,
+        "token",
+        lambda self, last, *others: counts.append(len(last)) or token(self, last, *others),
+    )
+    batcher = engine.batcher()
+    requests = [
+        Request(np.array(prompt), 6, Choice(sampling, (7, 0)), (), [].append, lambda error: None)
+        for prompt, sampling in zip(PROMPTS, mixed, strict=True)
+    ]
+    for request in requests:
+        batcher.submit(request)
+    batcher.close()
+    assert [request.take.__self__ for request in requests] == alone
+    assert (max(counts, default=0) == 3) == (chosen == "where the logits lie")
+
+
+def test_the_batcher_tells_of_logits_that_are_no_numbers(engine, monkeypatch):
+    def broken(self, last, *_):
+        return np.zeros(len(last), np.int64), np.where(np.arange(len(last)) == 1, np.inf, 1.0).astype(np.float32)
+
+    monkeypatch.setattr(decoding.DeviceSteps, "token", broken)
+    errors = {}
+    batcher = engine.batcher()
+    for row, prompt in enumerate(PROMPTS):
+        end = functools.partial(errors.__setitem__, row)
+        batcher.submit(Request(np.array(prompt), 9, Choice(None, row=row), (), [].append, end))
+    batcher.close()
+    assert errors[0] is None
+    assert "gives logits that are no numbers, for row 1 at token 2" in str(errors[1])
+
+
 def test_float_caches_are_stored_and_come_back_as_floats(engine):
     generator = np.random.default_rng(1)
     shape = (2, small["HEADS"], small["ROOM"], small["WIDTH"])
     filled = (np.arange(small["ROOM"]) < 4)[:, None]
+    names = {spec.name for spec in engine.signature.inputs}
     given = {
         "ids": generator.integers(0, small["VOCABULARY"], (2, 1)), "past": np.full(2, 4), "count": np.ones(2, np.int64),
         **{
             name: np.where(filled, generator.standard_normal(shape), 0).astype(np.float32) for name in ("key", "value")
         },
-        **({"back": np.zeros(1, np.int64)} if "back" in {spec.name for spec in engine.signature.inputs} else {}),
+        **({"back": np.zeros(1, np.int64)} if "back" in names else {}),
+        **({"position": np.full(2, 4)} if "position" in names else {}),
     }  # fmt: skip
     runner = engine._open_runner()
     outputs, bound = runner.run(given), runner.bind(given)
