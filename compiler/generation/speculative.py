@@ -20,8 +20,8 @@ from ...errors import EngineMismatchError, RecipeError
 from ...targets.base import Runner
 from ..signature import Signature
 from ..states import longest_draft, max_length, vocabulary
-from .choice import Choice, Stream, likeliest
-from .steps import Steps, steps_of
+from .choice import Choice, Stream, check_number, likeliest
+from .steps import Choosing, Steps, steps_of
 
 
 @dataclasses.dataclass
@@ -63,18 +63,34 @@ class Proposer:
         Raises:
             EngineError: the draft fails, or gives logits that are no numbers.
         """
-        found: list[int] = []
-        unread = text[self._past :]
-        while len(found) < min(most, self._room - len(text) + 1):  # the last one that is found is not read
-            logits = self._steps(np.array([unread]), np.array([self._past]), np.array([len(unread)]))
-            self._past += len(unread)
-            unread = [likeliest(logits[0], f"for token {len(found) + 1} of a draft")]
-            found += unread
-        return found
+        wanted = min(most, self._room - len(text) + 1)  # the last one that is found is not read
+        if wanted < 1:
+            return []
+        logits = self._read(text[self._past :])
+        if isinstance(self._steps, Choosing):
+            found = [(int(token[0]), best[0]) for token, best in self._steps.tokens(np.array([self._past]), wanted)]
+            for number, (_, best) in enumerate(found, 1):
+                check_number(best, _where(number))
+            self._past += wanted - 1
+            return [token for token, _ in found]
+        tokens = [likeliest(logits, _where(1))]
+        while len(tokens) < wanted:
+            tokens.append(likeliest(self._read(tokens[-1:]), _where(len(tokens) + 1)))
+        return tokens
+
+    def _read(self, tokens: list[int]) -> np.ndarray:
+        """The logits (vocabulary) that follow these."""
+        logits = self._steps(np.array([tokens]), np.array([self._past]), np.array([len(tokens)]))
+        self._past += len(tokens)
+        return np.asarray(logits[0])
 
     def keep(self, tokens: int) -> None:
         """Forgets what was read behind so many tokens of the text: what was proposed and not taken."""
         self._past = min(self._past, tokens)
+
+
+def _where(number: int) -> str:
+    return f"for token {number} of a draft"
 
 
 def check_draft(
