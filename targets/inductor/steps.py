@@ -1,0 +1,228 @@
+"""Calls of a decoder one after the other, and the tokens between them, chosen where the logits lie.
+
+On a GPU a call of one token a row, and the choice of the next one, are the launch of one CUDA graph. The host takes a
+token while the device is at the next one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...compiler.generation.sampling import Sampling
+from ...compiler.states import (
+    BACK,
+    COUNT,
+    IDS,
+    IMPORTANCE,
+    PAST,
+    POSITION,
+    asked_for,
+    call,
+    max_length,
+    numbers,
+    vocabulary,
+)
+from .._torch import to_array
+
+if TYPE_CHECKING:
+    from .decoding import DecodingRunner
+
+AHEAD = 2
+"""Tokens that the device may be ahead of the host."""
+
+GREEDY, DRAW, AMONG = "greedy", "draw", "draw among the likeliest"
+
+
+class Calls:
+    """Calls on some rows of caches, and how their tokens are chosen. All methods are called in a turn of the runner."""
+
+    def __init__(self, runner: DecodingRunner, batch: int, caches: Mapping[str, torch.Tensor]) -> None:
+        self._runner, self._batch, self._caches = runner, batch, caches
+        self._device = device = runner.device
+        self._on_gpu = device == "cuda"
+        sizes = {IDS: (batch, 1), BACK: (1,)}
+        self._one = {
+            name: torch.zeros(sizes.get(name, (batch,)), dtype=torch.int64, device=device)
+            for name in numbers(runner.signature)
+        }
+        self._one[COUNT] += 1
+        self._counting = [self._one[name] for name in (PAST, POSITION) if name in self._one]
+        wide = functools.partial(torch.ones, dtype=torch.float64, device=device)
+        self._draws = wide((max_length(runner.signature) + 1, batch))
+        self._number = torch.zeros(1, dtype=torch.int64, device=device)
+        self._temperature, self._top_p = wide(()), wide(())
+        self._top_k = torch.ones(1, dtype=torch.int64, device=device)
+        self._best = torch.zeros(batch, device=device)
+        self._logits = torch.zeros((batch, 1), device=device)
+        on_host = functools.partial(torch.zeros, (AHEAD, batch), pin_memory=self._on_gpu)
+        self._tokens, self._bests = on_host(dtype=torch.int64), on_host()
+        event: Any = torch.cuda.Event
+        self._events = [event() for _ in range(AHEAD)] if self._on_gpu else []
+        self._following: dict[str, Callable[[], None]] = {}
+
+    def again(self) -> Calls:
+        """The same with empty caches."""
+        for cache in self._caches.values():
+            cache.zero_()
+        return self
+
+    def __call__(self, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The logits of a call, on the host: (batch, vocabulary), or (batch, kept, vocabulary)."""
+        named = {name: torch.from_numpy(np.array(array)).to(self._device) for name, array in given.items()}
+        self._logits = self._runner.launch({**named, **self._caches})[0]
+        return to_array(self._logits)
+
+    def begin(self, past: np.ndarray, limit: int, sampling: Sampling | None, draws: np.ndarray | None) -> None:
+        """Starts behind a call that left logits, and so many tokens in the caches."""
+        self._kind = _kind(sampling)
+        for place in self._counting:
+            place.copy_(torch.from_numpy(np.array(past)))
+        self._number.zero_()
+        if sampling is not None and draws is not None:
+            if len(draws) > len(self._draws):  # longer than the caches: tokens are dropped on the way
+                self._draws = torch.zeros(draws.shape, dtype=torch.float64, device=self._device)
+                self._following.clear()
+            self._draws[: len(draws)] = torch.from_numpy(draws)
+            size = vocabulary(self._runner.signature) or 1
+            every = sampling.top_p is None or sampling.top_p == 1  # and more than sums that are rounded up
+            self._temperature.fill_(float(sampling.temperature))
+            self._top_k.fill_(min(sampling.top_k or size, size))
+            self._top_p.fill_(2.0 if every else sampling.top_p or 1.0)
+        if limit > 1 and self._kind not in self._following:
+            self._following[self._kind] = self._captured(self._kind)
+
+    def behind(
+        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None, chance: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A call with these tokens, and the choice of the next: tokens (batch) and largest logits (batch)."""
+        self.begin(past, 2, sampling, None if chance is None else chance[None])
+        self._one[IDS].copy_(torch.from_numpy(last[:, None]))
+        self._following[self._kind]()
+        self._send(0)
+        return self.take(0)
+
+    def start(self, step: int) -> None:
+        """Starts the choice of a token, and before all but the first the call that gives its logits."""
+        if step:
+            self._following[self._kind]()
+        else:
+            rows = self._logits.reshape(self._batch, -1, self._logits.shape[-1])[:, 0]
+            self._choose(self._kind, rows, *rows.max(dim=-1))
+        self._send(step % AHEAD)
+
+    def _send(self, at: int) -> None:
+        """Starts to copy what was chosen to a place of the host."""
+        self._tokens[at].copy_(self._one[IDS][:, 0], non_blocking=True)
+        self._bests[at].copy_(self._best, non_blocking=True)
+        if self._on_gpu:
+            self._events[at].record()
+
+    def take(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens (batch) and the largest logits (batch) of a choice, once it is made."""
+        at = step % AHEAD
+        if self._on_gpu:
+            self._events[at].synchronize()
+        return self._tokens[at].numpy().copy(), self._bests[at].numpy().copy()
+
+    def _follow(self, kind: str) -> None:
+        """The call on the tokens chosen last, and the next choice."""
+        logits, best, token = self._runner.launch({**self._one, **self._caches})
+        for place in self._counting:
+            place += 1
+        self._choose(kind, logits.reshape(self._batch, -1), best, token)
+
+    def _choose(self, kind: str, logits: torch.Tensor, best: torch.Tensor, token: torch.Tensor) -> None:
+        if kind != GREEDY:
+            token = self._drawn(logits, best, among=kind == AMONG)
+        self._one[IDS].copy_(token[:, None])
+        self._best.copy_(best)
+        self._number += 1
+
+    def _drawn(self, logits: torch.Tensor, best: torch.Tensor, *, among: bool) -> torch.Tensor:
+        """Tokens as `compiler.generation.sampling` draws them on the host, in float64 too."""
+        scores = logits.double() / self._temperature
+        highest = best.double()[:, None] / self._temperature
+        if among:
+            ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+            least = ordered.gather(1, (self._top_k - 1).expand(self._batch)[:, None])
+            shares = torch.exp(torch.where(ordered < least, -torch.inf, ordered) - highest)
+            sums = shares.cumsum(dim=-1)
+            out = sums - shares >= self._top_p * sums[:, -1:]
+            weights = torch.zeros_like(shares).scatter(1, order, torch.where(out, 0.0, shares))
+        else:
+            weights = torch.exp(scores - highest)
+        sums = weights.cumsum(dim=-1)
+        chance = self._draws.index_select(0, self._number)[0]
+        passed = sums <= sums[:, -1:] * chance[:, None]
+        token: torch.Tensor = passed.sum(dim=-1).clamp_max(logits.shape[-1] - 1)
+        return token
+
+    def _captured(self, kind: str) -> Callable[[], None]:
+        """What `_follow` does, as a CUDA graph where there can be one.
+
+        A graph is captured after a run, which writes where the first call writes anew; not where calls add up.
+        """
+        if not self._on_gpu or any(name.startswith(IMPORTANCE) for name in self._caches):
+            return lambda: self._follow(kind)
+        places = (*self._one.values(), self._number)
+        before = [place.clone() for place in places]
+        self._follow(kind)
+        for place, value in zip(places, before, strict=True):
+            place.copy_(value)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._follow(kind)
+        return graph.replay
+
+
+class Steps:
+    """Calls one after the other on the same caches. Not for several threads at once; make one for each."""
+
+    def __init__(self, runner: DecodingRunner, calls: Calls) -> None:
+        self._runner, self._calls = runner, calls
+
+    def __call__(
+        self,
+        ids: np.ndarray,
+        past: np.ndarray,
+        count: np.ndarray,
+        back: np.ndarray | None = None,
+        position: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The logits (batch, vocabulary) that follow, or with `back` (batch, kept, vocabulary)."""
+        given = call(numbers(self._runner.signature), ids, past, count, back, position)
+        with self._runner.turn():
+            return asked_for(self._calls(given), back)
+
+    def tokens(
+        self, past: np.ndarray, limit: int, sampling: Sampling | None = None, draws: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The next tokens and largest logits, as `Choosing` tells."""
+        with self._runner.turn():
+            self._calls.begin(past, limit, sampling, draws)
+        started = 0
+        for step in range(limit):
+            with self._runner.turn():
+                for number in range(started, min(limit, step + AHEAD)):
+                    self._calls.start(number)
+                started = min(limit, step + AHEAD)
+                found = self._calls.take(step)
+            yield found
+
+    def token(
+        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that follow, and the largest logits, as `Choosing` tells."""
+        with self._runner.turn():
+            return self._calls.behind(last, past, sampling, chance)
+
+
+def _kind(sampling: Sampling | None) -> str:
+    if sampling is None:
+        return GREEDY
+    return DRAW if sampling.top_k is None and sampling.top_p in (None, 1) else AMONG
