@@ -59,6 +59,10 @@ class Choice:
     def _where(self) -> str:
         return f"for row {self._row} at token {self._step}"
 
+    def chance(self) -> float:
+        """The random number from 0 up to 1 by which its next token is drawn; 0 where it takes the likeliest."""
+        return 0.0 if self.greedy else float(self._generator.random())
+
     def draws(self, count: int) -> np.ndarray:
         """The random numbers (count) from 0 up to 1 by which its next tokens are drawn."""
         return self._generator.random(count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -58,13 +58,14 @@ class Choosing(Protocol):
         """
 
     def token(
-        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+        self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """One call with the last token (batch) of each row: the tokens (batch) that follow, and the largest logits.
 
         Args:
             past: tokens of each row that the caches hold before.
-            chance: (batch), numbers from 0 up to 1 to draw by, beside `sampling`.
+            samplings: of each row; None for the likeliest token.
+            chance: (batch), numbers from 0 up to 1 to draw by; 0 for the likeliest token.
         """
 
 

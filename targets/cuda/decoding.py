@@ -13,12 +13,12 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ...compiler.generation.sampling import Sampling
+from ...compiler.generation.sampling import Sampling, options_of
 from ...compiler.signature import Signature
 from ...compiler.states import (
     BACK,
@@ -305,9 +305,7 @@ class Chooser:
         self._best = empty((batch,), calls.dtype.type, stream)
         self._chance = empty((batch,), np.float64, stream)
         self._options = {
-            "temperature": empty((), np.float64, stream),
-            "top_k": empty((1,), np.int64, stream),
-            "top_p": empty((), np.float64, stream),
+            name: empty((batch,), array.dtype.type, stream) for name, array in options_of([None], 1).items()
         }
         given = {"logits": calls.logits, "past": past, "chance": self._chance, **self._options}
         self._binding = self._session.io_binding()
@@ -320,8 +318,8 @@ class Chooser:
         self._bests = pinned((AHEAD, batch), calls.dtype, stream)
         self._events = [stream.event() for _ in range(AHEAD)]
         self._draws: Any = None
-        self._sampling: Sampling | None = None
-        self._set(Sampling())
+        self._samplings: tuple[Sampling | None, ...] = ()
+        self._set([None] * batch)
         put(stream, self._chance, np.zeros(batch))
         self._launch()  # a graph is captured by running it, and here nothing is lost by that
 
@@ -339,7 +337,7 @@ class Chooser:
         if sampling is not None and draws is not None:
             self._draws = empty(draws.shape, np.float64, self._stream)
             put(self._stream, self._draws, draws)
-            self._set(sampling)
+            self._set([sampling] * self._calls.batch)
 
     def after(self, steps: range, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts some choices, and gives the tokens (batch) and largest logits (batch) of one once it is made."""
@@ -368,7 +366,7 @@ class Chooser:
         self._stream.record(self._events[at])
 
     def behind(
-        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None, chance: np.ndarray | None
+        self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """A call with these tokens, and the choice of the next: tokens (batch) and largest logits (batch)."""
         one = self._calls.one.inputs
@@ -376,9 +374,9 @@ class Chooser:
             put(self._stream, one[name], value)
         if BACK in one:
             put(self._stream, one[BACK], np.zeros(1, np.int64))
-        if sampling is not None and chance is not None:
+        if any(samplings):
             put(self._stream, self._chance, chance)
-            self._set(sampling)
+            self._set(samplings)
         self._next()
         self._launch()
         self._send(0)
@@ -391,15 +389,12 @@ class Chooser:
             self._stream.copy(one[POSITION].data_ptr(), one[PAST].data_ptr(), 8 * self._calls.batch)
         self._calls.next()
 
-    def _set(self, sampling: Sampling) -> None:
-        if sampling == self._sampling:
+    def _set(self, samplings: Sequence[Sampling | None]) -> None:
+        if tuple(samplings) == self._samplings:
             return
-        self._sampling = sampling
-        size = self._calls.vocabulary
-        all_of_it = sampling.top_p is None or sampling.top_p == 1  # and more than sums that are rounded up
-        put(self._stream, self._options["temperature"], np.array(float(sampling.temperature)))
-        put(self._stream, self._options["top_k"], np.array([min(sampling.top_k or size, size)]))
-        put(self._stream, self._options["top_p"], np.array(2.0 if all_of_it else sampling.top_p))
+        self._samplings = tuple(samplings)
+        for name, array in options_of(samplings, self._calls.vocabulary).items():
+            put(self._stream, self._options[name], array)
 
     def _launch(self) -> None:
         self._session.run_with_iobinding(self._binding, self._run)
@@ -429,7 +424,7 @@ class DeviceSteps:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The next tokens and largest logits, as `Choosing` tells."""
         turn = self._runner.turn
-        chooser = turn(lambda: self._calls.chooser(_kind(sampling)))
+        chooser = turn(lambda: self._calls.chooser(_kind([sampling])))
         turn(lambda: chooser.begin(past, sampling, draws))
         started = 0
         for step in range(limit):
@@ -438,18 +433,18 @@ class DeviceSteps:
             started = ahead.stop
 
     def token(
-        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+        self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that follow, and the largest logits, as `Choosing` tells."""
         turn = self._runner.turn
-        chooser = turn(lambda: self._calls.chooser(_kind(sampling)))
-        return turn(lambda: chooser.behind(last, past, sampling, chance))
+        chooser = turn(lambda: self._calls.chooser(_kind(samplings)))
+        return turn(lambda: chooser.behind(last, past, samplings, chance))
 
 
-def _kind(sampling: Sampling | None) -> str:
-    if sampling is None:
+def _kind(samplings: Sequence[Sampling | None]) -> str:
+    if not any(samplings):
         return GREEDY
-    return DRAW if sampling.top_k is None and sampling.top_p in (None, 1) else AMONG
+    return AMONG if any(sampling is None or sampling.limited for sampling in samplings) else DRAW
 
 
 def put(stream: Stream, value: Any, array: np.ndarray) -> None:

@@ -14,10 +14,11 @@ import transformers
 import enginesmith
 from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
+from enginesmith.compiler.generation.sampling import Sampling
 from enginesmith.compiler.generation.steps import steps_of
 from enginesmith.errors import DataError, EngineError
 from enginesmith.targets.cuda.arrays import DeviceArray
-from enginesmith.targets.cuda.decoding import DecodingRunner, put
+from enginesmith.targets.cuda.decoding import DecodingRunner, DeviceSteps, put
 
 pytestmark = pytest.mark.gpu
 
@@ -186,6 +187,29 @@ def test_prefixes_and_the_batcher_give_the_same_tokens(bundles):
         found = [request.take.__self__ for request in requests]
     same = sum(a == b for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True))
     assert same > 80  # in fp16 other numbers of rows round otherwise
+
+
+def test_requests_choose_each_in_its_own_way_on_the_device(bundles, monkeypatch):
+    _, bundle = bundles("gpt2", "fp32")
+    asked = list(zip(PROMPTS, ("greedy", "top-k", "top-p"), strict=True))
+    with opened(bundle) as engine:
+        expected = [engine.generate(prompt, 40, **DRAWN[how])[0] for prompt, how in asked]
+        counts: list[int] = []
+        token = DeviceSteps.token
+        monkeypatch.setattr(
+            DeviceSteps, "token", lambda self, last, *others: counts.append(len(last)) or token(self, last, *others)
+        )
+        requests = []
+        for prompt, how in asked:
+            given = {name: value for name, value in DRAWN[how].items() if name not in ("do_sample", "seed")}
+            choice = Choice(Sampling(**given) if DRAWN[how] else None, (DRAWN[how].get("seed", 0), 0))
+            requests.append(Request(np.array(prompt), 40, choice, (), [].append, lambda error: None))
+        batcher = engine.batcher()
+        for request in requests:
+            batcher.submit(request)
+        batcher.close()
+    assert [request.take.__self__ for request in requests] == expected
+    assert max(counts) == 3
 
 
 @pytest.mark.parametrize("policy", ["window", "importance"])

@@ -191,14 +191,15 @@ def test_the_batcher_moves_rows_on_the_device(engine):
     assert known.reused == 9
 
 
-@pytest.mark.parametrize("chosen", ["where the logits lie", "on the host"])
-def test_requests_that_choose_alike_share_the_choice(engine, monkeypatch, chosen):
-    drawn = Sampling(temperature=20.0, top_k=4)
-    mixed = [None, drawn, None] if chosen == "on the host" else [drawn] * 3
-    alone = [
-        engine.generate(prompt, 6, do_sample=True, temperature=20.0, top_k=4, seed=7)[0] if sampling else
-        engine.generate(prompt, 6)[0] for prompt, sampling in zip(PROMPTS, mixed, strict=True)
-    ]  # fmt: skip
+FEW, ANY, LIKELY = Sampling(20.0, 4), Sampling(30.0), Sampling(40.0, top_p=0.7)
+
+
+@pytest.mark.parametrize(
+    "mixed", [[None] * 3, [FEW] * 3, [ANY, Sampling(25.0), ANY], [None, FEW, LIKELY], [ANY, None, None]], ids=str
+)
+def test_each_request_chooses_in_its_own_way_on_the_device(engine, monkeypatch, mixed):
+    options = [{"do_sample": True, **dataclasses.asdict(sampling)} if sampling else {} for sampling in mixed]
+    alone = [engine.generate(prompt, 6, seed=7, **given)[0] for prompt, given in zip(PROMPTS, options, strict=True)]
     counts = []
     token = decoding.DeviceSteps.token
     monkeypatch.setattr(
@@ -215,7 +216,7 @@ def test_requests_that_choose_alike_share_the_choice(engine, monkeypatch, chosen
         batcher.submit(request)
     batcher.close()
     assert [request.take.__self__ for request in requests] == alone
-    assert (max(counts, default=0) == 3) == (chosen == "where the logits lie")
+    assert max(counts) == 3
 
 
 def test_the_batcher_tells_of_logits_that_are_no_numbers(engine, monkeypatch):
