@@ -42,8 +42,8 @@ class Choice:
         Raises:
             EngineError: they are no numbers.
         """
-        self._step += 1
-        best = likeliest(logits, self._where)
+        best = int(logits.argmax())
+        self.check(logits[best])  # NaN is the largest to argmax
         return best if self.sampling is None else self.sampling.draw(logits, self._generator)
 
     def check(self, best: np.floating[Any]) -> None:
@@ -66,17 +66,6 @@ class Choice:
     def draws(self, count: int) -> np.ndarray:
         """The random numbers (count) from 0 up to 1 by which its next tokens are drawn."""
         return self._generator.random(count)
-
-
-def likeliest(logits: np.ndarray, where: str) -> int:
-    """The token with the largest logit (vocabulary).
-
-    Raises:
-        EngineError: they are no numbers, `where` they are given.
-    """
-    best = int(logits.argmax())
-    check_number(logits[best], where)  # NaN is the largest to argmax
-    return best
 
 
 def check_number(best: np.floating[Any], where: str) -> None:

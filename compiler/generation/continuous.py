@@ -263,7 +263,8 @@ class Batcher:
             propose.keep(0)
         most = min(longest_draft(self._signature), request.missing - 1)
         try:
-            more = advance(self._steps_of(slice(0, 1)), propose, request.text, most, request.add, self._speculation)
+            steps = self._steps_of(slice(0, 1))
+            more = advance(steps, propose, request.text, most, request.add_chosen, self._speculation)
         except EnginesmithError as error:
             self._end(0, error)
             return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,8 @@ from ...errors import EngineMismatchError, RecipeError
 from ...targets.base import Runner
 from ..signature import Signature
 from ..states import longest_draft, max_length, vocabulary
-from .choice import Choice, Stream, likeliest
-from .steps import Steps, steps_of
+from .choice import Choice, Stream, check_number
+from .steps import Steps, likeliest, steps_of
 
 
 @dataclasses.dataclass
@@ -66,9 +67,11 @@ class Proposer:
         found: list[int] = []
         unread = text[self._past :]
         while len(found) < min(most, self._room - len(text) + 1):  # the last one that is found is not read
-            logits = self._steps(np.array([unread]), np.array([self._past]), np.array([len(unread)]))
+            call = (np.array([unread]), np.array([self._past]), np.array([len(unread)]))
+            tokens, best = likeliest(self._steps, *call)
+            check_number(best[0], f"for token {len(found) + 1} of a draft")
             self._past += len(unread)
-            unread = [likeliest(logits[0], f"for token {len(found) + 1} of a draft")]
+            unread = [int(tokens[0])]
             found += unread
         return found
 
@@ -142,16 +145,20 @@ def speculate(
     text: list[int] = prompt.tolist()
     end = len(text) + max_new_tokens
 
-    def add(logits: np.ndarray) -> bool:
+    def add(token: int) -> bool:
         """Whether more tokens are to come."""
-        text.append(choice(logits))
+        text.append(token)
         if stream is not None:
             stream(0, text[-1])
         return text[-1] not in ends and len(text) < end
 
-    more = add(logits)
+    def add_chosen(token: int, best: np.floating[Any]) -> bool:
+        choice.check(best)
+        return add(token)
+
+    more = add(choice(logits))
     while more:
-        more = advance(steps, propose, text, min(longest, end - len(text) - 1), add, counts)
+        more = advance(steps, propose, text, min(longest, end - len(text) - 1), add_chosen, counts)
     return text[len(prompt) :]
 
 
@@ -160,26 +167,25 @@ def advance(
     propose: Proposer,
     text: list[int],
     most: int,
-    add: Callable[[np.ndarray], bool],
+    add: Callable[[int, np.floating[Any]], bool],
     counts: Speculation,
 ) -> bool:
     """One call of the engine on one row, which checks what the draft proposes. Whether more tokens are to come.
 
     Args:
         most: tokens that may be proposed; the engine adds one by itself.
-        add: takes the logits (vocabulary) of the next token, puts that at the end of `text`, and says whether more are
-            to come.
+        add: takes the next token and its logit, puts it at the end of `text`, and says whether more are to come.
     """
     before = len(text)
     proposed = propose(text, most)
     call = np.array([[text[-1], *proposed]])
     back = np.arange(len(proposed), -1, -1)
-    checked = steps(call, np.array([before - 1]), np.array([call.shape[1]]), back)[0]
+    tokens, best = likeliest(steps, call, np.array([before - 1]), np.array([call.shape[1]]), back)
     counts.calls += 1
     counts.proposed += len(proposed)
     more = True
-    for row, guess in zip(checked, [*proposed, None], strict=True):
-        more = add(row)
+    for token, logit, guess in zip(tokens[0], best[0], [*proposed, None], strict=True):
+        more = add(int(token), logit)
         counts.tokens += 1
         if text[-1] != guess:
             break

@@ -69,6 +69,30 @@ class Choosing(Protocol):
         """
 
 
+@runtime_checkable
+class Finding(Protocol):
+    """Calls whose likeliest tokens are found where the logits lie."""
+
+    def likeliest(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One call, as of `Steps`: the likeliest tokens (batch), or (batch, kept) with `back`, and the largest logits.
+
+        The largest logit is not finite where one of them is no number.
+        """
+
+
+def likeliest(
+    steps: Steps, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As of `Finding`, on whatever steps."""
+    if isinstance(steps, Finding):
+        return steps.likeliest(ids, past, count, back)
+    logits = steps(ids, past, count, back)
+    tokens = logits.argmax(axis=-1)  # NaN is the largest to argmax
+    return tokens, np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+
+
 def caches_of(runner: Runner, signature: Signature, batch: int) -> Any:
     """Caches for so many rows that hold nothing yet, where the runner has them."""
     return runner.empty_caches(batch) if isinstance(runner, Stepping) else empty_caches(signature, batch)

@@ -42,6 +42,7 @@ from ..base import Arrays, Bound
 from .arrays import DeviceArray, new
 from .choosers import AMONG, DRAW, GREEDY
 from .dlpack import cuda_device, ort_dtype
+from .finder import Finder
 from .onnxruntime import DEVICE, NO_GRAPH, Buffers, DeviceBound, DeviceRunner, empty, run_options
 from .pinned import pinned
 from .stream import Stream
@@ -237,6 +238,7 @@ class Calls:
         self.logits = empty((batch, self.vocabulary), self.dtype.type, self._stream)
         self._other: _Call | None = None
         self._choosers: dict[str, Chooser] = {}
+        self._finders: dict[int, Finder] = {}
 
     @functools.cached_property
     def one(self) -> _Call:
@@ -253,11 +255,30 @@ class Calls:
 
     def __call__(self, given: Numbers) -> np.ndarray:
         """The logits of a call, on the host: (batch, vocabulary), or (batch, kept, vocabulary)."""
+        made = self._launched(given)
+        return fetch(self._stream, made.logits, (self.batch, *made.kept, self.vocabulary), self.dtype)
+
+    def likeliest(self, given: Numbers) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens that follow a call, and the largest logits: (batch), or (batch, kept)."""
+        made = self._launched(given)
+        shape = (self.batch, *made.kept)
+        rows = math.prod(shape)
+        if rows not in self._finders:
+            session = self._runner.chooser(GREEDY)
+            self._finders[rows] = Finder(session, self._stream, rows, self.vocabulary, self.dtype)
+        finder = self._finders[rows]
+        finder(made.logits.data_ptr())
+        return fetch(self._stream, finder.token, shape, np.dtype(np.int64)), fetch(
+            self._stream, finder.best, shape, self.dtype
+        )
+
+    def _launched(self, given: Numbers) -> _Call:
+        """A call with these inputs, once it is started."""
         made = self._fitting(given)
         for name, array in given.items():
             put(self._stream, made.inputs[name], array)
         self._runner.launch(made.binding, made.options)
-        return fetch(self._stream, made.logits, (self.batch, *made.kept, self.vocabulary), self.dtype)
+        return made
 
     def chooser(self, kind: str) -> Chooser:
         """What chooses tokens by the logits of the last call, and makes them the input of the next one."""
@@ -418,6 +439,16 @@ class DeviceSteps:
         given = call(numbers(self._runner.signature), ids, past, count, back, position)
         self._runner.check(given)
         return asked_for(self._runner.turn(lambda: self._calls(given)), back)
+
+    def likeliest(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens that follow, and the largest logits, as `Finding` tells."""
+        given = call(numbers(self._runner.signature), ids, past, count, back, None)
+        self._runner.check(given)
+        tokens, best = self._runner.turn(lambda: self._calls.likeliest(given))
+        shape = ids.shape[:1] if back is None else (len(ids), len(back))
+        return tokens.reshape(shape), best.reshape(shape)
 
     def tokens(
         self, past: np.ndarray, limit: int, sampling: Sampling | None = None, draws: np.ndarray | None = None
