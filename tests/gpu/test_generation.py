@@ -224,13 +224,20 @@ def test_texts_longer_than_the_cache(bundles, policy):
         assert engine.generate(PROMPTS, 20) == [greedy(model, prompt, 20) for prompt in PROMPTS]  # chosen on the device
 
 
-def test_drafts_change_nothing(bundles):
+def test_drafts_change_nothing_and_are_found_on_the_device(bundles, monkeypatch):
     _, checking = bundles("gpt2", "fp32", speculative_tokens=4)
     _, small = bundles("gpt2")
+    to_host: list[int] = []
+    step = DeviceSteps.__call__
     with opened(checking) as engine, opened(small) as draft:
+        expected = engine.generate(PROMPTS[0], 50)
+        monkeypatch.setattr(
+            DeviceSteps, "__call__", lambda self, ids, *more: to_host.append(ids.shape[1]) or step(self, ids, *more)
+        )
         counts = enginesmith.Speculation()
-        assert engine.generate(PROMPTS[0], 50, draft=draft, speculation=counts) == engine.generate(PROMPTS[0], 50)
+        assert engine.generate(PROMPTS[0], 50, draft=draft, speculation=counts) == expected
     assert counts.accepted > 10
+    assert to_host == [len(PROMPTS[0])]
 
 
 def test_perplexity_is_that_of_fp32(bundles):
