@@ -6,6 +6,8 @@ INSTALLED := .venv/installed
 TORCH_CPU := https://download.pytorch.org/whl/cpu/torch/
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Else each of the many processes of the tests would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check lint types format docs install clean
 

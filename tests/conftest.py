@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and not _gpus():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Millions of objects are there to stay, modules above all: no garbage collection has to look at them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """At its end, Python collects what libraries wait for."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,6 +33,9 @@ FOREIGN_CPU_LIMIT = 0.12
 MIN_ROUNDS = 6
 """A 95 % interval of a median needs six: all of five rounds lie on one side of it in 2 / 2^5 = 6 % of runs."""
 
+WARMUP_SLICES = 8
+"""A warm-up lasts no longer than this many slices: who asks for short ones has little time."""
+
 SLOW_FACTOR = 3
 SLOW_ROUNDS = MIN_ROUNDS
 """Where single calls outlast a slice, rounds stop after this many once they took this multiple of the planned time."""
@@ -45,7 +48,8 @@ class Settings:
     Attributes:
         rounds: interleaved rounds at each size; the interval of a ratio is taken over them.
         slice_s: how long a candidate runs in a round; one call at least.
-        warmup_s: longest warm-up of a candidate at a size; three windows of one call at least.
+        warmup_s: longest warm-up of a candidate at a size; three windows of one call at least. Short slices shorten it,
+            to `WARMUP_SLICES` of them.
         transfers: time calls that take and give NumPy arrays, instead of inputs already on the device.
         seed: of the order within rounds, and of the bootstrap.
     """
@@ -61,6 +65,10 @@ class Settings:
             raise RecipeError("too few rounds for an interval", expected=f"{MIN_ROUNDS} or more", found=self.rounds)
         if self.slice_s <= 0 or self.warmup_s <= 0:
             raise RecipeError("a slice and the warm-up must last", expected="seconds above 0", found=self)
+
+    def longest_warmup_s(self, slice_s: float) -> float:
+        """Seconds that a candidate with such slices may warm up."""
+        return min(self.warmup_s, WARMUP_SLICES * slice_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +190,7 @@ class _Run:
         return Protocol(
             rounds=settings.rounds,
             slice_s=settings.slice_s,
-            warmup_s=settings.warmup_s,
+            warmup_s=settings.longest_warmup_s(settings.slice_s),
             order="interleaved: all candidates once a round, in seeded random order",
             transfers=settings.transfers,
             seed=settings.seed,
@@ -203,7 +211,8 @@ class _Run:
             bound: Bound = HostBound(lambda: runner.run(sized.arrays))
         else:
             bound = runner.bind(sized.arrays)
-        return Slices(bound, self._slices_s[name], self._settings.warmup_s)
+        slice_s = self._slices_s[name]
+        return Slices(bound, slice_s, self._settings.longest_warmup_s(slice_s))
 
     def _interleave(self, active: dict[str, Slices], sized: SizedInputs) -> None:
         """The rounds. One that other processes disturbed is repeated, up to half as often as there are rounds."""

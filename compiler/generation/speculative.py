@@ -22,7 +22,7 @@ from ...targets.base import Runner
 from ..signature import Signature
 from ..states import longest_draft, max_length, vocabulary
 from .choice import Choice, Stream, check_number
-from .steps import Steps, likeliest, steps_of
+from .steps import Choosing, Steps, likeliest, steps_of
 
 
 @dataclasses.dataclass
@@ -64,20 +64,34 @@ class Proposer:
         Raises:
             EngineError: the draft fails, or gives logits that are no numbers.
         """
-        found: list[int] = []
-        unread = text[self._past :]
-        while len(found) < min(most, self._room - len(text) + 1):  # the last one that is found is not read
-            call = (np.array([unread]), np.array([self._past]), np.array([len(unread)]))
-            tokens, best = likeliest(self._steps, *call)
-            check_number(best[0], f"for token {len(found) + 1} of a draft")
-            self._past += len(unread)
-            unread = [int(tokens[0])]
-            found += unread
-        return found
+        wanted = min(most, self._room - len(text) + 1)  # the last one that is found is not read
+        if wanted < 1:
+            return []
+        tokens = [self._read(text[self._past :], 1)]
+        if isinstance(self._steps, Choosing):
+            found = [(int(token[0]), best[0]) for token, best in self._steps.tokens(np.array([self._past]), wanted)]
+            for number, (_, best) in enumerate(found, 1):
+                check_number(best, _where(number))
+            self._past += wanted - 1
+            return [token for token, _ in found]
+        while len(tokens) < wanted:
+            tokens.append(self._read(tokens[-1:], len(tokens) + 1))
+        return tokens
+
+    def _read(self, tokens: list[int], number: int) -> int:
+        """The likeliest token that follows these, which is the one of that number in a draft."""
+        found, best = likeliest(self._steps, np.array([tokens]), np.array([self._past]), np.array([len(tokens)]))
+        check_number(best[0], _where(number))
+        self._past += len(tokens)
+        return int(found[0])
 
     def keep(self, tokens: int) -> None:
         """Forgets what was read behind so many tokens of the text: what was proposed and not taken."""
         self._past = min(self._past, tokens)
+
+
+def _where(number: int) -> str:
+    return f"for token {number} of a draft"
 
 
 def check_draft(

@@ -120,6 +120,14 @@ def test_warm_up_that_never_settles_is_recorded():
     assert not timing["steady"]
 
 
+def test_short_slices_shorten_the_warm_up():
+    for slice_s, longest_s, calls in ((0.08, 0.3, 50), (0.01, 0.08, 13)):
+        runner = FakeRunner()  # of 1 ms a call
+        result = run({"torch": runner}, settings=Settings(rounds=6, slice_s=slice_s))
+        assert result["protocol"]["warmup_s"] == longest_s
+        assert runner.log[:5] == [("fake", 1), ("fake", 1), *[("fake", calls)] * 3]
+
+
 def test_a_candidate_that_fails_to_load_or_at_a_size_is_skipped_with_the_reason():
     def broken():
         raise BuildError("driver too old", hint="update it")

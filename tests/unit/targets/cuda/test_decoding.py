@@ -18,7 +18,7 @@ from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
 from enginesmith.compiler.generation.prefixes import Prefixes
 from enginesmith.compiler.generation.sampling import Sampling
-from enginesmith.compiler.generation.speculative import Speculation
+from enginesmith.compiler.generation.speculative import Proposer, Speculation
 from enginesmith.compiler.generation.steps import Choosing, Finding, Stepping, likeliest, steps_of
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.signature import TensorSpec
@@ -198,14 +198,10 @@ def test_drafts_are_proposed_and_checked_on_the_device(engine, monkeypatch, tmp_
         "__call__",
         lambda self, ids, *others: lengths.append(len(ids[0])) or step(self, ids, *others),
     )
-    found = decoding.DeviceSteps.likeliest
-    if wrong:  # what a draft finds, whose calls have no back
+    if wrong:
         monkeypatch.setattr(
-            decoding.DeviceSteps, "likeliest",
-            lambda self, ids, past, count, back=None: (
-                found(self, ids, past, count, back) if back is not None else (np.array([7]), np.ones(1))
-            ),
-        )  # fmt: skip
+            decoding.DeviceSteps, "tokens", lambda self, past, limit: iter([(np.array([7]), np.ones(1))] * limit)
+        )
     counts = Speculation()
     for prompt, tokens in zip(PROMPTS, expected, strict=True):
         assert engine.generate(prompt, 9, draft=engine, speculation=counts) == [tokens]
@@ -283,6 +279,21 @@ def test_the_batcher_tells_of_logits_that_are_no_numbers(engine, monkeypatch):
     batcher.close()
     assert errors[0] is None
     assert "gives logits that are no numbers, for row 1 at token 2" in str(errors[1])
+
+
+def test_a_draft_proposes_where_its_logits_lie(engine, monkeypatch):
+    propose = Proposer(engine._open_runner(), engine.signature)
+    expected = small["greedy"](PROMPTS[0], 6)
+    assert propose(PROMPTS[0], 4) == expected[:4]
+    propose.keep(len(PROMPTS[0]) + 1)
+    assert propose([*PROMPTS[0], *expected[:2]], 4) == expected[2:]
+    full = [*PROMPTS[0], *expected, *range(small["ROOM"])][: small["ROOM"]]
+    assert len(propose(full, 4)) == 1
+    assert propose([*full, 1], 4) == []
+    broken = iter([(np.zeros(1, np.int64), np.array([np.inf]))])
+    monkeypatch.setattr(decoding.DeviceSteps, "tokens", lambda *_: broken)
+    with pytest.raises(EngineError, match="logits that are no numbers, for token 1 of a draft"):
+        Proposer(engine._open_runner(), engine.signature)(PROMPTS[0], 1)
 
 
 def test_float_caches_are_stored_and_come_back_as_floats(engine):
