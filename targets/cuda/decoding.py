@@ -1,7 +1,9 @@
 """ONNX Runtime on a CUDA device for engines with states: caches lie on the device, which a call updates in place.
 
-    steps(ids, past, count)     one call; the logits come to the host
-    steps.tokens(past, limit)   a call for each token, which is chosen on the device and read by the next call there
+    steps(ids, past, count)             one call; the logits come to the host
+    steps.likeliest(ids, past, count)   one call; the likeliest tokens come to the host
+    steps.token(last, past, ...)        a call of one token a row, and the choice of the next by options of each row
+    steps.tokens(past, limit)           a call for each token, which is chosen there and read by the next one
 
 The calls of one token a row have fixed places for all that they read and write, so that each is the launch of a CUDA
 graph. The host takes a token while the device is at the next one.
