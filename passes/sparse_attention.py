@@ -22,7 +22,7 @@ from ..compiler.graph import Graph
 from ..compiler.graph.editing import flattened
 from ..compiler.graph.selection import select
 from ..compiler.sparse_attention.choice import choose
-from ..compiler.sparse_attention.found import Layer, layers
+from ..compiler.sparse_attention.found import Layer, layers, others
 from ..compiler.sparse_attention.judge import Judge, longest
 from ..compiler.sparse_attention.kinds import Blocks, Kind, TopK, Window, refusal
 from ..compiler.sparse_attention.rewrite import rewrite
@@ -112,11 +112,14 @@ class SparseAttention(Pass):
             return _refused(f"opset {graph.opset} is too old; opset {LEAST_OPSET} is the first")
         work = flattened(graph)
         found = layers(work)
+        refusals = [Refusal(reason, name) for name, reason in others(work).items()]
+        if not found and refusals:
+            return PassResult(modified=False, refusals=tuple(refusals))
         if not found:
             return _refused("there is no fused attention over a cache; fuse-attention, before this pass, makes it")
         kept = select(work, self.keep)
         tried = [layer for layer in found if layer.name not in kept]
-        refusals = [Refusal(f"kept by {kept[layer.name]!r}", layer.name) for layer in found if layer.name in kept]
+        refusals += [Refusal(f"kept by {kept[layer.name]!r}", layer.name) for layer in found if layer.name in kept]
         length = min(layer.length for layer in found)
         kinds = self._possible(length, longest(samples), refusals)
         if not kinds or not tried:

@@ -13,8 +13,8 @@ from ..compiler.signature import Signature
 from ..compiler.states import BACK, COUNT, IDS, LOGITS, PAST, looks_back
 from ..compiler.validation.reference import ReferenceOutputs
 from ..errors import DataError
-from .decoding import PROMPT, TOKEN
-from .stream import FINAL
+from .decoding import PROMPT
+from .stream import tokens_in
 from .wire import infer_input
 
 
@@ -44,7 +44,7 @@ class Prompt:
         client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=timeout_s)
         try:
             client.async_stream_infer(model, self._inputs(), request_id=number, enable_empty_final_response=True)
-            tokens = list(_tokens(answers, timeout_s))
+            tokens = list(tokens_in(_messages(answers, timeout_s)))
         except queue.Empty as error:
             raise InferenceServerException("no answer in time", status="DEADLINE_EXCEEDED") from error
         finally:
@@ -75,12 +75,9 @@ def _prompts(bundle: Path, signature: Signature) -> Iterator[tuple[np.ndarray, n
         return
 
 
-def _tokens(answers: queue.SimpleQueue[tuple[Any, Any]], timeout_s: float) -> Iterator[int]:
+def _messages(answers: queue.SimpleQueue[tuple[Any, Any]], timeout_s: float) -> Iterator[Any]:
     while True:
         result, error = answers.get(timeout=timeout_s)
         if error is not None:
             raise error
-        if (token := result.as_numpy(TOKEN)) is not None:
-            yield int(token[0])
-        if result.get_response().parameters[FINAL].bool_param:
-            return
+        yield result.get_response()

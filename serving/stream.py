@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,22 @@ def tokens(stub: Any, message: Any, timeout_s: float) -> Iterator[int]:
     """
     call = stub.ModelStreamInfer(iter([message]), timeout=timeout_s)
     try:
-        for response in call:
-            if response.error_message:
-                raise EngineError(f"the server did not go on with a text: {response.error_message}")
-            found = arrays(response.infer_response)
-            if TOKEN in found:
-                yield int(found[TOKEN][0])
-            if response.infer_response.parameters[FINAL].bool_param:
-                return
+        yield from tokens_in(map(_answer, call))
     finally:
         call.cancel()
+
+
+def tokens_in(answers: Iterable[Any]) -> Iterator[int]:
+    """The tokens in messages ModelInferResponse, up to the last answer."""
+    for answer in answers:
+        found = arrays(answer)
+        if TOKEN in found:
+            yield int(found[TOKEN][0])
+        if answer.parameters[FINAL].bool_param:
+            return
+
+
+def _answer(response: Any) -> Any:
+    if response.error_message:
+        raise EngineError(f"the server did not go on with a text: {response.error_message}")
+    return response.infer_response

@@ -42,8 +42,8 @@ class Choice:
         Raises:
             EngineError: they are no numbers.
         """
-        self._step += 1
-        best = likeliest(logits, self._where)
+        best = int(logits.argmax())
+        self.check(logits[best])  # NaN is the largest to argmax
         return best if self.sampling is None else self.sampling.draw(logits, self._generator)
 
     def check(self, best: np.floating[Any]) -> None:
@@ -59,20 +59,13 @@ class Choice:
     def _where(self) -> str:
         return f"for row {self._row} at token {self._step}"
 
+    def chance(self) -> float:
+        """The random number from 0 up to 1 by which its next token is drawn; 0 where it takes the likeliest."""
+        return 0.0 if self.greedy else float(self._generator.random())
+
     def draws(self, count: int) -> np.ndarray:
         """The random numbers (count) from 0 up to 1 by which its next tokens are drawn."""
         return self._generator.random(count)
-
-
-def likeliest(logits: np.ndarray, where: str) -> int:
-    """The token with the largest logit (vocabulary).
-
-    Raises:
-        EngineError: they are no numbers, `where` they are given.
-    """
-    best = int(logits.argmax())
-    check_number(logits[best], where)  # NaN is the largest to argmax
-    return best
 
 
 def check_number(best: np.floating[Any], where: str) -> None:

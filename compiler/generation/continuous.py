@@ -6,8 +6,8 @@
     an end          the last row moves into the place of the one that ended
     a row alone     takes what a draft proposes, where there is one and the row is greedy
 
-Where the runner can, tokens are chosen where the logits lie, as long as all rows choose in the same way. A request gets
-the tokens that it would get alone, whatever runs beside it. Needs NumPy and the engine's runtime only.
+Where the runner can, tokens are chosen where the logits lie, for each row in its own way. A request gets the tokens
+that it would get alone, whatever runs beside it. Needs NumPy and the engine's runtime only.
 """
 
 from __future__ import annotations
@@ -248,11 +248,10 @@ class Batcher:
         """One call on all rows; what is given lets a row take its token, as `Request.add`."""
         last = np.array([request.last for request in rows])
         past = np.array([request.past for request in rows])
-        steps, samplings = self._steps_of(slice(0, len(rows))), {request.choice.sampling for request in rows}
-        if isinstance(steps, Choosing) and len(samplings) == 1:
-            (sampling,) = samplings
-            chance = None if sampling is None else np.concatenate([request.choice.draws(1) for request in rows])
-            tokens, best = steps.token(last, past, sampling, chance)
+        steps = self._steps_of(slice(0, len(rows)))
+        if isinstance(steps, Choosing):
+            chance = np.array([request.choice.chance() for request in rows])
+            tokens, best = steps.token(last, past, [request.choice.sampling for request in rows], chance)
             return lambda row: rows[row].add_chosen(int(tokens[row]), best[row])
         logits = steps(last[:, None], past, np.ones_like(past))
         return lambda row: rows[row].add(logits[row])
@@ -264,7 +263,8 @@ class Batcher:
             propose.keep(0)
         most = min(longest_draft(self._signature), request.missing - 1)
         try:
-            more = advance(self._steps_of(slice(0, 1)), propose, request.text, most, request.add, self._speculation)
+            steps = self._steps_of(slice(0, 1))
+            more = advance(steps, propose, request.text, most, request.add_chosen, self._speculation)
         except EnginesmithError as error:
             self._end(0, error)
             return

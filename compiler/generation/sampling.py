@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,6 +35,11 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise RecipeError("top_p is out of range", expected="above 0, up to 1", found=self.top_p)
 
+    @property
+    def limited(self) -> bool:
+        """Whether tokens may be left out."""
+        return self.top_k is not None or self.top_p not in (None, 1)
+
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Of one row of logits, in float64."""
         scores = logits.astype(np.float64) / self.temperature
@@ -50,6 +56,21 @@ class Sampling:
         """One token of a row of logits."""
         sums = np.cumsum(self.probabilities(logits))
         return int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
+
+
+def options_of(samplings: Sequence[Sampling | None], vocabulary: int) -> dict[str, np.ndarray]:
+    """The options (batch) of rows by name, where the tokens of all are drawn in one go.
+
+    A row without sampling draws among its likeliest token and its equals. By the number 0 the first of them comes,
+    which is the likeliest token. Without `top_k` all of the vocabulary stays; without `top_p` it is more than sums that
+    are rounded up.
+    """
+    rows = [sampling or Sampling(top_k=1) for sampling in samplings]
+    return {
+        "temperature": np.array([float(row.temperature) for row in rows]),
+        "top_k": np.array([min(row.top_k or vocabulary, vocabulary) for row in rows], np.int64),
+        "top_p": np.array([2.0 if row.top_p in (None, 1) else row.top_p for row in rows], np.float64),
+    }
 
 
 def sampling_of(

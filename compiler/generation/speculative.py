@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,8 @@ from ...errors import EngineMismatchError, RecipeError
 from ...targets.base import Runner
 from ..signature import Signature
 from ..states import longest_draft, max_length, vocabulary
-from .choice import Choice, Stream, check_number, likeliest
-from .steps import Choosing, Steps, steps_of
+from .choice import Choice, Stream, check_number
+from .steps import Choosing, Steps, likeliest, steps_of
 
 
 @dataclasses.dataclass
@@ -66,23 +67,23 @@ class Proposer:
         wanted = min(most, self._room - len(text) + 1)  # the last one that is found is not read
         if wanted < 1:
             return []
-        logits = self._read(text[self._past :])
+        tokens = [self._read(text[self._past :], 1)]
         if isinstance(self._steps, Choosing):
             found = [(int(token[0]), best[0]) for token, best in self._steps.tokens(np.array([self._past]), wanted)]
             for number, (_, best) in enumerate(found, 1):
                 check_number(best, _where(number))
             self._past += wanted - 1
             return [token for token, _ in found]
-        tokens = [likeliest(logits, _where(1))]
         while len(tokens) < wanted:
-            tokens.append(likeliest(self._read(tokens[-1:]), _where(len(tokens) + 1)))
+            tokens.append(self._read(tokens[-1:], len(tokens) + 1))
         return tokens
 
-    def _read(self, tokens: list[int]) -> np.ndarray:
-        """The logits (vocabulary) that follow these."""
-        logits = self._steps(np.array([tokens]), np.array([self._past]), np.array([len(tokens)]))
+    def _read(self, tokens: list[int], number: int) -> int:
+        """The likeliest token that follows these, which is the one of that number in a draft."""
+        found, best = likeliest(self._steps, np.array([tokens]), np.array([self._past]), np.array([len(tokens)]))
+        check_number(best[0], _where(number))
         self._past += len(tokens)
-        return np.asarray(logits[0])
+        return int(found[0])
 
     def keep(self, tokens: int) -> None:
         """Forgets what was read behind so many tokens of the text: what was proposed and not taken."""
@@ -158,16 +159,20 @@ def speculate(
     text: list[int] = prompt.tolist()
     end = len(text) + max_new_tokens
 
-    def add(logits: np.ndarray) -> bool:
+    def add(token: int) -> bool:
         """Whether more tokens are to come."""
-        text.append(choice(logits))
+        text.append(token)
         if stream is not None:
             stream(0, text[-1])
         return text[-1] not in ends and len(text) < end
 
-    more = add(logits)
+    def add_chosen(token: int, best: np.floating[Any]) -> bool:
+        choice.check(best)
+        return add(token)
+
+    more = add(choice(logits))
     while more:
-        more = advance(steps, propose, text, min(longest, end - len(text) - 1), add, counts)
+        more = advance(steps, propose, text, min(longest, end - len(text) - 1), add_chosen, counts)
     return text[len(prompt) :]
 
 
@@ -176,26 +181,25 @@ def advance(
     propose: Proposer,
     text: list[int],
     most: int,
-    add: Callable[[np.ndarray], bool],
+    add: Callable[[int, np.floating[Any]], bool],
     counts: Speculation,
 ) -> bool:
     """One call of the engine on one row, which checks what the draft proposes. Whether more tokens are to come.
 
     Args:
         most: tokens that may be proposed; the engine adds one by itself.
-        add: takes the logits (vocabulary) of the next token, puts that at the end of `text`, and says whether more are
-            to come.
+        add: takes the next token and its logit, puts it at the end of `text`, and says whether more are to come.
     """
     before = len(text)
     proposed = propose(text, most)
     call = np.array([[text[-1], *proposed]])
     back = np.arange(len(proposed), -1, -1)
-    checked = steps(call, np.array([before - 1]), np.array([call.shape[1]]), back)[0]
+    tokens, best = likeliest(steps, call, np.array([before - 1]), np.array([call.shape[1]]), back)
     counts.calls += 1
     counts.proposed += len(proposed)
     more = True
-    for row, guess in zip(checked, [*proposed, None], strict=True):
-        more = add(row)
+    for token, logit, guess in zip(tokens[0], best[0], [*proposed, None], strict=True):
+        more = add(int(token), logit)
         counts.tokens += 1
         if text[-1] != guess:
             break

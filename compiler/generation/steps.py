@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -58,14 +58,39 @@ class Choosing(Protocol):
         """
 
     def token(
-        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+        self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """One call with the last token (batch) of each row: the tokens (batch) that follow, and the largest logits.
 
         Args:
             past: tokens of each row that the caches hold before.
-            chance: (batch), numbers from 0 up to 1 to draw by, beside `sampling`.
+            samplings: of each row; None for the likeliest token.
+            chance: (batch), numbers from 0 up to 1 to draw by; 0 for the likeliest token.
         """
+
+
+@runtime_checkable
+class Finding(Protocol):
+    """Calls whose likeliest tokens are found where the logits lie."""
+
+    def likeliest(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One call, as of `Steps`: the likeliest tokens (batch), or (batch, kept) with `back`, and the largest logits.
+
+        The largest logit is not finite where one of them is no number.
+        """
+
+
+def likeliest(
+    steps: Steps, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As of `Finding`, on whatever steps."""
+    if isinstance(steps, Finding):
+        return steps.likeliest(ids, past, count, back)
+    logits = steps(ids, past, count, back)
+    tokens = logits.argmax(axis=-1)  # NaN is the largest to argmax
+    return tokens, np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
 
 def caches_of(runner: Runner, signature: Signature, batch: int) -> Any:

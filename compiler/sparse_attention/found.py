@@ -14,6 +14,9 @@ from ..graph.selection import label
 WRITTEN = frozenset(("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved"))
 """Attributes that fuse-attention writes."""
 
+BIAS = 10
+"""The input `attention_bias`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -40,11 +43,26 @@ class Layer:
 
 def layers(graph: Graph) -> list[Layer]:
     """All of a flat graph, in its order."""
-    return [found for node in graph.model.graph if (found := _layer(node)) is not None]
+    return [found for node in _attentions(graph) if (found := _layer(node)) is not None]
+
+
+def others(graph: Graph) -> dict[str, str]:
+    """Why attention over a cache is none of `layers`, by the names of the nodes."""
+    return {label(node): _reason(node) for node in _attentions(graph) if _layer(node) is None}
+
+
+def _attentions(graph: Graph) -> list[ir.Node]:
+    return [node for node in graph.model.graph if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT]
+
+
+def _reason(node: ir.Node) -> str:
+    if len(node.inputs) > BIAS and node.inputs[BIAS] is not None:
+        return "its scores have a bias, as ALiBi has, which sparse attention does not add"
+    return "it is no attention over a cache as fuse-attention leaves it"
 
 
 def _layer(node: ir.Node) -> Layer | None:
-    if node.op_type != "GroupQueryAttention" or node.domain != MICROSOFT or set(node.attributes) - WRITTEN:
+    if set(node.attributes) - WRITTEN:
         return None
     if len(node.inputs) not in (7, 9) or None in node.inputs[3:] or len(node.outputs) != 3:
         return None

@@ -5,8 +5,8 @@
     token, best, past + 1 = draw-among(logits, past, temperature, chance, top_k, top_p)
 
 `logits` are (batch, vocabulary), `token` (batch, 1) of int64, `best` (batch) the largest logit, infinity where one of
-them is no number. Of equal logits the first is the largest. `chance` (batch) are numbers from 0 up to 1: tokens
-are drawn as `compiler.generation.sampling` draws them on the host, in float64 too.
+them is no number. Of equal logits the first is the largest. Each row has options of its own, (batch) each; `chance` are
+numbers from 0 up to 1: tokens are drawn as `compiler.generation.sampling` draws them on the host, in float64 too.
 
 The graphs are written when the engine is built, as running them needs no package to write ONNX.
 """
@@ -42,22 +42,22 @@ _GREEDY = """
   before = Mul(block, length)  token = Add(before, within)
 """
 _SCORES = """
-  wide = Cast<to = 11>(logits)  scores = Div(wide, temperature)
-  wide_top = Cast<to = 11>(top)  highest = Div(wide_top, temperature)
+  wide = Cast<to = 11>(logits)  divisor = Unsqueeze(temperature, one)  scores = Div(wide, divisor)
+  wide_top = Cast<to = 11>(top)  highest = Div(wide_top, divisor)
 """
 _WEIGHTS = """
   apart = Sub(scores, highest)  weights = Exp(apart)
 """
 _AMONG = """
   sorted, order = TopK<axis = 1>(scores, all)
-  place = Sub(top_k, one)  least = Gather<axis = 1>(sorted, place)
+  before_k = Sub(top_k, one)  place = Unsqueeze(before_k, one)  least = GatherElements<axis = 1>(sorted, place)
   low = Less(sorted, least)  likely = Where(low, never, sorted)
   apart = Sub(likely, highest)  shares = Exp(apart)
   flat_a = Pad(shares, padding)  blocks_a = Reshape(flat_a, split)
   inner_a = CumSum(blocks_a, two)  ends_a = Slice(inner_a, last, end, two)
   before_a = CumSum<exclusive = 1>(ends_a, one)  all_a = Add(inner_a, before_a)  sums_a = Reshape(all_a, of_row)
   whole_a = Slice(sums_a, none, size, one)  so_far = Sub(whole_a, shares)
-  total_a = Slice(sums_a, last, end, one)  limit = Mul(total_a, top_p)
+  total_a = Slice(sums_a, last, end, one)  share = Unsqueeze(top_p, one)  limit = Mul(total_a, share)
   out = GreaterOrEqual(so_far, limit)  picked = Where(out, nothing, shares)
   weights = ScatterElements<axis = 1>(scores, order, picked)
 """
@@ -84,11 +84,11 @@ def graphs(vocabulary: int, dtype: str) -> dict[str, Any]:
     import onnx.parser
 
     kind = {"float32": "float", "float16": "float16"}[dtype]
-    drawing = "double temperature, double[batch] chance"
+    drawing = "double[batch] temperature, double[batch] chance"
     bodies = {
         GREEDY: ("", _FIRST + _GREEDY),
         DRAW: (drawing, _FIRST + _SCORES + _WEIGHTS + _DRAW),
-        AMONG: (f"{drawing}, int64[1] top_k, double top_p", _FIRST + _SCORES + _AMONG + _DRAW),
+        AMONG: (f"{drawing}, int64[batch] top_k, double[batch] top_p", _FIRST + _SCORES + _AMONG + _DRAW),
     }
     constants = _constants(vocabulary, np.dtype(dtype))
     made = {}

@@ -1,7 +1,9 @@
 """ONNX Runtime on a CUDA device for engines with states: caches lie on the device, which a call updates in place.
 
-    steps(ids, past, count)     one call; the logits come to the host
-    steps.tokens(past, limit)   a call for each token, which is chosen on the device and read by the next call there
+    steps(ids, past, count)             one call; the logits come to the host
+    steps.likeliest(ids, past, count)   one call; the likeliest tokens come to the host
+    steps.token(last, past, ...)        a call of one token a row, and the choice of the next by options of each row
+    steps.tokens(past, limit)           a call for each token, which is chosen there and read by the next one
 
 The calls of one token a row have fixed places for all that they read and write, so that each is the launch of a CUDA
 graph. The host takes a token while the device is at the next one.
@@ -13,12 +15,12 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ...compiler.generation.sampling import Sampling
+from ...compiler.generation.sampling import Sampling, options_of
 from ...compiler.signature import Signature
 from ...compiler.states import (
     BACK,
@@ -42,6 +44,7 @@ from ..base import Arrays, Bound
 from .arrays import DeviceArray, new
 from .choosers import AMONG, DRAW, GREEDY
 from .dlpack import cuda_device, ort_dtype
+from .finder import Finder
 from .onnxruntime import DEVICE, NO_GRAPH, Buffers, DeviceBound, DeviceRunner, empty, run_options
 from .pinned import pinned
 from .stream import Stream
@@ -237,6 +240,7 @@ class Calls:
         self.logits = empty((batch, self.vocabulary), self.dtype.type, self._stream)
         self._other: _Call | None = None
         self._choosers: dict[str, Chooser] = {}
+        self._finders: dict[int, Finder] = {}
 
     @functools.cached_property
     def one(self) -> _Call:
@@ -253,11 +257,30 @@ class Calls:
 
     def __call__(self, given: Numbers) -> np.ndarray:
         """The logits of a call, on the host: (batch, vocabulary), or (batch, kept, vocabulary)."""
+        made = self._launched(given)
+        return fetch(self._stream, made.logits, (self.batch, *made.kept, self.vocabulary), self.dtype)
+
+    def likeliest(self, given: Numbers) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens that follow a call, and the largest logits: (batch), or (batch, kept)."""
+        made = self._launched(given)
+        shape = (self.batch, *made.kept)
+        rows = math.prod(shape)
+        if rows not in self._finders:
+            session = self._runner.chooser(GREEDY)
+            self._finders[rows] = Finder(session, self._stream, rows, self.vocabulary, self.dtype)
+        finder = self._finders[rows]
+        finder(made.logits.data_ptr())
+        return fetch(self._stream, finder.token, shape, np.dtype(np.int64)), fetch(
+            self._stream, finder.best, shape, self.dtype
+        )
+
+    def _launched(self, given: Numbers) -> _Call:
+        """A call with these inputs, once it is started."""
         made = self._fitting(given)
         for name, array in given.items():
             put(self._stream, made.inputs[name], array)
         self._runner.launch(made.binding, made.options)
-        return fetch(self._stream, made.logits, (self.batch, *made.kept, self.vocabulary), self.dtype)
+        return made
 
     def chooser(self, kind: str) -> Chooser:
         """What chooses tokens by the logits of the last call, and makes them the input of the next one."""
@@ -305,9 +328,7 @@ class Chooser:
         self._best = empty((batch,), calls.dtype.type, stream)
         self._chance = empty((batch,), np.float64, stream)
         self._options = {
-            "temperature": empty((), np.float64, stream),
-            "top_k": empty((1,), np.int64, stream),
-            "top_p": empty((), np.float64, stream),
+            name: empty((batch,), array.dtype.type, stream) for name, array in options_of([None], 1).items()
         }
         given = {"logits": calls.logits, "past": past, "chance": self._chance, **self._options}
         self._binding = self._session.io_binding()
@@ -320,8 +341,8 @@ class Chooser:
         self._bests = pinned((AHEAD, batch), calls.dtype, stream)
         self._events = [stream.event() for _ in range(AHEAD)]
         self._draws: Any = None
-        self._sampling: Sampling | None = None
-        self._set(Sampling())
+        self._samplings: tuple[Sampling | None, ...] = ()
+        self._set([None] * batch)
         put(stream, self._chance, np.zeros(batch))
         self._launch()  # a graph is captured by running it, and here nothing is lost by that
 
@@ -339,7 +360,7 @@ class Chooser:
         if sampling is not None and draws is not None:
             self._draws = empty(draws.shape, np.float64, self._stream)
             put(self._stream, self._draws, draws)
-            self._set(sampling)
+            self._set([sampling] * self._calls.batch)
 
     def after(self, steps: range, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts some choices, and gives the tokens (batch) and largest logits (batch) of one once it is made."""
@@ -368,7 +389,7 @@ class Chooser:
         self._stream.record(self._events[at])
 
     def behind(
-        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None, chance: np.ndarray | None
+        self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """A call with these tokens, and the choice of the next: tokens (batch) and largest logits (batch)."""
         one = self._calls.one.inputs
@@ -376,9 +397,9 @@ class Chooser:
             put(self._stream, one[name], value)
         if BACK in one:
             put(self._stream, one[BACK], np.zeros(1, np.int64))
-        if sampling is not None and chance is not None:
+        if any(samplings):
             put(self._stream, self._chance, chance)
-            self._set(sampling)
+            self._set(samplings)
         self._next()
         self._launch()
         self._send(0)
@@ -391,15 +412,12 @@ class Chooser:
             self._stream.copy(one[POSITION].data_ptr(), one[PAST].data_ptr(), 8 * self._calls.batch)
         self._calls.next()
 
-    def _set(self, sampling: Sampling) -> None:
-        if sampling == self._sampling:
+    def _set(self, samplings: Sequence[Sampling | None]) -> None:
+        if tuple(samplings) == self._samplings:
             return
-        self._sampling = sampling
-        size = self._calls.vocabulary
-        all_of_it = sampling.top_p is None or sampling.top_p == 1  # and more than sums that are rounded up
-        put(self._stream, self._options["temperature"], np.array(float(sampling.temperature)))
-        put(self._stream, self._options["top_k"], np.array([min(sampling.top_k or size, size)]))
-        put(self._stream, self._options["top_p"], np.array(2.0 if all_of_it else sampling.top_p))
+        self._samplings = tuple(samplings)
+        for name, array in options_of(samplings, self._calls.vocabulary).items():
+            put(self._stream, self._options[name], array)
 
     def _launch(self) -> None:
         self._session.run_with_iobinding(self._binding, self._run)
@@ -424,12 +442,22 @@ class DeviceSteps:
         self._runner.check(given)
         return asked_for(self._runner.turn(lambda: self._calls(given)), back)
 
+    def likeliest(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens that follow, and the largest logits, as `Finding` tells."""
+        given = call(numbers(self._runner.signature), ids, past, count, back, None)
+        self._runner.check(given)
+        tokens, best = self._runner.turn(lambda: self._calls.likeliest(given))
+        shape = ids.shape[:1] if back is None else (len(ids), len(back))
+        return tokens.reshape(shape), best.reshape(shape)
+
     def tokens(
         self, past: np.ndarray, limit: int, sampling: Sampling | None = None, draws: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The next tokens and largest logits, as `Choosing` tells."""
         turn = self._runner.turn
-        chooser = turn(lambda: self._calls.chooser(_kind(sampling)))
+        chooser = turn(lambda: self._calls.chooser(_kind([sampling])))
         turn(lambda: chooser.begin(past, sampling, draws))
         started = 0
         for step in range(limit):
@@ -438,18 +466,18 @@ class DeviceSteps:
             started = ahead.stop
 
     def token(
-        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+        self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that follow, and the largest logits, as `Choosing` tells."""
         turn = self._runner.turn
-        chooser = turn(lambda: self._calls.chooser(_kind(sampling)))
-        return turn(lambda: chooser.behind(last, past, sampling, chance))
+        chooser = turn(lambda: self._calls.chooser(_kind(samplings)))
+        return turn(lambda: chooser.behind(last, past, samplings, chance))
 
 
-def _kind(sampling: Sampling | None) -> str:
-    if sampling is None:
+def _kind(samplings: Sequence[Sampling | None]) -> str:
+    if not any(samplings):
         return GREEDY
-    return DRAW if sampling.top_k is None and sampling.top_p in (None, 1) else AMONG
+    return AMONG if any(sampling is None or sampling.limited for sampling in samplings) else DRAW
 
 
 def put(stream: Stream, value: Any, array: np.ndarray) -> None:

@@ -7,13 +7,13 @@ token while the device is at the next one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ...compiler.generation.sampling import Sampling
+from ...compiler.generation.sampling import Sampling, options_of
 from ...compiler.states import (
     BACK,
     COUNT,
@@ -55,8 +55,8 @@ class Calls:
         wide = functools.partial(torch.ones, dtype=torch.float64, device=device)
         self._draws = wide((max_length(runner.signature) + 1, batch))
         self._number = torch.zeros(1, dtype=torch.int64, device=device)
-        self._temperature, self._top_p = wide(()), wide(())
-        self._top_k = torch.ones(1, dtype=torch.int64, device=device)
+        self._temperature, self._top_p = wide((batch, 1)), wide((batch, 1))
+        self._top_k = torch.ones((batch, 1), dtype=torch.int64, device=device)
         self._best = torch.zeros(batch, device=device)
         self._logits = torch.zeros((batch, 1), device=device)
         on_host = functools.partial(torch.zeros, (AHEAD, batch), pin_memory=self._on_gpu)
@@ -77,30 +77,30 @@ class Calls:
         self._logits = self._runner.launch({**named, **self._caches})[0]
         return to_array(self._logits)
 
-    def begin(self, past: np.ndarray, limit: int, sampling: Sampling | None, draws: np.ndarray | None) -> None:
+    def begin(
+        self, past: np.ndarray, limit: int, samplings: Sequence[Sampling | None], draws: np.ndarray | None
+    ) -> None:
         """Starts behind a call that left logits, and so many tokens in the caches."""
-        self._kind = _kind(sampling)
+        self._kind = _kind(samplings)
         for place in self._counting:
             place.copy_(torch.from_numpy(np.array(past)))
         self._number.zero_()
-        if sampling is not None and draws is not None:
+        if any(samplings) and draws is not None:
             if len(draws) > len(self._draws):  # longer than the caches: tokens are dropped on the way
                 self._draws = torch.zeros(draws.shape, dtype=torch.float64, device=self._device)
                 self._following.clear()
             self._draws[: len(draws)] = torch.from_numpy(draws)
-            size = vocabulary(self._runner.signature) or 1
-            every = sampling.top_p is None or sampling.top_p == 1  # and more than sums that are rounded up
-            self._temperature.fill_(float(sampling.temperature))
-            self._top_k.fill_(min(sampling.top_k or size, size))
-            self._top_p.fill_(2.0 if every else sampling.top_p or 1.0)
+            options = options_of(samplings, vocabulary(self._runner.signature) or 1)
+            for name, place in (("temperature", self._temperature), ("top_k", self._top_k), ("top_p", self._top_p)):
+                place.copy_(torch.from_numpy(options[name][:, None]))
         if limit > 1 and self._kind not in self._following:
             self._following[self._kind] = self._captured(self._kind)
 
     def behind(
-        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None, chance: np.ndarray | None
+        self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """A call with these tokens, and the choice of the next: tokens (batch) and largest logits (batch)."""
-        self.begin(past, 2, sampling, None if chance is None else chance[None])
+        self.begin(past, 2, samplings, chance[None])
         self._one[IDS].copy_(torch.from_numpy(last[:, None]))
         self._following[self._kind]()
         self._send(0)
@@ -149,7 +149,7 @@ class Calls:
         highest = best.double()[:, None] / self._temperature
         if among:
             ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-            least = ordered.gather(1, (self._top_k - 1).expand(self._batch)[:, None])
+            least = ordered.gather(1, self._top_k - 1)
             shares = torch.exp(torch.where(ordered < least, -torch.inf, ordered) - highest)
             sums = shares.cumsum(dim=-1)
             out = sums - shares >= self._top_p * sums[:, -1:]
@@ -204,7 +204,7 @@ class Steps:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The next tokens and largest logits, as `Choosing` tells."""
         with self._runner.turn():
-            self._calls.begin(past, limit, sampling, draws)
+            self._calls.begin(past, limit, [sampling] * len(past), draws)
         started = 0
         for step in range(limit):
             with self._runner.turn():
@@ -215,14 +215,14 @@ class Steps:
             yield found
 
     def token(
-        self, last: np.ndarray, past: np.ndarray, sampling: Sampling | None = None, chance: np.ndarray | None = None
+        self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that follow, and the largest logits, as `Choosing` tells."""
         with self._runner.turn():
-            return self._calls.behind(last, past, sampling, chance)
+            return self._calls.behind(last, past, samplings, chance)
 
 
-def _kind(sampling: Sampling | None) -> str:
-    if sampling is None:
+def _kind(samplings: Sequence[Sampling | None]) -> str:
+    if not any(samplings):
         return GREEDY
-    return DRAW if sampling.top_k is None and sampling.top_p in (None, 1) else AMONG
+    return AMONG if any(sampling is None or sampling.limited for sampling in samplings) else DRAW

@@ -14,10 +14,11 @@ import transformers
 import enginesmith
 from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
+from enginesmith.compiler.generation.sampling import Sampling
 from enginesmith.compiler.generation.steps import steps_of
 from enginesmith.errors import DataError, EngineError
 from enginesmith.targets.cuda.arrays import DeviceArray
-from enginesmith.targets.cuda.decoding import DecodingRunner, put
+from enginesmith.targets.cuda.decoding import DecodingRunner, DeviceSteps, put
 
 pytestmark = pytest.mark.gpu
 
@@ -188,6 +189,29 @@ def test_prefixes_and_the_batcher_give_the_same_tokens(bundles):
     assert same > 80  # in fp16 other numbers of rows round otherwise
 
 
+def test_requests_choose_each_in_its_own_way_on_the_device(bundles, monkeypatch):
+    _, bundle = bundles("gpt2", "fp32")
+    asked = list(zip(PROMPTS, ("greedy", "top-k", "top-p"), strict=True))
+    with opened(bundle) as engine:
+        expected = [engine.generate(prompt, 40, **DRAWN[how])[0] for prompt, how in asked]
+        counts: list[int] = []
+        token = DeviceSteps.token
+        monkeypatch.setattr(
+            DeviceSteps, "token", lambda self, last, *others: counts.append(len(last)) or token(self, last, *others)
+        )
+        requests = []
+        for prompt, how in asked:
+            given = {name: value for name, value in DRAWN[how].items() if name not in ("do_sample", "seed")}
+            choice = Choice(Sampling(**given) if DRAWN[how] else None, (DRAWN[how].get("seed", 0), 0))
+            requests.append(Request(np.array(prompt), 40, choice, (), [].append, lambda error: None))
+        batcher = engine.batcher()
+        for request in requests:
+            batcher.submit(request)
+        batcher.close()
+    assert [request.take.__self__ for request in requests] == expected
+    assert max(counts) == 3
+
+
 @pytest.mark.parametrize("policy", ["window", "importance"])
 def test_texts_longer_than_the_cache(bundles, policy):
     model, bundle = bundles("gpt2", "fp32", max_length=32, eviction=policy)
@@ -200,13 +224,20 @@ def test_texts_longer_than_the_cache(bundles, policy):
         assert engine.generate(PROMPTS, 20) == [greedy(model, prompt, 20) for prompt in PROMPTS]  # chosen on the device
 
 
-def test_drafts_change_nothing(bundles):
+def test_drafts_change_nothing_and_are_found_on_the_device(bundles, monkeypatch):
     _, checking = bundles("gpt2", "fp32", speculative_tokens=4)
     _, small = bundles("gpt2")
+    to_host: list[int] = []
+    step = DeviceSteps.__call__
     with opened(checking) as engine, opened(small) as draft:
+        expected = engine.generate(PROMPTS[0], 50)
+        monkeypatch.setattr(
+            DeviceSteps, "__call__", lambda self, ids, *more: to_host.append(ids.shape[1]) or step(self, ids, *more)
+        )
         counts = enginesmith.Speculation()
-        assert engine.generate(PROMPTS[0], 50, draft=draft, speculation=counts) == engine.generate(PROMPTS[0], 50)
+        assert engine.generate(PROMPTS[0], 50, draft=draft, speculation=counts) == expected
     assert counts.accepted > 10
+    assert to_host == [len(PROMPTS[0])]
 
 
 def test_perplexity_is_that_of_fp32(bundles):

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from enginesmith.compiler.calibration import Calibration, CalibrationSettings
@@ -154,6 +155,21 @@ def test_attention_that_is_not_fused_stays():
     assert reasons(result) == [
         "there is no fused attention over a cache; fuse-attention, before this pass, makes it"
     ]  # fmt: skip
+
+
+def test_attention_with_a_bias_stays_and_says_so():
+    graph = fused()
+    (node,) = (node for node in graph.model.graph if node.op_type == "GroupQueryAttention")
+    node.resize_inputs(11)
+    bias = ir.Value(name="bias", const_value=ir.tensor(np.zeros((1, small["HEADS"], 1, 1), np.float32), name="bias"))
+    graph.model.graph.register_initializer(bias)
+    node.replace_input_with(10, bias)
+    before = graph.fingerprint()
+    _, result = applied("sparse-attention:window=4", graph=graph)
+    assert [(refusal.reason, refusal.node) for refusal in result.refusals] == [
+        ("its scores have a bias, as ALiBi has, which sparse attention does not add", NODE)
+    ]
+    assert graph.fingerprint() == before
 
 
 def test_an_old_opset_stays():

@@ -74,16 +74,21 @@ class Client:
 
     def async_stream_infer(self, model, inputs, request_id, enable_empty_final_response):
         for token in self._tokens:
-            self._answer(np.array([token]), last=False)
-        self._answer(None, last=True)
+            self._answer([token], last=False)
+        self._answer([], last=True)
 
     def stop_stream(self, cancel_requests):
         assert cancel_requests
 
-    def _answer(self, token, *, last):
-        parameters = {"triton_final_response": SimpleNamespace(bool_param=last)}
-        response = SimpleNamespace(parameters=parameters)
-        self._callback(SimpleNamespace(as_numpy=lambda name: token, get_response=lambda: response), None)
+    def _answer(self, tokens, *, last):
+        from tritonclient.grpc import service_pb2
+
+        message = service_pb2.ModelInferResponse()
+        message.parameters["triton_final_response"].bool_param = last
+        for token in tokens:
+            message.outputs.add(name="token", datatype="INT64", shape=[1])
+            message.raw_output_contents.append(np.int64(token).tobytes())
+        self._callback(SimpleNamespace(get_response=lambda: message), None)
 
 
 @pytest.mark.parametrize("drafted", [0, 3])

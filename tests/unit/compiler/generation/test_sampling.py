@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from enginesmith.compiler.generation.sampling import Sampling
+from enginesmith.compiler.generation.choice import Choice
+from enginesmith.compiler.generation.sampling import Sampling, options_of
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))
 
@@ -44,3 +45,22 @@ def test_logits_of_minus_infinity_are_never_drawn():
     masked = np.array([-np.inf, 1.0, -np.inf], np.float32)
     generator = np.random.default_rng(0)
     assert {Sampling(temperature=5.0).draw(masked, generator) for _ in range(50)} == {1}
+
+
+def test_options_of_rows_stand_side_by_side():
+    rows = [Sampling(0.5), None, Sampling(2.0, 3, 0.9), Sampling(top_k=99, top_p=1)]
+    assert {name: array.tolist() for name, array in options_of(rows, 10).items()} == {
+        "temperature": [0.5, 1.0, 2.0, 1.0],
+        "top_k": [10, 1, 3, 10],
+        "top_p": [2.0, 2.0, 0.9, 2.0],
+    }
+    assert [row.limited for row in rows if row] == [False, True, True]
+
+
+def test_a_row_draws_by_the_numbers_of_its_seed_one_at_a_time_or_together():
+    one, together, host = (Choice(Sampling(), 4) for _ in range(3))
+    logits = np.log(np.full(1000, 1e-3))
+    chances = [one.chance() for _ in range(5)]
+    assert chances == together.draws(5).tolist()
+    assert [host(logits) for _ in range(5)] == [int(chance * 1000) for chance in chances]
+    assert Choice(None).chance() == 0

@@ -15,7 +15,7 @@ import enginesmith
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.graph.editing import flattened
 from enginesmith.compiler.graph.probe import run
-from enginesmith.compiler.sparse_attention.found import layers
+from enginesmith.compiler.sparse_attention.found import layers, others
 from enginesmith.compiler.sparse_attention.kinds import Blocks, TopK, Window, refusal
 from enginesmith.compiler.sparse_attention.rewrite import rewrite
 from enginesmith.passes import parse_pass
@@ -134,6 +134,7 @@ def test_where_there_are_fewer_keys_nothing_changes(kind):
 def test_layers_that_are_not_named_stay():
     graph = attention(SIZES[0])
     (only,) = layers(graph)
+    assert others(graph) == {}
     assert (only.heads, only.shared, only.width, only.length, only.name) == (2, 2, 8, 16, "attention")
     assert only.scale == pytest.approx(0.4)
     rewrite(graph, {})
@@ -145,6 +146,7 @@ def test_attention_with_other_options_is_none_that_is_known():
     (node,) = graph.model.graph
     node.attributes.add(ir.AttrInt64("local_window_size", 4))
     assert layers(graph) == []
+    assert others(graph) == {"attention": "it is no attention over a cache as fuse-attention leaves it"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from enginesmith.compiler.generation.sampling import Sampling
+from enginesmith.compiler.generation.sampling import Sampling, options_of
 from enginesmith.compiler.signature import Signature, TensorSpec
 from enginesmith.targets.cuda.choosers import AMONG, DRAW, GREEDY, graphs, write
 
@@ -56,8 +56,8 @@ def test_a_logit_that_is_no_number_shows(choosers, kind, place):
     given[1, place] = np.nan
     given[2, place] = -np.inf  # a token that never comes is none of these
     options = {
-        "logits": given, "past": np.zeros(3, np.int64), "temperature": np.array(1.0), "chance": np.zeros(3),
-        "top_k": np.array([5]), "top_p": np.array(0.5),
+        "logits": given, "past": np.zeros(3, np.int64), "chance": np.zeros(3),
+        **options_of([Sampling(top_k=5, top_p=0.5)] * 3, SIZE),
     }  # fmt: skip
     _, best, _ = sessions[kind].run(None, {value.name: options[value.name] for value in sessions[kind].get_inputs()})
     assert np.isfinite(best).tolist() == [True, False, True]
@@ -72,14 +72,27 @@ def test_what_is_drawn_is_what_the_host_draws(choosers, sampling, ties):
     for seed in range(8):
         given, chance = logits(seed, dtype, ties=ties), np.random.default_rng(seed).random(3)
         options = {
-            "logits": given, "past": np.zeros(3, np.int64), "temperature": np.array(sampling.temperature),
-            "chance": chance, "top_k": np.array([sampling.top_k or SIZE]), "top_p": np.array(sampling.top_p or 2.0),
+            "logits": given, "past": np.zeros(3, np.int64), "chance": chance, **options_of([sampling] * 3, SIZE),
         }  # fmt: skip
         kinds = [AMONG, *([DRAW] if sampling.top_k is None and sampling.top_p is None else [])]
         expected = [sampling.draw(row, Drawing(number)) for row, number in zip(given, chance, strict=True)]
         for kind in kinds:
             feed = {value.name: options[value.name] for value in sessions[kind].get_inputs()}
             assert sessions[kind].run(["token"], feed)[0][:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["apart", "ties"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_have_options_of_their_own_and_may_take_the_likeliest(choosers, seed, ties):
+    sessions, dtype = choosers
+    samplings = [Sampling(1.5, 7, 0.6), None, Sampling(0.4)]
+    given, chance = logits(seed, dtype, ties=ties), np.random.default_rng(seed).random(3)
+    chance[1] = 0
+    options = {"logits": given, "past": np.zeros(3, np.int64), "chance": chance, **options_of(samplings, SIZE)}
+    token, best, _ = sessions[AMONG].run(None, options)
+    drawn = [samplings[row].draw(given[row], Drawing(chance[row])) for row in (0, 2)]
+    assert token[:, 0].tolist() == [drawn[0], given[1].argmax(), drawn[1]]
+    assert best.tolist() == given.max(axis=1).tolist()
 
 
 def test_one_file_each_is_written_for_the_logits_of_an_engine(tmp_path):

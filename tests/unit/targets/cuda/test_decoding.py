@@ -18,10 +18,11 @@ from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
 from enginesmith.compiler.generation.prefixes import Prefixes
 from enginesmith.compiler.generation.sampling import Sampling
-from enginesmith.compiler.generation.speculative import Proposer
-from enginesmith.compiler.generation.steps import Choosing, Stepping, steps_of
+from enginesmith.compiler.generation.speculative import Proposer, Speculation
+from enginesmith.compiler.generation.steps import Choosing, Finding, Stepping, likeliest, steps_of
 from enginesmith.compiler.graph import Graph
 from enginesmith.compiler.signature import TensorSpec
+from enginesmith.compiler.states import longest_draft
 from enginesmith.errors import DataError, EngineError
 from enginesmith.passes import parse_pass
 from enginesmith.passes.base import Context
@@ -169,6 +170,51 @@ def test_prompts_are_read_in_pieces_and_behind_each_other(engine):
         assert np.abs(logits[0] - expected).max() < 0.01 * np.abs(expected).max()
 
 
+def test_the_likeliest_tokens_are_those_of_the_logits(engine):
+    runner, signature = engine._open_runner(), engine.signature
+    text, one = np.array([[3, 1, 4, 1, 5]]), np.ones(1, np.int64)
+    for back in (None, np.array([2, 1, 0])) if longest_draft(signature) else (None,):
+        logits = steps_of(runner, signature, 1)(text, 0 * one, 5 * one, back)
+        steps = steps_of(runner, signature, 1)
+        assert isinstance(steps, Finding)
+        for _ in range(2):  # the second time on what is there
+            tokens, best = likeliest(steps, text, 0 * one, 5 * one, back)
+            assert tokens.tolist() == logits.argmax(axis=-1).tolist()
+            assert best.tolist() == logits.max(axis=-1).tolist()
+        again, _ = likeliest(steps, np.array([[9]]), 5 * one, one)
+        assert again.tolist() == [small["logits_after"]([3, 1, 4, 1, 5, 9]).argmax()]
+        del steps
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_drafts_are_proposed_and_checked_on_the_device(engine, monkeypatch, tmp_path, wrong):
+    if not longest_draft(engine.signature):
+        pytest.skip("the engine checks no drafts")
+    expected = [small["greedy"](prompt, 9) for prompt in PROMPTS]
+    lengths = []
+    step = decoding.DeviceSteps.__call__
+    monkeypatch.setattr(
+        decoding.DeviceSteps,
+        "__call__",
+        lambda self, ids, *others: lengths.append(len(ids[0])) or step(self, ids, *others),
+    )
+    if wrong:
+        monkeypatch.setattr(
+            decoding.DeviceSteps, "tokens", lambda self, past, limit: iter([(np.array([7]), np.ones(1))] * limit)
+        )
+    counts = Speculation()
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        assert engine.generate(prompt, 9, draft=engine, speculation=counts) == [tokens]
+    assert counts.tokens == 24
+    assert (counts.accepted == counts.proposed) != wrong
+    batcher = engine.batcher(draft=engine)
+    request = Request(np.array(PROMPTS[0]), 9, Choice(None), (), [].append, lambda error: None)
+    batcher.submit(request)
+    batcher.close()
+    assert request.take.__self__ == expected[0]
+    assert lengths == [len(prompt) for prompt in [*PROMPTS, PROMPTS[0]]]  # no logits but those behind prompts
+
+
 def test_several_rows_with_several_tokens_behind_others_are_refused(engine):
     steps = steps_of(engine._open_runner(), engine.signature, 2)
     with pytest.raises(DataError, match=r"several rows as prompts, or with one token each\n.*\n.*2 rows of 3 tokens"):
@@ -192,14 +238,15 @@ def test_the_batcher_moves_rows_on_the_device(engine):
     assert known.reused == 9
 
 
-@pytest.mark.parametrize("chosen", ["where the logits lie", "on the host"])
-def test_requests_that_choose_alike_share_the_choice(engine, monkeypatch, chosen):
-    drawn = Sampling(temperature=20.0, top_k=4)
-    mixed = [None, drawn, None] if chosen == "on the host" else [drawn] * 3
-    alone = [
-        engine.generate(prompt, 6, do_sample=True, temperature=20.0, top_k=4, seed=7)[0] if sampling else
-        engine.generate(prompt, 6)[0] for prompt, sampling in zip(PROMPTS, mixed, strict=True)
-    ]  # fmt: skip
+FEW, ANY, LIKELY = Sampling(20.0, 4), Sampling(30.0), Sampling(40.0, top_p=0.7)
+
+
+@pytest.mark.parametrize(
+    "mixed", [[None] * 3, [FEW] * 3, [ANY, Sampling(25.0), ANY], [None, FEW, LIKELY], [ANY, None, None]], ids=str
+)
+def test_each_request_chooses_in_its_own_way_on_the_device(engine, monkeypatch, mixed):
+    options = [{"do_sample": True, **dataclasses.asdict(sampling)} if sampling else {} for sampling in mixed]
+    alone = [engine.generate(prompt, 6, seed=7, **given)[0] for prompt, given in zip(PROMPTS, options, strict=True)]
     counts = []
     token = decoding.DeviceSteps.token
     monkeypatch.setattr(
@@ -216,7 +263,7 @@ def test_requests_that_choose_alike_share_the_choice(engine, monkeypatch, chosen
         batcher.submit(request)
     batcher.close()
     assert [request.take.__self__ for request in requests] == alone
-    assert (max(counts, default=0) == 3) == (chosen == "where the logits lie")
+    assert max(counts) == 3
 
 
 def test_the_batcher_tells_of_logits_that_are_no_numbers(engine, monkeypatch):
