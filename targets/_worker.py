@@ -124,11 +124,12 @@ class Worker:
                 raise
 
     def close(self) -> None:
-        """Lets the worker put its things away, and ends it."""
+        """Lets the worker put its things away, and ends it. What it has said goes to the log."""
         if self._process.poll() is None:
             with contextlib.suppress(EnginesmithError):
                 self.call("close", timeout_s=_CLOSING_S)
         self.kill()
+        self._drain()
 
     def kill(self) -> None:
         """Ends the worker and all its children at once."""

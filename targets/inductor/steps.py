@@ -71,11 +71,11 @@ class Calls:
             cache.zero_()
         return self
 
-    def __call__(self, given: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The logits of a call, on the host: (batch, vocabulary), or (batch, kept, vocabulary)."""
+    def __call__(self, given: Mapping[str, np.ndarray]) -> torch.Tensor:
+        """The logits of a call: (batch, vocabulary), or (batch, kept, vocabulary)."""
         named = {name: torch.from_numpy(np.array(array)).to(self._device) for name, array in given.items()}
         self._logits = self._runner.launch({**named, **self._caches})[0]
-        return to_array(self._logits)
+        return self._logits
 
     def begin(
         self, past: np.ndarray, limit: int, samplings: Sequence[Sampling | None], draws: np.ndarray | None
@@ -197,7 +197,17 @@ class Steps:
         """The logits (batch, vocabulary) that follow, or with `back` (batch, kept, vocabulary)."""
         given = call(numbers(self._runner.signature), ids, past, count, back, position)
         with self._runner.turn():
-            return asked_for(self._calls(given), back)
+            return asked_for(to_array(self._calls(given)), back)
+
+    def likeliest(
+        self, ids: np.ndarray, past: np.ndarray, count: np.ndarray, back: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens that follow, and the largest logits, as `Finding` tells."""
+        given = call(numbers(self._runner.signature), ids, past, count, back, None)
+        with self._runner.turn():
+            logits = self._calls(given)
+            best, tokens = (logits[:, 0] if back is None and logits.ndim == 3 else logits).max(dim=-1)
+            return to_array(tokens), to_array(best)
 
     def tokens(
         self, past: np.ndarray, limit: int, sampling: Sampling | None = None, draws: np.ndarray | None = None

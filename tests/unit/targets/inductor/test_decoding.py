@@ -17,7 +17,7 @@ from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
 from enginesmith.compiler.generation.eviction import Eviction
 from enginesmith.compiler.generation.prefixes import Prefixes
-from enginesmith.compiler.generation.steps import Choosing, Stepping, steps_of
+from enginesmith.compiler.generation.steps import Choosing, Finding, Stepping, steps_of
 from enginesmith.compiler.signature import AxisRange
 from enginesmith.compiler.sources import Model, load_model
 from enginesmith.compiler.states import empty_caches
@@ -323,6 +323,7 @@ def test_tokens_are_dropped_from_full_caches(tmp_path, policy):
 
 def test_drafts_are_checked(tmp_path):
     engine = opened(made(gpt2(), tmp_path, speculative_tokens=3, batch=1))
+    assert isinstance(steps_of(engine._open_runner(), engine.signature, 1), Finding)
     assert engine.generate([3, 1, 4], 12, draft=engine) == engine.generate([3, 1, 4], 12)
 
 
