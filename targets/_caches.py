@@ -15,11 +15,20 @@ from typing import Any
 import numpy as np
 
 from ..compiler.signature import Signature
-from ..compiler.states import in_eight_bits, in_sixteen_bits
+from ..compiler.states import in_eight_bits, in_sixteen_bits, row_bytes
 from .base import Arrays
 
 FILE = "scales.npz"
 """Beside engine.json: by the name of a cache an array that goes with (batch, heads, length, width)."""
+
+
+def facts(signature: Signature, *, in_place: bool) -> dict[str, Any]:
+    """What engine.json says of caches."""
+    return {
+        "in_place": in_place,
+        "cache_row_bytes": row_bytes(signature),
+        "caches_in_8_bits": len(in_eight_bits(signature)),
+    }
 
 
 class Caches:

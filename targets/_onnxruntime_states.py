@@ -28,12 +28,11 @@ from ..compiler.states import (
     asked_for,
     call,
     empty_caches,
-    in_eight_bits,
     numbers,
-    row_bytes,
 )
 from ..errors import EngineError
 from ._caches import Caches
+from ._caches import facts as cache_facts
 from ._onnxruntime import HostRunner, failures, to_numpy
 from .base import Arrays, Bound, BuildRequest, HostBound
 
@@ -96,11 +95,7 @@ def facts(entry: Path, signature: Signature) -> dict[str, Any]:
     """What engine.json says of the caches; nothing where there are none."""
     if not signature.states:
         return {}
-    return {
-        "in_place": shares_buffers(entry, signature.states),
-        "cache_row_bytes": row_bytes(signature),
-        "caches_in_8_bits": len(in_eight_bits(signature)),
-    }
+    return cache_facts(signature, in_place=shares_buffers(entry, signature.states))
 
 
 def _captured(node: Any) -> set[str]:

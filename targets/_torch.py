@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import threading
 import time
 import warnings
@@ -18,6 +19,7 @@ from .base import Arrays, Availability, Bound, BuildRequest, EngineInfo
 if TYPE_CHECKING:
     import torch
 
+    from ..compiler.signature import AxisRange, Signature
     from ..compiler.sources import Reference
 
 MINIMUM = (2, 9)
@@ -86,6 +88,21 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
         if request.precision == "bf16":
             return _casting(module.bfloat16(), torch.bfloat16, dtypes)
         return _casting(module.half(), torch.float16, dtypes)
+
+
+def dynamic_shapes(signature: Signature, axes: Mapping[str, AxisRange]) -> tuple[dict[int, Any], ...]:
+    """A `torch.export.Dim` for each axis with a range, the same one wherever the axis stands."""
+    from torch.export import Dim
+
+    dims = {
+        name: Dim(re.sub(r"\W", "_", f"axis_{name}"), min=axis.min, max=axis.max)
+        for name, axis in axes.items()
+        if axis.min < axis.max
+    }
+    return tuple(
+        {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim in dims}
+        for spec in signature.inputs
+    )
 
 
 def exact() -> contextlib.AbstractContextManager[Any]:

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from ..compiler.states import row_bytes
 from ..errors import BuildError, EngineError, RecipeError
-from ._torch import MINIMUM_TEXT, TorchRunner, check, prepare, require, tensors_of, torch_availability
+from ._caches import facts
+from ._torch import MINIMUM_TEXT, TorchRunner, check, dynamic_shapes, prepare, require, tensors_of, torch_availability
 from ._worker import Worker
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .inductor.worker import command, load_arrays, save_arrays
@@ -112,7 +111,7 @@ class TorchInductor(Target):
         """Exports the module; a worker process compiles and packages it, loads it and runs it against the model.
 
         Compiler and compiled code are native: the first load of a package is where a bad one crashes. A decoder becomes
-        several programs with the same weights, each compiled in a process of its own.
+        several programs with the same weights, compiled in as many processes as there are cores for.
         """
         require(state := self.availability(), to_build=True)
         entry, signature, details = "model.pt2", request.signature, {}
@@ -120,7 +119,7 @@ class TorchInductor(Target):
             from .inductor.decoders import ANY, stored
 
             entry, signature = f"{ANY}.pt2", stored(signature, request.precision)
-            details = {"in_place": True, "cache_row_bytes": row_bytes(signature), "caches_in_8_bits": 0}
+            details = facts(signature, in_place=True)
         requires = self._requires(state.versions["torch"])
         info = self.info(
             dataclasses.replace(request, signature=signature), entry, state.versions, requires=requires,
@@ -236,7 +235,9 @@ class TorchInductor(Target):
         # torch.export takes a size of 1 for a constant.
         sizes = {name: min(max(size, 2), request.signature.axes[name].max) for name, size in _sizes(request).items()}
         inputs = tuple(tensors_of(resized(request.signature, request.sample, sizes), request, self.device))
-        return torch.export.export(module, inputs, dynamic_shapes=(_dynamic_shapes(request),), strict=False)
+        return torch.export.export(
+            module, inputs, dynamic_shapes=(dynamic_shapes(request.signature, request.signature.axes),), strict=False
+        )
 
     def _requires(self, version: str) -> dict[str, str]:
         from ..compiler.machine import environment
@@ -329,22 +330,6 @@ def _libraries(program: torch.export.ExportedProgram) -> list[str]:
 
 def _sizes(request: BuildRequest) -> dict[str, int]:
     return request.signature.check(request.sample)
-
-
-def _dynamic_shapes(request: BuildRequest) -> tuple[dict[int, Any], ...]:
-    """A `torch.export.Dim` for each axis with a range, the same one wherever the axis stands."""
-    from torch.export import Dim
-
-    axes = request.signature.axes
-    dims = {
-        name: Dim(re.sub(r"\W", "_", f"axis_{name}"), min=axis.min, max=axis.max)
-        for name, axis in axes.items()
-        if axis.min < axis.max
-    }
-    return tuple(
-        {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim in dims}
-        for spec in request.signature.inputs
-    )
 
 
 def _in_place(request: BuildRequest) -> bool:

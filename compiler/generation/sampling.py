@@ -58,6 +58,17 @@ class Sampling:
         return int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
 
 
+GREEDY, DRAW, AMONG = "greedy", "draw", "draw-among"
+"""How the tokens of some rows are chosen in one go: the likeliest, drawn among all, or drawn among some."""
+
+
+def kind_of(samplings: Sequence[Sampling | None]) -> str:
+    """One of these kinds, which serves all of the rows."""
+    if not any(samplings):
+        return GREEDY
+    return AMONG if any(sampling is None or sampling.limited for sampling in samplings) else DRAW
+
+
 def options_of(samplings: Sequence[Sampling | None], vocabulary: int) -> dict[str, np.ndarray]:
     """The options (batch) of rows by name, where the tokens of all are drawn in one go.
 

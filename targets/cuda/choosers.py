@@ -13,15 +13,17 @@ The graphs are written when the engine is built, as running them needs no packag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...compiler.generation import sampling
 from ...compiler.signature import Signature
 from ...compiler.states import LOGITS
 
-GREEDY, DRAW, AMONG = "greedy.onnx", "draw.onnx", "draw-among.onnx"
+GREEDY, DRAW, AMONG = (f"{kind}.onnx" for kind in (sampling.GREEDY, sampling.DRAW, sampling.AMONG))
 
 _BLOCK = 256
 """Rows are gone through in blocks: ONNX Runtime's CumSum adds up what stands before an element for each by itself, and
@@ -69,6 +71,11 @@ _DRAW = """
   passed = LessOrEqual(sums, target)  each = Cast<to = 11>(passed)
   count = MatMul(each, ones_wide)  token = Cast<to = 7>(count)
 """
+
+
+def file_for(samplings: Sequence[sampling.Sampling | None]) -> str:
+    """The file of the graph that chooses the tokens of such rows."""
+    return f"{sampling.kind_of(samplings)}.onnx"
 
 
 def write(folder: Path, signature: Signature) -> None:

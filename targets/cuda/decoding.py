@@ -42,7 +42,7 @@ from .._caches import Caches
 from .._onnxruntime import to_numpy
 from ..base import Arrays, Bound
 from .arrays import DeviceArray, new
-from .choosers import AMONG, DRAW, GREEDY
+from .choosers import GREEDY, file_for
 from .dlpack import cuda_device, ort_dtype
 from .finder import Finder
 from .onnxruntime import DEVICE, NO_GRAPH, Buffers, DeviceBound, DeviceRunner, empty, run_options
@@ -457,7 +457,7 @@ class DeviceSteps:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The next tokens and largest logits, as `Choosing` tells."""
         turn = self._runner.turn
-        chooser = turn(lambda: self._calls.chooser(_kind([sampling])))
+        chooser = turn(lambda: self._calls.chooser(file_for([sampling])))
         turn(lambda: chooser.begin(past, sampling, draws))
         started = 0
         for step in range(limit):
@@ -470,14 +470,8 @@ class DeviceSteps:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that follow, and the largest logits, as `Choosing` tells."""
         turn = self._runner.turn
-        chooser = turn(lambda: self._calls.chooser(_kind(samplings)))
+        chooser = turn(lambda: self._calls.chooser(file_for(samplings)))
         return turn(lambda: chooser.behind(last, past, samplings, chance))
-
-
-def _kind(samplings: Sequence[Sampling | None]) -> str:
-    if not any(samplings):
-        return GREEDY
-    return AMONG if any(sampling is None or sampling.limited for sampling in samplings) else DRAW
 
 
 def put(stream: Stream, value: Any, array: np.ndarray) -> None:

@@ -26,7 +26,7 @@ from ...compiler.signature import AxisRange, Signature
 from ...compiler.sources.decoders.module import keeping
 from ...compiler.sources.decoders.writing import InPlace, Single, plain_layers
 from ...compiler.states import BACK, IDS, IMPORTANCE, LOGITS, as_stored, caches
-from .._torch import tensors_of
+from .._torch import dynamic_shapes, tensors_of
 from ..base import BuildRequest
 from . import products
 from .operators import largest, operators
@@ -84,7 +84,7 @@ def export(request: BuildRequest, device: str, *, kernels: bool) -> Iterator[tup
             program = torch.export.export(
                 _Call(module, request.signature, operators().largest if kernels else largest, step=step).eval(),
                 _example(request, axes, device),
-                dynamic_shapes=(_dimensions(request.signature, axes),),
+                dynamic_shapes=(dynamic_shapes(request.signature, axes),),
                 strict=False,
             )
         if step and kernels:
@@ -164,18 +164,6 @@ def _example(request: BuildRequest, axes: Mapping[str, AxisRange], device: str) 
     sizes = {name: signature.axes[name].min for name in signature.axes}
     sizes.update({name: min(max(axis.min, 2), axis.max) for name, axis in axes.items()})
     return tuple(tensors_of(resized(signature, request.sample, sizes), request, device))
-
-
-def _dimensions(signature: Signature, axes: Mapping[str, AxisRange]) -> tuple[dict[int, Any], ...]:
-    from torch.export import Dim
-
-    names = {
-        name: Dim(f"axis_{name}", min=axis.min, max=axis.max) for name, axis in axes.items() if axis.min < axis.max
-    }
-    return tuple(
-        {place: names[size] for place, size in enumerate(spec.shape) if isinstance(size, str) and size in names}
-        for spec in signature.inputs
-    )
 
 
 def _kept(signature: Signature) -> tuple[str | int, ...]:

@@ -142,18 +142,19 @@ class DecodingRunner(TorchRunner):
 
     def _whole(self, *given: torch.Tensor) -> Sequence[torch.Tensor]:
         """All outputs, in order, with caches in copies."""
-        named = {spec.name: tensor for spec, tensor in zip(self.signature.inputs, given, strict=True)}
-        named.update({name: named[name].clone() for name in self.signature.states})
-        with self.turn():
-            return self.outputs(named, self.launch(named)[0])
+        return list(self.outputs(self.copied(given)).values())
 
-    def outputs(self, named: Mapping[str, torch.Tensor], logits: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The outputs of a call in order, whose inputs hold the caches."""
-        made = {output: named[name] for name, output in self.signature.states.items()}
-        return [
-            logits.to(getattr(torch, spec.dtype)) if spec.name == LOGITS else made[spec.name]
-            for spec in self.signature.outputs
-        ]
+    def copied(self, given: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs of a call by name, with caches that it may change."""
+        named = {spec.name: tensor for spec, tensor in zip(self.signature.inputs, given, strict=True)}
+        return {**named, **{name: named[name].clone() for name in self.signature.states}}
+
+    def outputs(self, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The outputs of a call by name and in order, whose caches it changes."""
+        with self.turn():
+            made = {LOGITS: self.launch(named)[0]}
+            made.update({output: named[name] for name, output in self.signature.states.items()})
+            return {spec.name: made[spec.name].to(getattr(torch, spec.dtype)) for spec in self.signature.outputs}
 
 
 class _Bound(TorchBound):
@@ -163,17 +164,12 @@ class _Bound(TorchBound):
         self, runner: DecodingRunner, given: list[torch.Tensor], kept: Caches, floats: Mapping[str, str]
     ) -> None:
         super().__init__(runner, given, runner.device)
-        signature = runner.signature
-        named = {spec.name: tensor for spec, tensor in zip(signature.inputs, given, strict=True)}
-        self._named = {**named, **{name: named[name].clone() for name in signature.states}}
+        self._named = runner.copied(given)
         self._decoder, self._kept, self._floats = runner, kept, floats
 
     def run(self) -> None:
         """Starts one execution."""
-        with self._decoder.turn():
-            outputs = self._decoder.outputs(self._named, self._decoder.launch(self._named)[0])
-        specs = self._decoder.signature.outputs
-        self._outputs = {spec.name: tensor for spec, tensor in zip(specs, outputs, strict=True)}
+        self._outputs = self._decoder.outputs(self._named)
 
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs of the last run, on the host."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...compiler.generation.sampling import Sampling, options_of
+from ...compiler.generation.sampling import AMONG, GREEDY, Sampling, kind_of, options_of
 from ...compiler.states import (
     BACK,
     COUNT,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 AHEAD = 2
 """Tokens that the device may be ahead of the host."""
 
-GREEDY, DRAW, AMONG = "greedy", "draw", "draw among the likeliest"
-
 
 class Calls:
     """Calls on some rows of caches, and how their tokens are chosen. All methods are called in a turn of the runner."""
@@ -56,6 +54,7 @@ class Calls:
         self._draws = wide((max_length(runner.signature) + 1, batch))
         self._number = torch.zeros(1, dtype=torch.int64, device=device)
         self._temperature, self._top_p = wide((batch, 1)), wide((batch, 1))
+        self._samplings: tuple[Sampling | None, ...] = ()
         self._top_k = torch.ones((batch, 1), dtype=torch.int64, device=device)
         self._best = torch.zeros(batch, device=device)
         self._logits = torch.zeros((batch, 1), device=device)
@@ -81,7 +80,7 @@ class Calls:
         self, past: np.ndarray, limit: int, samplings: Sequence[Sampling | None], draws: np.ndarray | None
     ) -> None:
         """Starts behind a call that left logits, and so many tokens in the caches."""
-        self._kind = _kind(samplings)
+        self._kind = kind_of(samplings)
         for place in self._counting:
             place.copy_(torch.from_numpy(np.array(past)))
         self._number.zero_()
@@ -90,11 +89,17 @@ class Calls:
                 self._draws = torch.zeros(draws.shape, dtype=torch.float64, device=self._device)
                 self._following.clear()
             self._draws[: len(draws)] = torch.from_numpy(draws)
-            options = options_of(samplings, vocabulary(self._runner.signature) or 1)
-            for name, place in (("temperature", self._temperature), ("top_k", self._top_k), ("top_p", self._top_p)):
-                place.copy_(torch.from_numpy(options[name][:, None]))
+            self._set(samplings)
         if limit > 1 and self._kind not in self._following:
             self._following[self._kind] = self._captured(self._kind)
+
+    def _set(self, samplings: Sequence[Sampling | None]) -> None:
+        if tuple(samplings) == self._samplings:
+            return
+        self._samplings = tuple(samplings)
+        options = options_of(samplings, vocabulary(self._runner.signature) or 1)
+        for name, place in (("temperature", self._temperature), ("top_k", self._top_k), ("top_p", self._top_p)):
+            place.copy_(torch.from_numpy(options[name][:, None]))
 
     def behind(
         self, last: np.ndarray, past: np.ndarray, samplings: Sequence[Sampling | None], chance: np.ndarray
@@ -230,9 +235,3 @@ class Steps:
         """The tokens that follow, and the largest logits, as `Choosing` tells."""
         with self._runner.turn():
             return self._calls.behind(last, past, samplings, chance)
-
-
-def _kind(samplings: Sequence[Sampling | None]) -> str:
-    if not any(samplings):
-        return GREEDY
-    return AMONG if any(sampling is None or sampling.limited for sampling in samplings) else DRAW

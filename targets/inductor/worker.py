@@ -58,11 +58,12 @@ class Commands:
         for library in libraries:
             importlib.import_module(library)
         import torch
-
-        from .operators import operators
-
-        operators()
         from torch._inductor.utils import fresh_cache
+
+        if "enginesmith" in libraries:
+            from .operators import operators
+
+            operators()
 
         with torch.no_grad(), fresh_cache(dir=scratch):
             for program, package in programs.items():
