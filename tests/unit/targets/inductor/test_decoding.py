@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import runpy
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from enginesmith.compiler.data import random_batch
 from enginesmith.compiler.engine import Engine
 from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
@@ -21,7 +26,8 @@ from enginesmith.compiler.generation.steps import Choosing, Finding, Stepping, s
 from enginesmith.compiler.signature import AxisRange
 from enginesmith.compiler.sources import Model, load_model
 from enginesmith.compiler.states import empty_caches
-from enginesmith.errors import DataError, EngineError
+from enginesmith.errors import BuildError, DataError, EngineError
+from enginesmith.targets._torch import check
 from enginesmith.targets.base import BuildRequest, EngineInfo
 from enginesmith.targets.inductor import decoders, decoding
 from enginesmith.targets.inductor.decoders import ANY, MANY, ONE
@@ -96,8 +102,9 @@ class Made:
             patch.setattr(torch._inductor, "aoti_load_package", self._load)
             return decoding.DecodingRunner(self.folder, self.info, "cpu")
 
-    def _load(self, file, run_single_threaded):
+    def _load(self, file, run_single_threaded, device_index=-1):
         assert run_single_threaded
+        assert device_index == -1
         return Program(self.programs[Path(file).stem])
 
 
@@ -299,6 +306,60 @@ def test_weights_are_saved_once_and_a_missing_one_is_told(decoder, monkeypatch):
         made.runner()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_weights_are_traced_as_they_are_stored(tmp_path, precision):
+    model = llama()
+    head = model.lm_head.weight
+    head.data = head.data.T.contiguous().T
+    turned = made(model, tmp_path, precision=precision, batch=1)
+    assert all(weight.is_contiguous() for program in turned.programs.values() for weight in program.state_dict.values())
+    assert model.lm_head.weight is head
+    assert not head.is_contiguous()
+
+
+def test_constants_on_the_host_stay_there(tmp_path, monkeypatch):
+    constants = {"a": torch.ones(2), "b": torch.zeros(3)}
+    decoders.saved({ONE: types.SimpleNamespace(constants=constants, state_dict={})}, tmp_path)
+    opened = safetensors.safe_open
+    with opened(tmp_path / decoders.WEIGHTS, framework="pt") as file:
+        kept = file.metadata()
+    assert json.loads(kept["on_host"]) == ["one/a", "one/b"]
+    save_file(
+        dict(constants),
+        tmp_path / decoders.WEIGHTS,
+        metadata={**kept, "names": '{"a": "a", "b": "b"}', "on_host": '["b"]'},
+    )
+    asked = []
+
+    class Noted:
+        def __init__(self, path, framework, device):
+            self._device, self._file = device, opened(path, framework=framework)
+            self.metadata, self.keys = self._file.metadata, self._file.keys
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            """Nothing to close."""
+
+        def get_tensor(self, key):
+            asked.append((key, self._device))
+            return self._file.get_tensor(key)
+
+    monkeypatch.setattr(safetensors, "safe_open", Noted)
+    assert {key: tensor.tolist() for key, tensor in decoders.tensors(tmp_path, "cuda:1").items()} == {
+        key: tensor.tolist() for key, tensor in constants.items()
+    }
+    assert sorted(asked) == [("a", "cuda:1"), ("b", "cpu")]
+
+
+def test_a_model_without_a_module_is_refused(decoder, tmp_path):
+    asked = request(decoder[0].loaded, tmp_path)
+    asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, kind="onnx", module=None))
+    with pytest.raises(BuildError, match=r"a model of kind 'onnx' holds no torch module\n.*onnxruntime-cpu"):
+        list(decoders.export(asked, "cpu", kernels=False))
+
+
 def test_caches_are_in_float16_in_that_precision(tmp_path):
     half = made(gpt2(), tmp_path, precision="fp16")
     assert {half.info.signature.input(name).dtype for name in half.info.signature.states} == {"float16"}
@@ -310,6 +371,47 @@ def test_caches_are_in_float16_in_that_precision(tmp_path):
         np.testing.assert_allclose(found[name], array, atol=2e-2)
     assert opened(half).generate([3, 1, 4], 3)[0] == greedy(half.model, [3, 1, 4], 3)
     assert next(half.loaded.module.parameters()).dtype is torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_frequencies_of_rotary_embeddings_stay_in_float32(tmp_path, precision):
+    length = 4096
+    config = transformers.LlamaConfig(
+        **SIZES, max_position_embeddings=length, hidden_size=32, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = random(functools.partial(transformers.LlamaForCausalLM, config), deviation=0.1)
+    long = made(model, tmp_path, precision=precision, max_length=length, batch=1)
+    caches = random_batch(long.loaded.signature, np.random.default_rng(0), {"time": 1})
+    call = {**caches, "ids": np.array([[5]]), "past": np.array([length - 6]), "count": np.array([1])}
+    found, expected = long.runner().run(call), long.loaded.reference.run(call)
+    written = [outputs["key.0_out"][:, :, length - 6] for outputs in (found, expected)]
+    np.testing.assert_allclose(*written, atol=1e-2 * np.abs(written[1]).max())
+    assert {buffer.dtype for _, buffer in model.named_buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
+def test_what_was_built_is_called_with_one_token_of_rows_that_differ(decoder, engine):
+    made, seen = decoder[0], []
+    asked = request(made.loaded, made.folder)
+
+    class Mixed:
+        mixed = False
+
+        def reset(self):
+            """No state."""
+
+        def run(self, inputs):
+            seen.append(inputs["ids"].shape)
+            outputs = engine._open_runner().run(inputs)
+            mixed = self.mixed and inputs["ids"].shape[1] == 1
+            return {name: array[::-1] for name, array in outputs.items()} if mixed else outputs
+
+    runner = Mixed()
+    check(runner, asked, "compiled")
+    assert seen == [(1, 1), (BATCH, LENGTH), (2, 1), (1, 2)]
+    runner.mixed = True
+    with pytest.raises(BuildError, match="the compiled module does not do what the model does at batch=2, time=1"):
+        check(runner, asked, "compiled")
 
 
 @pytest.mark.parametrize("policy", ["window", "importance"])
