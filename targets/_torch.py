@@ -51,6 +51,11 @@ def torch_availability(device: str) -> Availability:
     return Availability(build=False, run=False, reason=reason, install=install, versions=versions)
 
 
+def on_gpu(device: str) -> bool:
+    """Whether this is a GPU: "cuda", which is the current one of a thread, or one by its number, "cuda:1"."""
+    return device.startswith("cuda")
+
+
 def require(state: Availability, *, to_build: bool = False) -> None:
     """Raises TargetUnavailableError where a device, package or compiler is missing."""
     if not (state.build if to_build else state.run):
@@ -212,7 +217,7 @@ class TorchRunner:
         self._info = info
         self._device = device
         self._lock = threading.Lock()
-        self._precision = exact if device == "cuda" and info.precision == "fp32" else contextlib.nullcontext
+        self._precision = exact if on_gpu(device) and info.precision == "fp32" else contextlib.nullcontext
         self._module: Callable[..., Any] | None = self._open()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,7 +273,8 @@ class TorchBound:
     def __init__(self, runner: TorchRunner, tensors: Sequence[torch.Tensor], device: str) -> None:
         self._runner = runner
         self._tensors = tensors
-        self._on_gpu = device == "cuda"
+        self._device = device
+        self._on_gpu = on_gpu(device)
         self._outputs: dict[str, torch.Tensor] = {}
 
     def run(self) -> None:
@@ -280,7 +286,7 @@ class TorchBound:
         if self._on_gpu:
             import torch
 
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
 
     def timed(self, iterations: int) -> tuple[list[float], list[float] | None]:
         """Milliseconds of each run: of the host until the device is done, and of the device between two events."""
@@ -292,10 +298,10 @@ class TorchBound:
         for _ in range(iterations):
             start = time.perf_counter_ns()
             for mark in marks[:1]:
-                mark.record()
+                mark.record(torch.cuda.current_stream(self._device))
             self.run()
             for mark in marks[1:]:
-                mark.record()
+                mark.record(torch.cuda.current_stream(self._device))
             self.synchronize()
             host.append((time.perf_counter_ns() - start) / 1e6)
             if marks:

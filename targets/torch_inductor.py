@@ -111,7 +111,8 @@ class TorchInductor(Target):
         """Exports the module; a worker process compiles and packages it, loads it and runs it against the model.
 
         Compiler and compiled code are native: the first load of a package is where a bad one crashes. A decoder becomes
-        several programs with the same weights, compiled in as many processes as there are cores for.
+        several programs with the same weights, compiled in as many processes as there are cores for; in one where that
+        measures on the GPU.
         """
         require(state := self.availability(), to_build=True)
         entry, signature, details = "model.pt2", request.signature, {}
@@ -164,7 +165,8 @@ class TorchInductor(Target):
         info.write(scratch)
         directory, name = request.directory.absolute(), "TorchInductor in its worker process"
         packages = [(str(program), str(directory / program.name)) for program in programs]
-        several = max(min(len(packages), environment.cores() // _CORES_FOR_ONE), 1)
+        measured = self.device == "cuda" and (self.max_autotune or self.coordinate_descent)
+        several = 1 if measured else max(min(len(packages), environment.cores() // _CORES_FOR_ONE), 1)
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(Worker(command(), name=name, log=request.log)) for _ in range(several)]
             request.progress(0.3, "compilation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,7 +30,7 @@ from enginesmith.compiler.states import empty_caches
 from enginesmith.errors import BuildError, DataError, EngineError
 from enginesmith.targets._torch import check
 from enginesmith.targets.base import BuildRequest, EngineInfo
-from enginesmith.targets.inductor import decoders, decoding
+from enginesmith.targets.inductor import decoders, decoding, steps
 from enginesmith.targets.inductor.decoders import ANY, MANY, ONE
 
 random = runpy.run_path(str(Path(__file__).parents[3] / "random_model.py"))["random"]
@@ -295,6 +296,99 @@ def test_a_closed_engine_says_so(decoder):
     runner.close()
     with pytest.raises(EngineError, match=r"engine engine is closed\n.*load it again"):
         steps(np.zeros((1, 1), np.int64), np.zeros(1, np.int64), np.ones(1, np.int64))
+
+
+def test_closing_frees_the_weights_that_others_refer_to(decoder, monkeypatch):
+    found = {}
+
+    def tensors(folder, device):
+        found.update({name: tensor.clone() for name, tensor in decoders.tensors(folder, device).items()})
+        return dict(found)
+
+    monkeypatch.setattr(decoding, "tensors", tensors)
+    runner = decoder[0].runner()
+    assert all(tensor.untyped_storage().nbytes() for tensor in found.values())
+    runner.close()
+    assert found
+    assert not any(tensor.untyped_storage().nbytes() for tensor in found.values())
+    runner.close()
+
+
+def test_an_engine_stays_on_the_gpu_that_was_current_when_it_was_loaded(decoder, monkeypatch):
+    made, asked = decoder[0], []
+
+    def load(file, run_single_threaded, device_index):
+        asked.append(device_index)
+        return Program(made.programs[Path(file).stem])
+
+    def entered(device):
+        asked.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    monkeypatch.setattr(decoding, "tensors", lambda folder, device: decoders.tensors(folder, "cpu"))
+    runner = decoding.DecodingRunner(made.folder, made.info, "cuda")
+    assert runner.device == "cuda:1"
+    with runner.turn():
+        assert asked == [1, 1, 1, "cuda:1"]
+    runner.close()
+    assert asked[-1] == "cuda:1"
+
+
+def test_calls_that_the_engine_does_not_take_are_refused(tmp_path):
+    runner = made(gpt2(), tmp_path, batch=1).runner()
+    signature = runner.signature
+    one, none = np.ones(1, np.int64), np.zeros(1, np.int64)
+    steps = steps_of(runner, signature, 1)
+    steps(np.zeros((1, 2), np.int64), none, one)
+    with pytest.raises(DataError, match="input 'ids' has the wrong shape"):
+        steps(np.zeros((1, LENGTH + 1), np.int64), none, one)
+    with pytest.raises(DataError, match="input 'past' has the wrong dtype"):
+        steps(np.zeros((1, 2), np.int64), none.astype(np.int32), one)
+    with pytest.raises(DataError, match="input 'count' has the wrong rank"):
+        steps.likeliest(np.zeros((1, 2), np.int64), none, one[0])
+    two = steps_of(runner, signature, 2)
+    for call in (
+        lambda: two(np.zeros((2, 1), np.int64), np.zeros(2, np.int64), np.ones(2, np.int64)),
+        lambda: two.token(np.zeros(2, np.int64), np.zeros(2, np.int64), [None] * 2, np.zeros(2)),
+    ):
+        with pytest.raises(DataError, match="input 'ids' has the wrong shape"):
+            call()
+
+
+def test_rows_of_caches_begin_where_programs_for_a_gpu_write():
+    caches = torch.zeros(3, 1, 30, 1)
+    assert caches.data_ptr() % 64 == 0
+    steps.check_places({"importance.0": caches, "key.0": torch.zeros(3, 1, 32, 1)[2:]})
+    with pytest.raises(
+        EngineError,
+        match=r"(?s)cache 'importance.0' of a row does not begin at a multiple of 16 bytes.*"
+        r"found.* rows of 120 bytes.*a multiple of 8",
+    ):
+        steps.check_places({"importance.0": caches[1:]})
+
+
+def test_what_is_timed_is_captured_where_generation_does(engine, monkeypatch):
+    runner, asked = engine._open_runner(), []
+
+    class Graphs:
+        def captured(self, call, *, apart):
+            asked.append(apart)
+            return call
+
+    monkeypatch.setattr(runner, "on_gpu", True)
+    monkeypatch.setattr(runner, "_graphs", Graphs())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for length, expected in ((1, [True]), (2, [True])):
+        call = random_batch(engine.signature, np.random.default_rng(0), {"time": length})
+        bound = runner.bind(call)
+        bound.run()
+        bound.run()
+        assert asked == expected
+        np.testing.assert_allclose(bound.outputs()["logits"], runner.run(call)["logits"], atol=1e-5)
 
 
 def test_weights_are_saved_once_and_a_missing_one_is_told(decoder, monkeypatch):
