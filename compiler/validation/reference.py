@@ -208,7 +208,7 @@ def _probe_sizes(signature: Signature, point: str) -> dict[str, int]:
     """Sizes of all dynamic axes at `point`, with fewer rows where the inputs would be too large."""
     sizes = signature.sizes(point)
     batch = signature.batch_axis
-    elements = sum(math.prod(shape) for shape in signature.shapes(sizes).values())
+    elements = _elements(signature, sizes)
     if batch is None or elements <= MAX_PROBE_ELEMENTS:
         return sizes
     rows = MAX_PROBE_ELEMENTS * sizes[batch] // elements
@@ -216,14 +216,21 @@ def _probe_sizes(signature: Signature, point: str) -> dict[str, int]:
 
 
 def _rows(signature: Signature) -> int | None:
-    """How many rows of a decoder get one token more; None where it takes no such call."""
+    """How many rows of a decoder get one token more: three, two of large caches; None where it takes no such call."""
     if not signature.states:
         return None
     rows, time = signature.input(IDS).shape
     if not isinstance(rows, str) or signature.axes[rows].max == 1:
         return None
-    least = signature.axes[time].min if isinstance(time, str) else time
-    return max(signature.axes[rows].min, min(signature.axes[rows].max, 3)) if least == 1 else None
+    if (signature.axes[time].min if isinstance(time, str) else time) > 1:
+        return None
+    axis = signature.axes[rows]
+    large = _elements(signature, {rows: 3}) > MAX_PROBE_ELEMENTS
+    return max(axis.min, min(axis.max, 2 if large else 3))
+
+
+def _elements(signature: Signature, sizes: Mapping[str, int]) -> int:
+    return sum(math.prod(shape) for shape in signature.shapes(sizes).values())
 
 
 def _keys(files: Iterable[str]) -> list[str]:

@@ -329,6 +329,13 @@ def test_a_decoder_that_mixes_rows_up_in_calls_of_one_token_fails(tmp_path: Path
     assert not validate("mixed", Decoder(mixed=True), record, precision="fp32")["passed"]
 
 
+def test_rows_of_large_caches_are_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enginesmith.compiler.validation.reference.MAX_PROBE_ELEMENTS", 1)
+    signature, reference = small["signature"](), Decoder()
+    ReferenceOutputs.record(make_model(reference, signature), open_data(None, signature), tmp_path)
+    assert reference.seen[-1]["ids"].shape == (2, 1)
+
+
 @pytest.mark.parametrize("axes", [{"batch": AxisRange(1, 1, 1)}, {"time": AxisRange(2, 2, 16)}], ids=str)
 def test_a_decoder_without_such_calls_is_not_probed_with_them(tmp_path: Path, axes: dict[str, AxisRange]) -> None:
     signature = small["signature"]()
