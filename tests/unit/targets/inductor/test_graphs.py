@@ -28,12 +28,13 @@ class Graph:
 
 @pytest.fixture
 def captures(monkeypatch):
-    """How many captures are under way, and the pools that the graphs were given."""
-    seen = {"under way": 0, "most": 0, "pools": []}
+    """How many captures are under way, and the pools and streams that they were given."""
+    seen = {"under way": 0, "most": 0, "pools": [], "streams": []}
 
     @contextlib.contextmanager
-    def graph(made, pool, capture_error_mode):
+    def graph(made, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
+        seen["streams"].append(stream)
         seen["under way"] += 1
         seen["most"] = max(seen["most"], seen["under way"])
         seen["pools"].append(pool)
@@ -43,6 +44,7 @@ def captures(monkeypatch):
         seen["under way"] -= 1
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     return seen
 
@@ -54,6 +56,7 @@ def test_graphs_have_their_memory_in_common_but_for_those_apart(captures):
     own = [launch.__self__.pool() for launch in launches]
     assert captures["pools"] == [None, None, own[1], None, own[1]]
     assert len(set(map(id, own))) == 3
+    assert len(set(map(id, captures["streams"]))) == 1
 
 
 def test_a_pool_is_new_once_its_graphs_are_gone(captures):
