@@ -36,6 +36,9 @@ OPTIONS: Mapping[str, tuple[str, int]] = {
 }
 """Dtype and size of each option; -1 is any. A request that says anything of how to sample is sampled."""
 
+TEXT, CANCEL = "text", "cancel"
+"""Parameters of requests: a text's name, which its client makes up, and that of one which is to end."""
+
 NEW_TOKENS = 128
 """Where a request does not say how many."""
 

@@ -41,14 +41,16 @@ class Prompt:
         from tritonclient.utils import InferenceServerException
 
         answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        ended = False
         client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=timeout_s)
         try:
             client.async_stream_infer(model, self._inputs(), request_id=number, enable_empty_final_response=True)
             tokens = list(tokens_in(_messages(answers, timeout_s)))
+            ended = True
         except queue.Empty as error:
             raise InferenceServerException("no answer in time", status="DEADLINE_EXCEEDED") from error
         finally:
-            client.stop_stream(cancel_requests=True)
+            client.stop_stream(cancel_requests=not ended)
         if len(tokens) != 1:
             return f"{len(tokens)} tokens came, where one was asked for"
         if self._right is not None and tokens[0] not in self._right:

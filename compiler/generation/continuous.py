@@ -195,7 +195,11 @@ class Batcher:
                 self._changed.wait()
             if not self._rows and not self._waiting:
                 return False
+            gone = [request for request in self._waiting if request.cancelled]
+            self._waiting = collections.deque(request for request in self._waiting if not request.cancelled)
             request = self._waiting.popleft() if self._waiting and len(self._rows) < self._most else None
+        for left in gone:
+            left.done(None)
         if request is not None:
             self._reading = request
             self._begin(request)
@@ -204,9 +208,6 @@ class Batcher:
 
     def _begin(self, request: Request) -> None:
         row = len(self._rows)
-        if request.cancelled:
-            request.done(None)
-            return
         try:
             steps = self._steps_of(slice(row, row + 1))
             caches = {name: cache[row : row + 1] for name, cache in self._caches.items()}

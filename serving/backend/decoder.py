@@ -2,7 +2,7 @@
 # the engine's runtime, and stands in the folder of a model's version as model.py, with serve.json beside it.
 #
 # A request is a prompt. Its tokens are sent one by one, as they are made; requests that come and go share the calls of
-# the engine. One whose client is gone ends before its next token.
+# the engine. One whose client is gone, or asks for its end by another request, ends before its next token.
 
 import json
 import sys
@@ -20,7 +20,7 @@ import enginesmith  # noqa: E402
 from enginesmith.errors import EnginesmithError  # noqa: E402
 from enginesmith.serving import hosted  # noqa: E402
 from enginesmith.serving.counted import Counted  # noqa: E402
-from enginesmith.serving.decoding import OPTIONS, PROMPT, TOKEN, request_of  # noqa: E402
+from enginesmith.serving.decoding import CANCEL, OPTIONS, PROMPT, TEXT, TOKEN, request_of  # noqa: E402
 
 _LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -42,11 +42,16 @@ class TritonPythonModel:
         )
         self._left = threading.Semaphore(0)
         self._begun = 0
+        self._named = {}
 
     def execute(self, requests):
         for request in requests:
-            self._begun += 1
-            self._begin(request.get_response_sender(), request)
+            said = json.loads(request.parameters() or "{}")
+            if name := said.get(CANCEL):
+                self._cancel(request.get_response_sender(), name)
+            else:
+                self._begun += 1
+                self._begin(request.get_response_sender(), request, said.get(TEXT))
 
     def finalize(self):
         for _ in range(self._begun):
@@ -56,7 +61,15 @@ class TritonPythonModel:
         if self._draft is not None:
             self._draft.close()
 
-    def _begin(self, sender, request):
+    def _cancel(self, sender, name):
+        if text := self._named.get(name):
+            text.cancel()
+            sender.send(flags=_LAST)
+        else:
+            error = pb_utils.TritonError("there is no such text here")
+            sender.send(pb_utils.InferenceResponse([], error), flags=_LAST)
+
+    def _begin(self, sender, request, name):
         given = {PROMPT: self._read(request, PROMPT)}
         given.update((name, self._read(request, name)) for name in OPTIONS)
         text = None
@@ -68,6 +81,7 @@ class TritonPythonModel:
                 sender.send(pb_utils.InferenceResponse([hosted.tensor(pb_utils, TOKEN, np.array([token], np.int64))]))
 
         def done(error):
+            self._named.pop(name, None)
             try:
                 if self._counted is not None:
                     self._counted()
@@ -82,6 +96,8 @@ class TritonPythonModel:
             text = request_of(
                 {n: array for n, array in given.items() if array is not None}, _WANTED["stop"], take, done
             )
+            if name:
+                self._named[name] = text
             self._batcher.submit(text)
         except EnginesmithError as error:
             done(error)

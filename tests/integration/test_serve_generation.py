@@ -79,6 +79,25 @@ def test_a_client_that_leaves_ends_its_request_alone(client):
     assert list(client.generate(PROMPT, 8)) == small["greedy"](PROMPT, 8)
 
 
+def test_clients_that_leave_all_the_time_are_no_trouble(served):
+    def ask_and_leave():
+        with enginesmith.Client(served.url, served.model, deadline_s=60) as client:
+            for number in range(50):
+                tokens = client.generate(PROMPT, 13)
+                for _ in range(number % 4 + 1):
+                    next(tokens)
+                tokens.close()
+
+    server = served.server().pid
+    threads = [threading.Thread(target=ask_and_leave) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert served.server().pid == server
+    assert "trouble" not in served.log()
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [

@@ -78,7 +78,7 @@ class Client:
         self._answer([], last=True)
 
     def stop_stream(self, cancel_requests):
-        assert cancel_requests
+        self.cancelled = cancel_requests
 
     def _answer(self, tokens, *, last):
         from tritonclient.grpc import service_pb2
@@ -97,7 +97,9 @@ def test_a_probe_tells_right_tokens_from_wrong_ones(tmp_path, drafted):
     bundle = small["write_bundle"](tmp_path / "gpt", drafted=drafted)
     probe = Prompt(bundle, small["signature"](drafted), 1e-3)
     (right,) = small["greedy"]([3, 1, 4], 1)
-    assert probe(Client(right), "gpt", "1", 5.0) == ""
+    client = Client(right)
+    assert probe(client, "gpt", "1", 5.0) == ""
+    assert not client.cancelled
     wrong = (right + 1) % small["VOCABULARY"]
     assert probe(Client(wrong), "gpt", "1", 5.0) == f"token {wrong} came, where [{right}] was expected"
     assert probe(Client(), "gpt", "1", 5.0) == "0 tokens came, where one was asked for"
@@ -113,5 +115,7 @@ def test_a_probe_that_gets_no_answer_is_late(tmp_path, monkeypatch):
     utils = pytest.importorskip("tritonclient.utils")
     probe = Prompt(tmp_path, small["signature"](), 1e-3)
     monkeypatch.setattr(Client, "async_stream_infer", lambda *_, **__: None)
+    client = Client()
     with pytest.raises(utils.InferenceServerException, match="no answer in time"):
-        probe(Client(), "gpt", "1", 0.01)
+        probe(client, "gpt", "1", 0.01)
+    assert client.cancelled

@@ -155,6 +155,22 @@ def test_a_cancelled_request_ends_and_its_neighbours_go_on(batcher):
         assert text.tokens == small["greedy"](text.request.prompt.tolist(), len(text.tokens))
 
 
+def test_a_request_that_waits_need_not_wait_for_its_end(runner):
+    batcher = Batcher(runner, small["signature"](), rows=1)
+    waiting, ended = Text([1, 2], 9), []
+
+    def take(token):
+        if not ended:
+            batcher.submit(waiting.request).cancel()
+        ended.append(not waiting._end.empty())
+
+    text = Text([3, 1, 4], 9, take=take)
+    batcher.submit(text.request)
+    assert [text.error(), waiting.error()] == [None, None]
+    batcher.close()
+    assert (ended[0], ended[-1], waiting.tokens) == (False, True, [])
+
+
 def test_logits_that_are_no_numbers_end_their_row_alone(runner):
     def spoiled(number, logits):
         if number == 4 and len(logits) > 1:
