@@ -1,7 +1,7 @@
 """The tokens of a language model on a server, one by one: a call of the protocol with many answers.
 
-Who has enough of a text says so in another message of its stream. Cancelling gRPC's call would do too, but Triton 2.51 dies
-of that now and then, when it meets answers under way (its pull requests 7840 and 8078 mended such races).
+Who has enough of a text says so in another message of its stream. Cancelling gRPC's call would do too, but Triton 2.51
+dies of that now and then, when it meets answers under way (its pull requests 7840 and 8078 mended such races).
 """
 
 from __future__ import annotations
