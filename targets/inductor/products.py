@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .operators import ACTIVATIONS, operators
+from .writes import stays
 
 _GELU_TANH = ("NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh")
 """Classes of transformers that compute GELU by tanh, in several operators."""
@@ -56,7 +57,9 @@ def replace(module: torch.nn.Module) -> None:
     for name, part in module.named_children():
         made: torch.nn.Module | None = None
         held: Any = part
-        if type(part) is torch.nn.Linear and not part._forward_hooks:
+        if part._forward_hooks or part._forward_pre_hooks_with_kwargs:  # which may take or change more than one tensor
+            pass
+        elif type(part) is torch.nn.Linear:
             made = Product(held.weight, held.bias)
         elif type(part).__name__ == "Conv1D" and type(part).__module__.startswith("transformers."):
             weight = torch.nn.Parameter(held.weight.detach().T.contiguous(), requires_grad=False)
@@ -100,6 +103,8 @@ def _norm(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         return
     if any(user.args[0] is not node or node in user.args[1:] for user in node.users):
         return
+    if not all(stays((x, weight, bias), node, user) for user in node.users):
+        return
     for user in list(node.users):
         user.args = (x, *user.args[1:4], weight, bias, eps, user.args[7])
 
@@ -108,9 +113,9 @@ def _behind(
     graph: torch.fx.Graph, node: torch.fx.Node, product: Any, *, activation: int = 0, residual: Any = None
 ) -> bool:
     """Takes what a node computes into the product before it, where nothing else reads that."""
-    if not _is_product(product) or len(product.users) != 1 or product.args[3] is not None:
+    if not _is_product(product) or len(product.users) != 1 or product.args[3] is not None or residual is product:
         return False
-    if activation and product.args[7]:
+    if (activation and product.args[7]) or not stays(product.args, product, node):
         return False
     arguments = (*product.args[:3], residual, *product.args[4:7], activation or product.args[7])
     with graph.inserting_before(node):

@@ -95,3 +95,109 @@ def test_layers_of_transformers_are_turned_and_hooks_stay():
     assert tuple(model[0].weight.shape) == (6, 4)
     torch.testing.assert_close(model(x), expected)
     assert model(x).shape == (1, 3)
+
+
+class Around(torch.nn.Module):
+    """A product, of which a function makes the output."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.norm, self.linear, self.function = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self, x * 1)
+
+
+def doubled(model, x):
+    y = model.linear(x)
+    return (y + y) * 2
+
+
+def late_activation(model, x):
+    y = model.linear(x)
+    x.add_(1)
+    return torch.relu(y) * x
+
+
+def late_activation_behind_a_view(model, x):
+    y = model.linear(x)
+    x.view(-1)[:4].zero_()
+    return torch.relu(y) * x
+
+
+def late_sum(model, x):
+    y = model.linear(x)
+    x.split(4, dim=-1)[1].mul_(3)
+    return (x + y) * 2
+
+
+def late_product(model, x):
+    normed = model.norm(x)
+    x.transpose(0, 2).copy_(torch.ones_like(x).transpose(0, 2))
+    return model.linear(normed) * x
+
+
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (doubled, "aten.add.Tensor"),
+        (late_activation, "aten.relu.default"),
+        (late_activation_behind_a_view, "aten.relu.default"),
+        (late_sum, "aten.add.Tensor"),
+        (late_product, "aten.layer_norm.default"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_product_does_not_read_itself_nor_what_is_written_meanwhile(function, left):
+    torch.manual_seed(0)
+    model, x = Around(function).eval(), torch.randn(1, 1, 8)
+    expected = model(x)
+    found, fused = traced(model, x)
+    assert {left, "enginesmith.product.default"} <= set(found)
+    torch.testing.assert_close(fused(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_written_elsewhere_hinders_nothing():
+    def function(model, x):
+        other = torch.zeros(8)
+        y = model.linear(model.norm(x))
+        other[2:].add_(y[0, 0, 2:])
+        return (torch.relu(model.linear(x)) + x) * other
+
+    torch.manual_seed(0)
+    model, x = Around(function).eval(), torch.randn(1, 1, 8)
+    expected = model(x)
+    found, fused = traced(model, x)
+    assert not {"aten.layer_norm.default", "aten.relu.default", "aten.add.Tensor"} & set(found)
+    torch.testing.assert_close(fused(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def scaled(module, arguments, kwargs):
+    return tuple(2 * value for value in arguments), kwargs
+
+
+HOOKS = {
+    "behind": lambda part: part.register_forward_hook(lambda module, arguments, output: 2 * output),
+    "before, with keywords": lambda part: part.register_forward_pre_hook(scaled, with_kwargs=True),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda: torch.nn.Linear(4, 4),
+        lambda: transformers.pytorch_utils.Conv1D(4, 4),
+        transformers.activations.NewGELUActivation,
+    ],
+    ids=["linear layer", "of transformers", "GELU"],
+)
+def test_layers_stay_whose_hooks_take_more_than_the_input(part, hook):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(part()).eval()
+    plain, x = model[0], torch.randn(2, 4)
+    HOOKS[hook](plain)
+    expected = model(x)
+    products.replace(model)
+    assert model[0] is plain
+    assert torch.equal(model(x), expected)
