@@ -44,8 +44,12 @@ def test_products(dtype, rows, n, k, all_of_it):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("rows", "heads", "shared", "width", "length"), [(1, 12, 1, 64, 512), (3, 2, 4, 48, 300), (40, 4, 1, 128, 97)]
-)
+    ("rows", "heads", "shared", "width", "length"),
+    [
+        (1, 12, 1, 64, 512), (3, 2, 4, 48, 300), (40, 4, 1, 128, 97), (40, 4, 2, 128, 97), (2, 1, 71, 64, 300),
+        (2, 1, 1, 256, 9000), (200, 1, 16, 256, 300),
+    ],
+)  # fmt: skip
 def test_attention(dtype, rows, heads, shared, width, length):
     torch.manual_seed(0)
     both = torch.randn(rows, heads * (shared + 2), width, device="cuda", dtype=dtype)
