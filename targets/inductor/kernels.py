@@ -1,7 +1,7 @@
 """Triton kernels for calls of one new token a row, which are bound by how fast weights and caches are read.
 
 A call of a language model is dozens of small kernels one after the other, so each of these does what would be several:
-a product with the layer norm before it and what is added or computed behind it; attention over a cache with the new
+a product with the norm before it and what is added or computed behind it; attention over a cache with the new
 token written into it; the largest of many logits. All sums are in float32.
 """
 
@@ -21,6 +21,10 @@ def _activated(y, activation: tl.constexpr):
         y = y / (1 + tl.exp(-2 * 0.7978845608028654 * (y + 0.044715 * y * y * y)))
     elif activation == 2:
         y = tl.maximum(y, 0.0)
+    elif activation == 3:
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif activation == 4:
+        y = y / (1 + tl.exp(-y))
     return y
 
 
@@ -28,11 +32,12 @@ def _activated(y, activation: tl.constexpr):
 def row_product(
     x_at, weight_at, bias_at, residual_at, norm_weight_at, norm_bias_at, y_at, n_size, k_size,
     eps: tl.constexpr, has_bias: tl.constexpr, has_residual: tl.constexpr, has_norm: tl.constexpr,
-    activation: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, whole: tl.constexpr,
+    centred: tl.constexpr, activation: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
     """Computes y (n) = activation(weight (n, k) norm(x (k)) + bias) + residual.
 
-    Each program finds the norm for itself. Weights are read before what does not need them.
+    Each program finds the norm for itself, which is a layer norm where it is centred and an RMS norm else.
+    Weights are read before what does not need them.
     """
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     inside_n = n < n_size
@@ -42,7 +47,7 @@ def row_product(
     if has_norm:
         all_k = tl.arange(0, whole)
         all_x = tl.load(x_at + all_k, mask=all_k < k_size, other=0.0).to(tl.float32)
-        mean = tl.sum(all_x, axis=0) / k_size
+        mean = tl.sum(all_x, axis=0) / k_size if centred else 0.0
         apart = tl.where(all_k < k_size, all_x - mean, 0.0)
         scale = tl.rsqrt(tl.sum(apart * apart, axis=0) / k_size + eps)
     sums = tl.zeros((block_n, block_k), tl.float32)
@@ -54,8 +59,9 @@ def row_product(
         x = tl.load(x_at + k, mask=inside_k, other=0.0).to(tl.float32)
         if has_norm:
             norm_weight = tl.load(norm_weight_at + k, mask=inside_k, other=0.0).to(tl.float32)
-            norm_bias = tl.load(norm_bias_at + k, mask=inside_k, other=0.0).to(tl.float32)
-            x = (x - mean) * scale * norm_weight + norm_bias
+            x = (x - mean) * scale * norm_weight
+            if centred:
+                x += tl.load(norm_bias_at + k, mask=inside_k, other=0.0).to(tl.float32)
         sums += weight.to(tl.float32) * x[None, :]
         weight = next_weight
     y = tl.sum(sums, axis=1)

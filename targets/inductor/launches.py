@@ -6,6 +6,7 @@ import torch
 
 from . import kernels
 from .division import Division, power_of_two
+from .operators import normed
 
 
 def product(
@@ -29,11 +30,11 @@ def product(
         torch.library.wrap_triton(kernels.row_product)[((n + block_n - 1) // block_n,)](
             x, weight, bias_at, residual_at, x if norm_weight is None else norm_weight,
             x if norm_bias is None else norm_bias, y, n, k, eps, bias is not None, residual is not None,
-            norm_weight is not None, activation, block_n, block_k, power_of_two(k), num_warps=warps,
+            norm_weight is not None, norm_bias is not None, activation, block_n, block_k, power_of_two(k),
+            num_warps=warps,
         )  # fmt: skip
         return y
-    if norm_weight is not None:
-        x = torch.nn.functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    x = normed(x, norm_weight, norm_bias, eps)
     block_m, (block_n, block_k, warps) = 32, (64, 128, 4) if n > 8192 else (32 if n > 1024 else 16, 256, 2)
     torch.library.wrap_triton(kernels.rows_product)[
         ((n + block_n - 1) // block_n, (rows + block_m - 1) // block_m)

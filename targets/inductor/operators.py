@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 PRODUCT, ATTEND, LARGEST = "enginesmith::product", "enginesmith::attend", "enginesmith::largest"
-ACTIVATIONS = ("", "gelu_tanh", "relu")
+ACTIVATIONS = ("", "gelu_tanh", "relu", "gelu", "silu")
 """By the number that the operator takes."""
 
 
@@ -39,15 +39,25 @@ def product(
     eps: float,
     activation: int,
 ) -> torch.Tensor:
-    """What `enginesmith::product` computes of x (..., k) and weight (n, k), with torch's own operators."""
-    if norm_weight is not None:
-        x = torch.nn.functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    y = torch.nn.functional.linear(x, weight, bias)
+    """What `enginesmith::product` computes of x (..., k) and weight (n, k), with torch's own operators.
+
+    A norm without a bias is an RMS norm.
+    """
+    y = torch.nn.functional.linear(normed(x, norm_weight, norm_bias, eps), weight, bias)
     if ACTIVATIONS[activation] == "gelu_tanh":
         y = torch.nn.functional.gelu(y, approximate="tanh")
-    elif ACTIVATIONS[activation] == "relu":
-        y = torch.relu(y)
+    elif ACTIVATIONS[activation]:
+        y = getattr(torch.nn.functional, ACTIVATIONS[activation])(y)
     return y if residual is None else y + residual
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """The layer norm of x over its last axis; without a bias its RMS norm; without a weight x itself."""
+    if weight is None:
+        return x
+    if bias is None:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def attend(

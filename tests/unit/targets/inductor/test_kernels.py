@@ -25,17 +25,22 @@ def test_kernels_in_the_interpreter():
 
 
 @interpreted
-@pytest.mark.parametrize("all_of_it", [False, True])
+@pytest.mark.parametrize("activation", range(len(operators.ACTIVATIONS)))
+@pytest.mark.parametrize("norm", ["", "RMS norm", "layer norm"])
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 37, 100), (1, 5, 3000), (5, 17, 300)])
-def test_products(rows, n, k, all_of_it):
+def test_products(rows, n, k, norm, activation):
     from enginesmith.targets.inductor import launches
 
     torch.manual_seed(0)
-    draw = torch.randn
-    x, weight = draw(rows, 1, k), draw(n, k) / k**0.5
-    others = (draw(n), draw(rows, 1, n), draw(k), draw(k), 1e-5, 1) if all_of_it else (*[None] * 4, 0.0, 2)
-    found, expected = launches.product(x, weight, *others), operators.product(x, weight, *others)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    x, weight, bias, residual = (
+        torch.randn(rows, 1, k),
+        torch.randn(n, k) / k**0.5,
+        torch.randn(n),
+        torch.randn(rows, 1, n),
+    )
+    around = (bias, residual, torch.randn(k), torch.randn(k) if norm == "layer norm" else None) if norm else [None] * 4
+    given = (x, weight, *around, 1e-5, activation)
+    torch.testing.assert_close(launches.product(*given), operators.product(*given), atol=1e-5, rtol=1e-5)
 
 
 @interpreted
