@@ -28,12 +28,14 @@ class Norm:
 
 def norm_of(node: torch.fx.Node) -> Norm | None:
     """The norm that a node gives, if it does and has a weight."""
+    given: list[Any] = [*node.args, None, None, None]
     if node.target is torch.ops.aten.layer_norm.default:
-        x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
-        return None if len(shape) != 1 or weight is None or bias is None else Norm(x, weight, bias, eps, node)  # type: ignore[arg-type]
+        x, shape, weight, bias, eps = given[:5]
+        fits = len(shape) == 1 and weight is not None and bias is not None
+        return Norm(x, weight, bias, 1e-5 if eps is None else eps, node) if fits else None
     if node.target is torch.ops.aten.rms_norm.default:
-        x, shape, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])
-        return None if len(shape) != 1 or weight is None or eps is None else Norm(x, weight, None, eps, node)  # type: ignore[arg-type]
+        x, shape, weight, eps = given[:4]
+        return Norm(x, weight, None, eps, node) if len(shape) == 1 and weight is not None and eps is not None else None
     return _written_out(node)
 
 

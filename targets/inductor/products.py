@@ -132,7 +132,7 @@ def _activation(node: torch.fx.Node) -> str:
     aten = torch.ops.aten
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return {aten.relu.default: "relu", aten.silu.default: "silu"}.get(node.target, "")
+    return "relu" if node.target is aten.relu.default else "silu" if node.target is aten.silu.default else ""
 
 
 def _replace(graph: torch.fx.Graph, node: torch.fx.Node, by: Any) -> bool:
