@@ -63,7 +63,12 @@ def policies(signature: Signature) -> tuple[str, ...]:
     """How entries may be chosen that are dropped."""
     if not evicts(signature):
         return ()
-    return POLICIES if any(name.startswith(IMPORTANCE) for name in signature.states) else POLICIES[:1]
+    return POLICIES if rates(signature) else POLICIES[:1]
+
+
+def rates(signature: Signature) -> bool:
+    """Whether some caches hold the attention that entries got, so that a call which is made twice adds to it twice."""
+    return any(name.startswith(IMPORTANCE) for name in signature.states)
 
 
 def vocabulary(signature: Signature) -> int | None:
@@ -199,6 +204,40 @@ def made_up(
     if looks_back(signature):
         made[BACK] = generator.integers(0, length, len(batch[BACK])).astype(batch[BACK].dtype)
     return made
+
+
+def next_tokens(
+    signature: Signature, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], rows: int
+) -> dict[str, np.ndarray]:
+    """The call of one token in each of so many rows, behind what another call left in its caches.
+
+    Row r is one of those of the other call without its first r entries, so that no two of them are alike.
+
+    Args:
+        batch: the inputs of the other call.
+        outputs: what it gave.
+    """
+    room, length = max_length(signature), batch[IDS].shape[1]
+    numbers = np.arange(rows)
+    source = numbers % len(batch[IDS])
+    filled = np.minimum(np.minimum(batch[PAST], room - length) + batch[COUNT], room - 1)[source]
+    gone = np.minimum(numbers, filled)
+    past = (filled - gone).astype(batch[PAST].dtype)
+    made = {
+        name: _up_to(
+            np.stack([np.roll(outputs[made][row], -first, axis=1) for row, first in zip(source, gone, strict=True)]),
+            np.arange(room) < past[:, None],
+        )
+        for name, made in signature.states.items()
+    }
+    made |= {
+        IDS: batch[IDS][source, numbers % length][:, None], PAST: past, COUNT: np.ones(rows, batch[COUNT].dtype)
+    }  # fmt: skip
+    if evicts(signature):
+        made[POSITION] = (batch[POSITION] + batch[COUNT])[source]
+    if looks_back(signature):
+        made[BACK] = np.zeros_like(batch[BACK])
+    return {spec.name: made[spec.name] for spec in signature.inputs}
 
 
 def _up_to(cache: np.ndarray, filled: np.ndarray) -> np.ndarray:

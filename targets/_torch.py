@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +51,11 @@ def torch_availability(device: str) -> Availability:
     return Availability(build=False, run=False, reason=reason, install=install, versions=versions)
 
 
+def on_gpu(device: str) -> bool:
+    """Whether this is a GPU: "cuda", which is the current one of a thread, or one by its number, "cuda:1"."""
+    return device.startswith("cuda")
+
+
 def require(state: Availability, *, to_build: bool = False) -> None:
     """Raises TargetUnavailableError where a device, package or compiler is missing."""
     if not (state.build if to_build else state.run):
@@ -67,6 +72,24 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
 
     from ..compiler.sources.guard import quiet
 
+    module = own_module(request)
+    with quiet(request.log):
+        if request.precision != "fp32" or request.model.stateful or not lies_on(module, device):
+            module = copied(module)
+        module = module.to(device)
+        if request.precision == "fp32":
+            return _casting(module, None, ())
+        dtypes = [getattr(torch, spec.dtype) for spec in request.signature.outputs]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[request.precision]
+        return _casting(cast(module, dtype), dtype, dtypes)
+
+
+def own_module(request: BuildRequest) -> torch.nn.Module:
+    """The module that a model holds, in its first state.
+
+    Raises:
+        BuildError: it holds none.
+    """
     if request.model.module is None:
         raise BuildError(
             f"a model of kind {request.model.kind!r} holds no torch module",
@@ -74,20 +97,40 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
         )
     request.model.reference.reset()
     module: torch.nn.Module = request.model.module
-    placed = all(tensor.device.type == device for tensor in module.parameters())
-    with quiet(request.log):
-        if request.precision != "fp32" or request.model.stateful or not placed:
-            try:
-                module = copy.deepcopy(module)
-            except (TypeError, RuntimeError, AttributeError, ValueError) as error:
-                raise BuildError(f"the model cannot be copied: {error}") from error
-        module = module.to(device)
-        if request.precision == "fp32":
-            return _casting(module, None, ())
-        dtypes = [getattr(torch, spec.dtype) for spec in request.signature.outputs]
-        if request.precision == "bf16":
-            return _casting(module.bfloat16(), torch.bfloat16, dtypes)
-        return _casting(module.half(), torch.float16, dtypes)
+    return module
+
+
+def lies_on(module: torch.nn.Module, device: str) -> bool:
+    """Whether all weights are on a device of this type."""
+    return all(parameter.device.type == device for parameter in module.parameters())
+
+
+def copied(module: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch.nn.Module:
+    """A copy that has these tensors in common with the module.
+
+    Raises:
+        BuildError: the module does not let itself be copied.
+    """
+    try:
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+    except (TypeError, RuntimeError, AttributeError, ValueError) as error:
+        raise BuildError(f"the model cannot be copied: {error}") from error
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Turns floating-point weights into `dtype`, but for the frequencies of rotary embeddings.
+
+    Angles are positions times these (`inv_freq`, or `..._inv_freq`), which transformers computes in float32 in whatever
+    type it loads a model: with frequencies in float16 an angle near position 4096 is wrong by more than half a radian.
+    Other buffers, persistent or not, are added to what is in `dtype` and go with it.
+    """
+    named = module.named_buffers(remove_duplicate=False)
+    kept = {name: buffer for name, buffer in named if name.endswith("inv_freq")}
+    module = module.to(dtype)
+    for name, buffer in kept.items():
+        owner, _, own_name = name.rpartition(".")
+        setattr(module.get_submodule(owner), own_name, buffer)
+    return module
 
 
 def dynamic_shapes(signature: Signature, axes: Mapping[str, AxisRange]) -> tuple[dict[int, Any], ...]:
@@ -174,7 +217,7 @@ class TorchRunner:
         self._info = info
         self._device = device
         self._lock = threading.Lock()
-        self._precision = exact if device == "cuda" and info.precision == "fp32" else contextlib.nullcontext
+        self._precision = exact if on_gpu(device) and info.precision == "fp32" else contextlib.nullcontext
         self._module: Callable[..., Any] | None = self._open()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +273,8 @@ class TorchBound:
     def __init__(self, runner: TorchRunner, tensors: Sequence[torch.Tensor], device: str) -> None:
         self._runner = runner
         self._tensors = tensors
-        self._on_gpu = device == "cuda"
+        self._device = device
+        self._on_gpu = on_gpu(device)
         self._outputs: dict[str, torch.Tensor] = {}
 
     def run(self) -> None:
@@ -242,7 +286,7 @@ class TorchBound:
         if self._on_gpu:
             import torch
 
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
 
     def timed(self, iterations: int) -> tuple[list[float], list[float] | None]:
         """Milliseconds of each run: of the host until the device is done, and of the device between two events."""
@@ -254,10 +298,10 @@ class TorchBound:
         for _ in range(iterations):
             start = time.perf_counter_ns()
             for mark in marks[:1]:
-                mark.record()
+                mark.record(torch.cuda.current_stream(self._device))
             self.run()
             for mark in marks[1:]:
-                mark.record()
+                mark.record(torch.cuda.current_stream(self._device))
             self.synchronize()
             host.append((time.perf_counter_ns() - start) / 1e6)
             if marks:
@@ -270,23 +314,28 @@ class TorchBound:
 
 
 def check(runner: Reference, request: BuildRequest, how: str) -> None:
-    """Compares what was built with the model at the sample's sizes and at another size of every dynamic axis.
+    """Compares what was built with the model at the sample's sizes, at another size of each dynamic axis, and of all.
+
+    A decoder is called with tokens and caches of all kinds, for rows that are alike would hide that they are mixed up.
 
     Raises:
         BuildError: they differ, as they do where sizes or state were recorded as constants; or the process that runs
             it failed; or values overflow float16.
     """
-    from ..compiler.data import resized
+    from ..compiler.data import other_sizes, random_batch, resized
     from ..compiler.sources.guard import quiet
     from ..compiler.validation.metrics import Judge, coarser, resolve_tolerance
 
     signature, reference = request.signature, request.model.reference
     sizes = signature.check(request.sample)
     other = next((s for s in map(signature.sizes, ("min", "opt", "max")) if s != sizes), sizes)
-    for point in (sizes, other) if other != sizes else (sizes,):
+    points = [sizes, other, *other_sizes(signature)]
+    generator = np.random.default_rng(0)
+    for point in (point for number, point in enumerate(points) if point not in points[:number]):
         own = coarser("fp32", (spec.dtype for spec in signature.outputs))
         judge = Judge(resolve_tolerance(own, None if request.precision == "fp32" else ANY_RESULT))
-        inputs = resized(signature, request.sample, point)
+        made_up = signature.states and point != sizes
+        inputs = random_batch(signature, generator, point) if made_up else resized(signature, request.sample, point)
         reference.reset()
         runner.reset()
         try:

@@ -157,14 +157,12 @@ class TorchInductor(Target):
         return torch._inductor.aoti_load_package(str(path))
 
     def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> None:
-        from ..compiler.machine import environment
-
         request.progress(0.0, "torch.export")
         programs, libraries = self._export(dataclasses.replace(request, signature=info.signature), scratch)
         info.write(scratch)
         directory, name = request.directory.absolute(), "TorchInductor in its worker process"
         packages = [(str(program), str(directory / program.name)) for program in programs]
-        several = max(min(len(packages), environment.cores() // _CORES_FOR_ONE), 1)
+        several = self._processes(len(packages))
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(Worker(command(), name=name, log=request.log)) for _ in range(several)]
             request.progress(0.3, "compilation")
@@ -183,6 +181,13 @@ class TorchInductor(Target):
             request.progress(0.9, "first runs")
             workers[0].call("load", timeout_s=request.timeout_s, directory=str(directory), info=str(scratch))
             check(_Remote(workers[0], info, scratch, request.timeout_s), request, "compiled")
+
+    def _processes(self, programs: int) -> int:
+        """How many of them are compiled at a time; where kernels are measured on the GPU, one."""
+        from ..compiler.machine import environment
+
+        measured = self.device == "cuda" and (self.max_autotune or self.coordinate_descent)
+        return 1 if measured else max(min(programs, environment.cores() // _CORES_FOR_ONE), 1)
 
     def _configs(self, *, stateful: bool, decoder: bool = False) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -30,7 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Millions of objects are there to stay, modules above all: no garbage collection has to look at them again."""
+    """Millions of objects are there to stay, modules above all: no garbage collection has to look at them again.
+
+    What torch's exporter can translate is the same for each model too.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
     gc.collect()
     gc.freeze()
 

@@ -7,7 +7,8 @@ the model. It is two archives that `numpy.load` reads:
     outputs.npz    0/logits        1/logits    max/logits
 
 Beside the samples the record holds the first sample cut or repeated to the smallest and largest size of all dynamic
-axes ("min", "max"): rows of a batch, and likewise tokens or pixels, stay values that the model knows.
+axes ("min", "max"): rows of a batch, and likewise tokens or pixels, stay values that the model knows. Of a decoder of
+several rows it holds one token more of each ("rows"), in rows that differ: engines compute such calls in their own way.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 from ...errors import DataError
 from ..data import resized
 from ..signature import Signature
+from ..states import IDS, next_tokens
 from ..storage.files import storage_errors
 
 if TYPE_CHECKING:
@@ -33,14 +35,15 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, np.ndarray]
 INPUTS, OUTPUTS = "inputs.npz", "outputs.npz"
-PROBES = ("min", "max")
+ROWS = "rows"
+PROBES = ("min", "max", ROWS)
 MAX_PROBE_ELEMENTS = 1 << 24
 """A probe at the largest sizes takes fewer rows than the maximum where its inputs would have more elements."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """One sample and what the reference made of it. `key` is its number, or "min" or "max"."""
+    """One sample and what the reference made of it. `key` is its number, or one of `PROBES`."""
 
     key: str
     inputs: Arrays
@@ -90,10 +93,12 @@ class ReferenceOutputs:
                 writer.add(str(index), sample)
             if writer.first is None:
                 raise DataError("there are no samples to judge engines on", expected="at least one", found="none")
-            for point in PROBES:
+            for point in ("min", "max"):
                 sizes = _probe_sizes(model.signature, point)
                 if sizes not in writer.sizes:
                     writer.add(point, resized(model.signature, writer.first, sizes))
+            if (rows := _rows(model.signature)) is not None:
+                writer.add(ROWS, next_tokens(model.signature, writer.first, writer.first_outputs, rows))
         return cls(directory, model.signature)
 
     def __iter__(self) -> Iterator[Recorded]:
@@ -114,9 +119,11 @@ class ReferenceOutputs:
     @property
     def description(self) -> str:
         """What the record holds, for people."""
-        probes = [key for key in self._all_keys() if key in PROBES]
-        suffix = f", and the {' and '.join(probes)} sizes of the dynamic axes" if probes else ""
-        return f"{len(self)} sample{'' if len(self) == 1 else 's'}{suffix}"
+        keys = self._all_keys()
+        points = [key for key in keys if key in PROBES and key != ROWS]
+        suffix = f", and the {' and '.join(points)} sizes of the dynamic axes" if points else ""
+        rows = ", and one token more of several rows" if ROWS in keys else ""
+        return f"{len(self)} sample{'' if len(self) == 1 else 's'}{suffix}{rows}"
 
     def save(self, directory: Path, *, max_bytes: int = 16 << 20) -> ReferenceOutputs:
         """Copies the first sample, and of the others those that fit into `max_bytes`, to another folder."""
@@ -173,6 +180,7 @@ class _Recorder:
         self._names = [spec.name for spec in model.signature.inputs]
         self._inputs, self._outputs = _Archive(directory / INPUTS), _Archive(directory / OUTPUTS)
         self.first: Arrays | None = None
+        self.first_outputs: Arrays = {}
         self.sizes: list[dict[str, int]] = []
 
     def __enter__(self) -> _Recorder:
@@ -190,7 +198,8 @@ class _Recorder:
         outputs = self._runner.infer(inputs, check_inputs=False)
         self._inputs.add(key, sample)
         self._outputs.add(key, outputs)
-        self.first = self.first or inputs
+        if self.first is None:
+            self.first, self.first_outputs = inputs, outputs
         if (sizes := self._signature.check(inputs)) not in self.sizes:
             self.sizes.append(sizes)
 
@@ -199,11 +208,29 @@ def _probe_sizes(signature: Signature, point: str) -> dict[str, int]:
     """Sizes of all dynamic axes at `point`, with fewer rows where the inputs would be too large."""
     sizes = signature.sizes(point)
     batch = signature.batch_axis
-    elements = sum(math.prod(shape) for shape in signature.shapes(sizes).values())
+    elements = _elements(signature, sizes)
     if batch is None or elements <= MAX_PROBE_ELEMENTS:
         return sizes
     rows = MAX_PROBE_ELEMENTS * sizes[batch] // elements
     return {**sizes, batch: max(rows, signature.axes[batch].min)}
+
+
+def _rows(signature: Signature) -> int | None:
+    """How many rows of a decoder get one token more: three, two of large caches; None where it takes no such call."""
+    if not signature.states:
+        return None
+    rows, time = signature.input(IDS).shape
+    if not isinstance(rows, str) or signature.axes[rows].max == 1:
+        return None
+    if (signature.axes[time].min if isinstance(time, str) else time) > 1:
+        return None
+    axis = signature.axes[rows]
+    large = _elements(signature, {rows: 3}) > MAX_PROBE_ELEMENTS
+    return max(axis.min, min(axis.max, 2 if large else 3))
+
+
+def _elements(signature: Signature, sizes: Mapping[str, int]) -> int:
+    return sum(math.prod(shape) for shape in signature.shapes(sizes).values())
 
 
 def _keys(files: Iterable[str]) -> list[str]:

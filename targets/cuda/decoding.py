@@ -26,7 +26,6 @@ from ...compiler.states import (
     BACK,
     COUNT,
     IDS,
-    IMPORTANCE,
     LOGITS,
     PAST,
     POSITION,
@@ -35,6 +34,7 @@ from ...compiler.states import (
     call,
     max_length,
     numbers,
+    rates,
     vocabulary,
 )
 from ...errors import DataError
@@ -175,7 +175,7 @@ class DecodingRunner(CachesRunner):
 
         A graph is captured by running a call again, which must not add to what the first one left.
         """
-        if any(name.startswith(IMPORTANCE) for name in self.signature.states) or self._captured == GRAPHS:
+        if rates(self.signature) or self._captured == GRAPHS:
             return NO_GRAPH
         self._captured += 1
         return next(self._numbers)
@@ -366,7 +366,7 @@ class Chooser:
         """Starts some choices, and gives the tokens (batch) and largest logits (batch) of one once it is made."""
         for number in steps:
             self._start(number)
-        return self._taken(step % AHEAD)
+        return self._fetched(step % AHEAD)
 
     def _start(self, step: int) -> None:
         """Starts the choice of a token, and before all but the first the call that gives its logits."""
@@ -378,7 +378,7 @@ class Chooser:
         self._launch()
         self._send(step % AHEAD)
 
-    def _taken(self, at: int) -> tuple[np.ndarray, np.ndarray]:
+    def _fetched(self, at: int) -> tuple[np.ndarray, np.ndarray]:
         self._events[at].synchronize()
         return self._tokens[at].copy(), self._bests[at].copy()
 
@@ -403,7 +403,7 @@ class Chooser:
         self._next()
         self._launch()
         self._send(0)
-        return self._taken(0)
+        return self._fetched(0)
 
     def _next(self) -> None:
         """Starts the call of one token a row. Nothing was dropped before it."""

@@ -12,7 +12,6 @@ All of them have the same weights, which lie beside them in a file of their own.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +24,8 @@ from ...compiler.data import resized
 from ...compiler.signature import AxisRange, Signature
 from ...compiler.sources.decoders.module import keeping
 from ...compiler.sources.decoders.writing import InPlace, Single, plain_layers
-from ...compiler.states import BACK, IDS, IMPORTANCE, LOGITS, as_stored, caches
-from .._torch import dynamic_shapes, tensors_of
+from ...compiler.states import BACK, IDS, IMPORTANCE, LOGITS, as_stored, caches, rates
+from .._torch import cast, copied, dynamic_shapes, lies_on, own_module, tensors_of
 from ..base import BuildRequest
 from . import products
 from .operators import largest, operators
@@ -39,7 +38,9 @@ def stored(signature: Signature, precision: str) -> Signature:
     """What an engine takes and gives: caches in its precision, but for those that add up attention."""
     if precision != "fp16":
         return signature
-    return as_stored(signature, {spec.name: "float16" for spec in caches(signature) if _is_key_or_value(spec.name)})
+    return as_stored(
+        signature, {spec.name: "float16" for spec in caches(signature) if not spec.name.startswith(IMPORTANCE)}
+    )
 
 
 def ranges(signature: Signature) -> dict[str, dict[str, AxisRange]]:
@@ -73,7 +74,7 @@ def export(request: BuildRequest, device: str, *, kernels: bool) -> Iterator[tup
     module = _module(request, device)
     products.replace(module)
     layers: frozenset[int] = frozenset()
-    if kernels and not any(name.startswith(IMPORTANCE) for name in request.signature.states):
+    if kernels and not rates(request.signature):
         layers = plain_layers(lambda: module(*_example(request, {}, device)))
     for name, axes in ranges(request.signature).items():
         step = name != ANY
@@ -94,7 +95,10 @@ def export(request: BuildRequest, device: str, *, kernels: bool) -> Iterator[tup
 
 
 def saved(programs: Mapping[str, torch.export.ExportedProgram], folder: Path) -> None:
-    """Writes the tensors of all programs, each once, and under which other names programs know them."""
+    """Writes the tensors of all programs, each once, under which other names programs know them, and where they lie.
+
+    Of a model on a GPU a constant in its code may lie on the host, and is expected there.
+    """
     from safetensors.torch import save_file
 
     found: dict[str, torch.Tensor] = {}
@@ -105,20 +109,24 @@ def saved(programs: Mapping[str, torch.export.ExportedProgram], folder: Path) ->
     firsts: dict[tuple[Any, ...], str] = {}
     names = {}
     for key, value in found.items():
-        place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+        place = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
         names[key] = firsts.setdefault(place if value.numel() else (key,), key)
     tensors = {key: found[key].contiguous() for key in dict.fromkeys(names.values())}
-    save_file(tensors, folder / WEIGHTS, metadata={"names": json.dumps(names)})
+    on_host = [key for key, tensor in tensors.items() if tensor.device.type == "cpu"]
+    save_file(tensors, folder / WEIGHTS, metadata={"names": json.dumps(names), "on_host": json.dumps(on_host)})
     (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # it is made for its owner alone
 
 
 def tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
-    """What `saved` wrote, on a device, by all names."""
+    """What `saved` wrote, on a device, but for what lay on the host, by all names."""
     from safetensors import safe_open
 
-    with safe_open(folder / WEIGHTS, framework="pt", device=device) as file:
-        names = json.loads(file.metadata()["names"])
-        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with (
+        safe_open(folder / WEIGHTS, framework="pt", device=device) as file,
+        safe_open(folder / WEIGHTS, framework="pt", device="cpu") as host,
+    ):
+        names, on_host = (json.loads(file.metadata().get(key, "[]")) for key in ("names", "on_host"))
+        found = {key: (host if key in on_host else file).get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return {name: found[key] for name, key in names.items()}
 
 
@@ -149,13 +157,22 @@ class _Call(torch.nn.Module):
 
 
 def _module(request: BuildRequest, device: str) -> torch.nn.Module:
-    """The model on the device and in the precision, to be changed; in float32 it shares the weights."""
-    module = request.model.module
-    assert module is not None
-    placed = all(parameter.device.type == device for parameter in module.parameters())
-    shared = placed and request.precision == "fp32"
-    made = copy.deepcopy(module, {id(p): p for p in module.parameters()} if shared else {})
-    return made.to(device) if request.precision == "fp32" else made.to(device).half()
+    """The model on the device and in the precision, to be changed; in float32 it shares the weights.
+
+    All lie in memory as `saved` stores them, for programs take them to lie as they do when they are traced.
+
+    Raises:
+        BuildError: the model holds no torch module, or one that cannot be copied.
+    """
+    module = own_module(request)
+    shared = lies_on(module, device) and request.precision == "fp32"
+    made = copied(module, (p for p in module.parameters() if shared and p.is_contiguous())).to(device)
+    if request.precision != "fp32":
+        made = cast(made, torch.float16)
+    for tensor in (*made.parameters(), *made.buffers()):
+        if not tensor.is_contiguous():
+            tensor.data = tensor.data.contiguous()
+    return made
 
 
 def _example(request: BuildRequest, axes: Mapping[str, AxisRange], device: str) -> tuple[torch.Tensor, ...]:
@@ -168,7 +185,3 @@ def _example(request: BuildRequest, axes: Mapping[str, AxisRange], device: str) 
 
 def _kept(signature: Signature) -> tuple[str | int, ...]:
     return tuple(size for spec in signature.inputs if spec.name == BACK for size in spec.shape)
-
-
-def _is_key_or_value(name: str) -> bool:
-    return not name.startswith(IMPORTANCE)

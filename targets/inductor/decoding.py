@@ -1,7 +1,9 @@
 """Engines of TorchInductor with states: caches stay where they are, and a call writes into them.
 
-steps(ids, past, count)     one call; the logits come to the host
-steps.tokens(past, limit)   a call for each token, which is chosen beside the logits and read by the next call there
+steps(ids, past, count)             one call; the logits come to the host
+steps.likeliest(ids, past, count)   one call; the likeliest tokens come to the host
+steps.token(last, past, ...)        a call of one token a row, and the choice of the next by options of each row
+steps.tokens(past, limit)           a call for each token, which is chosen beside the logits and read by the next call
 """
 
 from __future__ import annotations
@@ -16,21 +18,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...compiler.states import BACK, IDS, LOGITS, caches
+from ...compiler.states import BACK, IDS, LOGITS, caches, rates
 from ...errors import EngineError
 from .._caches import Caches
-from .._torch import TorchBound, TorchRunner, last_line, tensors_of
+from .._torch import TorchBound, TorchRunner, last_line, on_gpu, tensors_of
 from ..base import Arrays, Bound, EngineInfo
 from .decoders import ANY, MANY, ONE, program_for, tensors
+from .graphs import Graphs
 from .kept import Kept
 from .steps import Calls, Steps
 
 
 class DecodingRunner(TorchRunner):
-    """The programs of a decoder, which share their weights."""
+    """The programs of a decoder, which share their weights.
+
+    Attributes:
+        device: where they are; of a GPU with its number, for each thread has a current one of its own.
+        on_gpu: whether that is one.
+    """
 
     def __init__(self, directory: Path, info: EngineInfo, device: str) -> None:
-        self.signature, self.device = info.signature, device
+        self.signature, self.on_gpu = info.signature, on_gpu(device)
+        self.device = f"cuda:{torch.cuda.current_device()}" if self.on_gpu else device
         self._turn = threading.RLock()
         self._programs: dict[str, Callable[..., Sequence[torch.Tensor]]] = {}
         self._weights: dict[str, torch.Tensor] = {}
@@ -38,7 +47,8 @@ class DecodingRunner(TorchRunner):
         self._shared: dict[str, torch.Tensor] = {}
         self._calls: dict[int, Calls] = {}
         self._taken = False
-        super().__init__(lambda: self._load_programs(directory), info, device)
+        self._graphs = Graphs()
+        super().__init__(lambda: self._load_programs(directory), info, self.device)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name, as of `TorchRunner`. The given caches stay, and come back in their dtype."""
@@ -71,11 +81,20 @@ class DecodingRunner(TorchRunner):
         return steps
 
     def close(self) -> None:
-        """As of `TorchRunner`."""
+        """As of `TorchRunner`. The weights are freed at once.
+
+        AOTInductor's runtime refers to them for ever, so what is freed is what they stand for. On a CPU that is the
+        file itself, whose pages the system takes back.
+        """
         with self._turn:
             self._calls.clear()
             self._shared.clear()
             self._programs.clear()
+            if self.on_gpu:
+                torch.cuda.synchronize(self.device)
+            for tensor in self._weights.values():
+                if (storage := tensor.untyped_storage()).resizable():
+                    storage.resize_(0)
             self._weights.clear()
             super().close()
 
@@ -86,7 +105,8 @@ class DecodingRunner(TorchRunner):
         Raises:
             EngineError: the engine is closed, or fails.
         """
-        with self._turn, torch.no_grad(), self._precision():
+        place = torch.cuda.device(self.device) if self.on_gpu else contextlib.nullcontext()
+        with self._turn, place, torch.no_grad(), self._precision():
             if not self._programs:
                 raise EngineError(f"engine {self._info.name} is closed", hint="load it again")
             try:
@@ -95,11 +115,26 @@ class DecodingRunner(TorchRunner):
                 raise EngineError(f"engine {self._info.name} failed to run: {last_line(error)}") from error
 
     def launch(self, given: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-        """What the program gives that takes such a call, whose caches it changes. Called in a turn."""
+        """What the program gives that takes such a call, whose caches it changes. Called in a turn.
+
+        The program checks nothing, and reads and writes beyond inputs of other sizes than its own.
+        """
+        return self._programs[self.program(given)](*(given[spec.name] for spec in self.signature.inputs))
+
+    def program(self, given: Mapping[str, torch.Tensor]) -> str:
+        """The name of the program that takes such a call."""
         kept = len(given[BACK]) if BACK in given else 1
         rows, length = given[IDS].shape
-        name = program_for(tuple(self._programs), rows, length, kept)
-        return self._programs[name](*(given[spec.name] for spec in self.signature.inputs))
+        return program_for(tuple(self._programs), rows, length, kept)
+
+    def captured(self, call: Callable[[], None], *, apart: bool = False) -> Callable[[], None]:
+        """What launches a call of one token a row, as of `Graphs` where it can be a CUDA graph. Called in a turn.
+
+        It is made once before, which changes what the next one gives where calls add up: there it is no graph.
+        """
+        if not self.on_gpu or rates(self.signature):
+            return call
+        return self._graphs.captured(call, apart=apart)
 
     def _own(self, batch: int) -> Calls:
         """Calls on the first rows of the caches that generations share, which are as many as were asked for so far."""
@@ -131,7 +166,8 @@ class DecodingRunner(TorchRunner):
         for name in (ONE, MANY, ANY):
             if not (file := directory / f"{name}.pt2").is_file():
                 continue
-            program: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+            index = torch.device(self.device).index if self.on_gpu else -1
+            program: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True, device_index=index)
             needed = {key: weights.get(f"{name}/{key}", weights.get(key)) for key in program.get_constant_fqns()}
             if missing := [key for key, tensor in needed.items() if tensor is None]:
                 raise EngineError(f"engine {self._info.name} has no weight {missing[0]!r}", hint="compile it again")
@@ -166,9 +202,17 @@ class _Bound(TorchBound):
         super().__init__(runner, given, runner.device)
         self._named = runner.copied(given)
         self._decoder, self._kept, self._floats = runner, kept, floats
+        self._launch: Callable[[], None] | None = None
 
     def run(self) -> None:
-        """Starts one execution."""
+        """Starts one execution: of a call of one token a row as generation does."""
+        with self._decoder.turn():
+            if self._launch is None:
+                step = self._decoder.program(self._named) != ANY
+                self._launch = self._decoder.captured(self._call, apart=True) if step else self._call
+            self._launch()
+
+    def _call(self) -> None:
         self._outputs = self._decoder.outputs(self._named)
 
     def outputs(self) -> dict[str, np.ndarray]:

@@ -18,7 +18,6 @@ from ...compiler.states import (
     BACK,
     COUNT,
     IDS,
-    IMPORTANCE,
     PAST,
     POSITION,
     asked_for,
@@ -27,6 +26,7 @@ from ...compiler.states import (
     numbers,
     vocabulary,
 )
+from ...errors import EngineError
 from .._torch import to_array
 
 if TYPE_CHECKING:
@@ -35,14 +35,24 @@ if TYPE_CHECKING:
 AHEAD = 2
 """Tokens that the device may be ahead of the host."""
 
+ALIGNMENT = 16
+"""Bytes; a program for a GPU copies an input that begins elsewhere, and writes into the copy."""
+
 
 class Calls:
-    """Calls on some rows of caches, and how their tokens are chosen. All methods are called in a turn of the runner."""
+    """Calls on some rows of caches, and how their tokens are chosen. All methods are called in a turn of the runner.
+
+    Raises:
+        EngineError: the caches lie where no program for a GPU writes into them.
+    """
 
     def __init__(self, runner: DecodingRunner, batch: int, caches: Mapping[str, torch.Tensor]) -> None:
         self._runner, self._batch, self._caches = runner, batch, caches
         self._device = device = runner.device
-        self._on_gpu = device == "cuda"
+        self._on_gpu = runner.on_gpu
+        if self._on_gpu:
+            check_places(caches)
+        self._fitting: set[tuple[Any, ...]] = set()
         sizes = {IDS: (batch, 1), BACK: (1,)}
         self._one = {
             name: torch.zeros(sizes.get(name, (batch,)), dtype=torch.int64, device=device)
@@ -73,8 +83,21 @@ class Calls:
     def __call__(self, given: Mapping[str, np.ndarray]) -> torch.Tensor:
         """The logits of a call: (batch, vocabulary), or (batch, kept, vocabulary)."""
         named = {name: torch.from_numpy(np.array(array)).to(self._device) for name, array in given.items()}
-        self._logits = self._runner.launch({**named, **self._caches})[0]
+        self._logits = self._runner.launch(self._with_caches(named))[0]
         return self._logits
+
+    def _with_caches(self, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All inputs of a call.
+
+        Raises:
+            DataError: they are not those that the engine takes.
+        """
+        given = {**named, **self._caches}
+        kind = tuple((name, tensor.dtype, tensor.shape) for name, tensor in named.items())
+        if kind not in self._fitting:
+            self._runner.signature.check(given)
+            self._fitting.add(kind)
+        return given
 
     def begin(
         self, past: np.ndarray, limit: int, samplings: Sequence[Sampling | None], draws: np.ndarray | None
@@ -85,9 +108,6 @@ class Calls:
             place.copy_(torch.from_numpy(np.array(past)))
         self._number.zero_()
         if any(samplings) and draws is not None:
-            if len(draws) > len(self._draws):  # longer than the caches: tokens are dropped on the way
-                self._draws = torch.zeros(draws.shape, dtype=torch.float64, device=self._device)
-                self._following.clear()
             self._draws[: len(draws)] = torch.from_numpy(draws)
             self._set(samplings)
         if limit > 1 and self._kind not in self._following:
@@ -136,7 +156,7 @@ class Calls:
 
     def _follow(self, kind: str) -> None:
         """The call on the tokens chosen last, and the next choice."""
-        logits, best, token = self._runner.launch({**self._one, **self._caches})
+        logits, best, token = self._runner.launch(self._with_caches(self._one))
         for place in self._counting:
             place += 1
         self._choose(kind, logits.reshape(self._batch, -1), best, token)
@@ -170,19 +190,30 @@ class Calls:
     def _captured(self, kind: str) -> Callable[[], None]:
         """What `_follow` does, as a CUDA graph where there can be one.
 
-        A graph is captured after a run, which writes where the first call writes anew; not where calls add up.
+        The call that is made before a capture writes where the first call writes anew.
         """
-        if not self._on_gpu or any(name.startswith(IMPORTANCE) for name in self._caches):
-            return lambda: self._follow(kind)
         places = (*self._one.values(), self._number)
         before = [place.clone() for place in places]
-        self._follow(kind)
+        launch = self._runner.captured(functools.partial(self._follow, kind))
         for place, value in zip(places, before, strict=True):
             place.copy_(value)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._follow(kind)
-        return graph.replay
+        return launch
+
+
+def check_places(caches: Mapping[str, torch.Tensor]) -> None:
+    """Whether programs for a GPU write into these caches.
+
+    Raises:
+        EngineError: the first into which they do not.
+    """
+    for name, cache in caches.items():
+        if cache.data_ptr() % ALIGNMENT:
+            raise EngineError(
+                f"cache {name!r} of a row does not begin at a multiple of {ALIGNMENT} bytes",
+                expected=f"rows of a multiple of {ALIGNMENT} bytes",
+                found=f"rows of {cache[0].nbytes} bytes",
+                hint="compile it with --decoder max_length=, a multiple of 8",
+            )
 
 
 class Steps:

@@ -42,8 +42,9 @@ def forge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bin_folder(tmp_path_factory: pytest.TempPathFactory, commands: Path) -> Path:
     folder = tmp_path_factory.mktemp("bin")
+    (folder / "enginesmith").symlink_to(commands / "enginesmith")
     for name, text in (("gh", GH), ("pip", "#!/bin/sh\nexit 0\n")):
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)

@@ -54,10 +54,16 @@ def shortened(text: str) -> str:
     return re.sub(r"^make\b", f"make -n -C '{ROOT}'", text, flags=re.MULTILINE)
 
 
-def run(command: list[str], clone: Path) -> str:
+@pytest.fixture(scope="module")
+def path(commands: Path) -> str:
+    """Where a shell looks for commands."""
+    return os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def run(command: list[str], clone: Path, path: str) -> str:
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": path,
         "ENGINESMITH_CACHE": str(clone / "cache"),
         "PYTHONDONTWRITEBYTECODE": "1",
         "EPOCHS": "1",  # of the samples' training
@@ -71,20 +77,20 @@ def run(command: list[str], clone: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", blocks("bash"))
-def test_shell_commands_run(text: str, clone: Path) -> None:
-    run(["bash", "-euo", "pipefail", "-c", shortened(text)], clone)
+def test_shell_commands_run(text: str, clone: Path, path: str) -> None:
+    run(["bash", "-euo", "pipefail", "-c", shortened(text)], clone, path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", blocks("python"))
-def test_python_runs(text: str, clone: Path) -> None:
+def test_python_runs(text: str, clone: Path, path: str) -> None:
     short = (
         text.replace("targets=[", "rounds=6, slice_s=0.01, time_limit_s=1, targets=[", 1)
         if "compile(" in text
         else text
     )
     assert short != text or "compile(" not in text
-    assert "True" in run([sys.executable, "-c", short], clone)
+    assert "True" in run([sys.executable, "-c", short], clone, path)
 
 
 PIPELINES = [block for block in blocks("yaml") if "- run:" in block.values[0]]
@@ -99,11 +105,11 @@ def test_recipes_name_fields_that_exist(text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", PIPELINES)
-def test_pipeline_commands_run(text: str, clone: Path) -> None:
+def test_pipeline_commands_run(text: str, clone: Path, path: str) -> None:
     commands = re.findall(r"^- run: (enginesmith .*)$", text, re.MULTILINE)
     assert commands
     script = shortened("\n".join(commands)).replace("model/recipe.yaml", "samples/digits/recipe.yaml")
-    run(["bash", "-euo", "pipefail", "-c", script], clone)
+    run(["bash", "-euo", "pipefail", "-c", script], clone, path)
 
 
 def test_the_extras_that_the_page_names_exist() -> None:

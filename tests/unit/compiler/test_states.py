@@ -14,6 +14,7 @@ from enginesmith.compiler.states import (
     longest_draft,
     made_up,
     max_length,
+    next_tokens,
     vocabulary,
 )
 from enginesmith.compiler.trial import sized
@@ -128,3 +129,31 @@ def test_rows_of_a_decoder_stack_along_the_axis_of_its_caches(tmp_path):
             ([[0, 1]], [1, 0]), ([[2, 3]], [1, 0]), ([[4, 5]], [1, 0]),
         ]  # fmt: skip
         assert sized(taken, batches[0], taken.sizes()).batch == 1
+
+
+@pytest.mark.parametrize("past", [0, 4, 14])
+def test_a_token_more_of_several_rows_is_of_rows_that_differ(signature, past):
+    batch = random_batch(signature, np.random.default_rng(0), {"batch": 2, "time": 2})
+    batch |= {"past": np.array([past, 1]), "count": np.array([2, 1])}
+    outputs = {f"{name}_out": np.random.default_rng(1).standard_normal(batch[name].shape) for name in signature.states}
+    following = next_tokens(signature, batch, {**outputs, "logits": np.zeros(2)}, 3)
+    following = {name: array.astype(signature.input(name).dtype) for name, array in following.items()}
+    assert signature.check(following) == {"batch": 3, "time": 1}
+    filled = min(past + 2, 15)
+    assert following["past"].tolist() == [filled, 1, filled - 2]
+    assert following["ids"][:, 0].tolist() == [batch["ids"][0, 0], batch["ids"][1, 1], batch["ids"][0, 0]]
+    for row, (source, gone) in enumerate([(0, 0), (1, 1), (0, 2)]):
+        kept, end = following["key"][row], int(following["past"][row])
+        np.testing.assert_array_equal(kept[:, :end], outputs["key_out"][source][:, gone:][:, :end].astype(np.float32))
+        assert not kept[:, end:].any()
+
+
+def test_a_token_more_of_a_decoder_that_drops_or_looks_back():
+    checking = small["signature"](3)
+    inputs = (*checking.inputs, dataclasses.replace(checking.input("past"), name="position"))
+    dropping = dataclasses.replace(checking, inputs=inputs, positions=40)
+    batch = random_batch(dropping, np.random.default_rng(0), {"batch": 1, "time": 5, "kept": 2})
+    following = next_tokens(dropping, batch, {output: batch[name] for name, output in dropping.states.items()}, 3)
+    assert dropping.check(following) == {"batch": 3, "time": 1, "kept": 2}
+    assert following["position"].tolist() == [batch["position"][0] + batch["count"][0]] * 3
+    assert following["back"].tolist() == [0, 0]

@@ -325,6 +325,23 @@ def test_building_for_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> Non
         parse_target("torch-inductor:device=cuda").build(make_request(Path("never")))
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"device": "cuda"}, 2),
+        ({"device": "cuda", "max_autotune": True}, 1),
+        ({"device": "cuda", "coordinate_descent": True}, 1),
+        ({"max_autotune": True}, 2),
+    ],
+    ids=str,
+)
+def test_programs_that_are_measured_on_a_gpu_are_compiled_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: int
+) -> None:
+    monkeypatch.setattr("enginesmith.compiler.machine.environment.cores", lambda: 8)
+    assert TorchInductor(**options)._processes(3) == expected
+
+
 def test_weights_are_not_frozen_on_a_gpu() -> None:
     assert TorchInductor(device="cpu")._configs(stateful=False)["freezing"]
     assert not TorchInductor(device="cuda")._configs(stateful=False)["freezing"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import pytest
 import torch
 from polygraphy.comparator import Comparator, RunResults
 
+from enginesmith.compiler.data import open_data
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.compiler.sources import Model
 from enginesmith.compiler.validation.metrics import TOLERANCES
@@ -22,6 +24,8 @@ from enginesmith.compiler.validation.polygraphy_io import EngineRunner, Referenc
 from enginesmith.compiler.validation.reference import MAX_PROBE_ELEMENTS, ReferenceOutputs
 from enginesmith.compiler.validation.validator import noise_floor, validate
 from enginesmith.errors import DataError, EngineError, OutputError, RecipeError, UnknownNameError
+
+small = runpy.run_path(str(Path(__file__).parents[3] / "small_decoder.py"))
 
 Arrays = Mapping[str, np.ndarray]
 SIGNATURE = Signature(
@@ -292,6 +296,53 @@ def test_probes_stay_below_a_size(tmp_path: Path) -> None:
     reference = Linear()
     ReferenceOutputs.record(make_model(reference, signature), samples(), tmp_path)
     assert [shape for _, shape in reference.seen] == [(4, 4)] * 3 + [(MAX_PROBE_ELEMENTS // 4, 4)]
+
+
+class Decoder:
+    """Gives a token more its row's sum over the caches, and as many zeros; one that mixes rows up turns them round."""
+
+    def __init__(self, *, mixed: bool = False) -> None:
+        self.mixed = mixed
+        self.seen: list[dict[str, Any]] = []
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        self.seen.append(dict(inputs))
+        sums = inputs["key"].sum(axis=(1, 2, 3)) + inputs["ids"].sum(axis=1) + inputs["past"]
+        sums = sums[::-1] if self.mixed and inputs["ids"].shape[1] == 1 else sums
+        logits = np.eye(11, dtype=np.float32)[0] * sums[:, None].astype(np.float32)
+        return {"logits": logits, **{f"{name}_out": inputs[name] for name in ("key", "value")}}
+
+    def reset(self) -> None:
+        """No state."""
+
+
+def test_a_decoder_that_mixes_rows_up_in_calls_of_one_token_fails(tmp_path: Path) -> None:
+    signature, reference = small["signature"](), Decoder()
+    data = open_data(None, signature)
+    record = ReferenceOutputs.record(make_model(reference, signature), data, tmp_path)
+    assert [sample.key for sample in record] == ["0", "1", "max", "rows"]
+    assert (len(record), record.description) == (
+        2, "2 samples, and the max sizes of the dynamic axes, and one token more of several rows"
+    )  # fmt: skip
+    assert reference.seen[-1]["ids"].shape == (3, 1)
+    assert validate("twin", Decoder(), record, precision="fp32")["passed"]
+    assert not validate("mixed", Decoder(mixed=True), record, precision="fp32")["passed"]
+
+
+def test_rows_of_large_caches_are_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enginesmith.compiler.validation.reference.MAX_PROBE_ELEMENTS", 1)
+    signature, reference = small["signature"](), Decoder()
+    ReferenceOutputs.record(make_model(reference, signature), open_data(None, signature), tmp_path)
+    assert reference.seen[-1]["ids"].shape == (2, 1)
+
+
+@pytest.mark.parametrize("axes", [{"batch": AxisRange(1, 1, 1)}, {"time": AxisRange(2, 2, 16)}], ids=str)
+def test_a_decoder_without_such_calls_is_not_probed_with_them(tmp_path: Path, axes: dict[str, AxisRange]) -> None:
+    signature = small["signature"]()
+    signature = dataclasses.replace(signature, axes={**signature.axes, **axes})
+    data = open_data(None, signature)
+    record = ReferenceOutputs.record(make_model(Decoder(), signature), data, tmp_path)
+    assert "rows" not in [sample.key for sample in record]
 
 
 def test_a_record_without_samples_is_refused(tmp_path: Path) -> None:

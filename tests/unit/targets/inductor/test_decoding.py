@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import runpy
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from enginesmith.compiler.data import random_batch
 from enginesmith.compiler.engine import Engine
 from enginesmith.compiler.generation.choice import Choice
 from enginesmith.compiler.generation.continuous import Request
@@ -21,9 +27,10 @@ from enginesmith.compiler.generation.steps import Choosing, Finding, Stepping, s
 from enginesmith.compiler.signature import AxisRange
 from enginesmith.compiler.sources import Model, load_model
 from enginesmith.compiler.states import empty_caches
-from enginesmith.errors import DataError, EngineError
+from enginesmith.errors import BuildError, DataError, EngineError
+from enginesmith.targets._torch import check
 from enginesmith.targets.base import BuildRequest, EngineInfo
-from enginesmith.targets.inductor import decoders, decoding
+from enginesmith.targets.inductor import decoders, decoding, steps
 from enginesmith.targets.inductor.decoders import ANY, MANY, ONE
 
 random = runpy.run_path(str(Path(__file__).parents[3] / "random_model.py"))["random"]
@@ -96,8 +103,9 @@ class Made:
             patch.setattr(torch._inductor, "aoti_load_package", self._load)
             return decoding.DecodingRunner(self.folder, self.info, "cpu")
 
-    def _load(self, file, run_single_threaded):
+    def _load(self, file, run_single_threaded, device_index=-1):
         assert run_single_threaded
+        assert device_index == -1
         return Program(self.programs[Path(file).stem])
 
 
@@ -290,6 +298,99 @@ def test_a_closed_engine_says_so(decoder):
         steps(np.zeros((1, 1), np.int64), np.zeros(1, np.int64), np.ones(1, np.int64))
 
 
+def test_closing_frees_the_weights_that_others_refer_to(decoder, monkeypatch):
+    found = {}
+
+    def tensors(folder, device):
+        found.update({name: tensor.clone() for name, tensor in decoders.tensors(folder, device).items()})
+        return dict(found)
+
+    monkeypatch.setattr(decoding, "tensors", tensors)
+    runner = decoder[0].runner()
+    assert all(tensor.untyped_storage().nbytes() for tensor in found.values())
+    runner.close()
+    assert found
+    assert not any(tensor.untyped_storage().nbytes() for tensor in found.values())
+    runner.close()
+
+
+def test_an_engine_stays_on_the_gpu_that_was_current_when_it_was_loaded(decoder, monkeypatch):
+    made, asked = decoder[0], []
+
+    def load(file, run_single_threaded, device_index):
+        asked.append(device_index)
+        return Program(made.programs[Path(file).stem])
+
+    def entered(device):
+        asked.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    monkeypatch.setattr(decoding, "tensors", lambda folder, device: decoders.tensors(folder, "cpu"))
+    runner = decoding.DecodingRunner(made.folder, made.info, "cuda")
+    assert runner.device == "cuda:1"
+    with runner.turn():
+        assert asked == [1, 1, 1, "cuda:1"]
+    runner.close()
+    assert asked[-1] == "cuda:1"
+
+
+def test_calls_that_the_engine_does_not_take_are_refused(tmp_path):
+    runner = made(gpt2(), tmp_path, batch=1).runner()
+    signature = runner.signature
+    one, none = np.ones(1, np.int64), np.zeros(1, np.int64)
+    steps = steps_of(runner, signature, 1)
+    steps(np.zeros((1, 2), np.int64), none, one)
+    with pytest.raises(DataError, match="input 'ids' has the wrong shape"):
+        steps(np.zeros((1, LENGTH + 1), np.int64), none, one)
+    with pytest.raises(DataError, match="input 'past' has the wrong dtype"):
+        steps(np.zeros((1, 2), np.int64), none.astype(np.int32), one)
+    with pytest.raises(DataError, match="input 'count' has the wrong rank"):
+        steps.likeliest(np.zeros((1, 2), np.int64), none, one[0])
+    two = steps_of(runner, signature, 2)
+    for call in (
+        lambda: two(np.zeros((2, 1), np.int64), np.zeros(2, np.int64), np.ones(2, np.int64)),
+        lambda: two.token(np.zeros(2, np.int64), np.zeros(2, np.int64), [None] * 2, np.zeros(2)),
+    ):
+        with pytest.raises(DataError, match="input 'ids' has the wrong shape"):
+            call()
+
+
+def test_rows_of_caches_begin_where_programs_for_a_gpu_write():
+    caches = torch.zeros(3, 1, 30, 1)
+    assert caches.data_ptr() % 64 == 0
+    steps.check_places({"importance.0": caches, "key.0": torch.zeros(3, 1, 32, 1)[2:]})
+    with pytest.raises(
+        EngineError,
+        match=r"(?s)cache 'importance.0' of a row does not begin at a multiple of 16 bytes.*"
+        r"found.* rows of 120 bytes.*a multiple of 8",
+    ):
+        steps.check_places({"importance.0": caches[1:]})
+
+
+def test_what_is_timed_is_captured_where_generation_does(engine, monkeypatch):
+    runner, asked = engine._open_runner(), []
+
+    class Graphs:
+        def captured(self, call, *, apart):
+            asked.append(apart)
+            return call
+
+    monkeypatch.setattr(runner, "on_gpu", True)
+    monkeypatch.setattr(runner, "_graphs", Graphs())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for length, expected in ((1, [True]), (2, [True])):
+        call = random_batch(engine.signature, np.random.default_rng(0), {"time": length})
+        bound = runner.bind(call)
+        bound.run()
+        bound.run()
+        assert asked == expected
+        np.testing.assert_allclose(bound.outputs()["logits"], runner.run(call)["logits"], atol=1e-5)
+
+
 def test_weights_are_saved_once_and_a_missing_one_is_told(decoder, monkeypatch):
     made = decoder[0]
     numbers = sum(parameter.numel() for parameter in made.model.parameters())  # the head of GPT-2 is its embedding
@@ -297,6 +398,60 @@ def test_weights_are_saved_once_and_a_missing_one_is_told(decoder, monkeypatch):
     monkeypatch.setattr(Program, "get_constant_fqns", lambda self: ["other"])
     with pytest.raises(EngineError, match=r"engine engine has no weight 'other'\n.*compile it again"):
         made.runner()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_weights_are_traced_as_they_are_stored(tmp_path, precision):
+    model = llama()
+    head = model.lm_head.weight
+    head.data = head.data.T.contiguous().T
+    turned = made(model, tmp_path, precision=precision, batch=1)
+    assert all(weight.is_contiguous() for program in turned.programs.values() for weight in program.state_dict.values())
+    assert model.lm_head.weight is head
+    assert not head.is_contiguous()
+
+
+def test_constants_on_the_host_stay_there(tmp_path, monkeypatch):
+    constants = {"a": torch.ones(2), "b": torch.zeros(3)}
+    decoders.saved({ONE: types.SimpleNamespace(constants=constants, state_dict={})}, tmp_path)
+    opened = safetensors.safe_open
+    with opened(tmp_path / decoders.WEIGHTS, framework="pt") as file:
+        kept = file.metadata()
+    assert json.loads(kept["on_host"]) == ["one/a", "one/b"]
+    save_file(
+        dict(constants),
+        tmp_path / decoders.WEIGHTS,
+        metadata={**kept, "names": '{"a": "a", "b": "b"}', "on_host": '["b"]'},
+    )
+    asked = []
+
+    class Noted:
+        def __init__(self, path, framework, device):
+            self._device, self._file = device, opened(path, framework=framework)
+            self.metadata, self.keys = self._file.metadata, self._file.keys
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            """Nothing to close."""
+
+        def get_tensor(self, key):
+            asked.append((key, self._device))
+            return self._file.get_tensor(key)
+
+    monkeypatch.setattr(safetensors, "safe_open", Noted)
+    assert {key: tensor.tolist() for key, tensor in decoders.tensors(tmp_path, "cuda:1").items()} == {
+        key: tensor.tolist() for key, tensor in constants.items()
+    }
+    assert sorted(asked) == [("a", "cuda:1"), ("b", "cpu")]
+
+
+def test_a_model_without_a_module_is_refused(decoder, tmp_path):
+    asked = request(decoder[0].loaded, tmp_path)
+    asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, kind="onnx", module=None))
+    with pytest.raises(BuildError, match=r"a model of kind 'onnx' holds no torch module\n.*onnxruntime-cpu"):
+        list(decoders.export(asked, "cpu", kernels=False))
 
 
 def test_caches_are_in_float16_in_that_precision(tmp_path):
@@ -310,6 +465,47 @@ def test_caches_are_in_float16_in_that_precision(tmp_path):
         np.testing.assert_allclose(found[name], array, atol=2e-2)
     assert opened(half).generate([3, 1, 4], 3)[0] == greedy(half.model, [3, 1, 4], 3)
     assert next(half.loaded.module.parameters()).dtype is torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_frequencies_of_rotary_embeddings_stay_in_float32(tmp_path, precision):
+    length = 4096
+    config = transformers.LlamaConfig(
+        **SIZES, max_position_embeddings=length, hidden_size=32, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = random(functools.partial(transformers.LlamaForCausalLM, config), deviation=0.1)
+    long = made(model, tmp_path, precision=precision, max_length=length, batch=1)
+    caches = random_batch(long.loaded.signature, np.random.default_rng(0), {"time": 1})
+    call = {**caches, "ids": np.array([[5]]), "past": np.array([length - 6]), "count": np.array([1])}
+    found, expected = long.runner().run(call), long.loaded.reference.run(call)
+    written = [outputs["key.0_out"][:, :, length - 6] for outputs in (found, expected)]
+    np.testing.assert_allclose(*written, atol=1e-2 * np.abs(written[1]).max())
+    assert {buffer.dtype for _, buffer in model.named_buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
+def test_what_was_built_is_called_with_one_token_of_rows_that_differ(decoder, engine):
+    made, seen = decoder[0], []
+    asked = request(made.loaded, made.folder)
+
+    class Mixed:
+        mixed = False
+
+        def reset(self):
+            """No state."""
+
+        def run(self, inputs):
+            seen.append(inputs["ids"].shape)
+            outputs = engine._open_runner().run(inputs)
+            mixed = self.mixed and inputs["ids"].shape[1] == 1
+            return {name: array[::-1] for name, array in outputs.items()} if mixed else outputs
+
+    runner = Mixed()
+    check(runner, asked, "compiled")
+    assert seen == [(1, 1), (BATCH, LENGTH), (2, 1), (1, 2)]
+    runner.mixed = True
+    with pytest.raises(BuildError, match="the compiled module does not do what the model does at batch=2, time=1"):
+        check(runner, asked, "compiled")
 
 
 @pytest.mark.parametrize("policy", ["window", "importance"])
