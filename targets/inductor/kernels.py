@@ -1,7 +1,7 @@
 """Triton kernels for calls of one new token a row, which are bound by how fast weights and caches are read.
 
 A call of a language model is dozens of small kernels one after the other, so each of these does what would be several:
-a product with the layer norm before it and what is added or computed behind it; attention over a cache with the new
+a product with the norm before it and what is added or computed behind it; attention over a cache with the new
 token written into it; the largest of many logits. All sums are in float32.
 """
 
@@ -21,6 +21,10 @@ def _activated(y, activation: tl.constexpr):
         y = y / (1 + tl.exp(-2 * 0.7978845608028654 * (y + 0.044715 * y * y * y)))
     elif activation == 2:
         y = tl.maximum(y, 0.0)
+    elif activation == 3:
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif activation == 4:
+        y = y / (1 + tl.exp(-y))
     return y
 
 
@@ -28,11 +32,12 @@ def _activated(y, activation: tl.constexpr):
 def row_product(
     x_at, weight_at, bias_at, residual_at, norm_weight_at, norm_bias_at, y_at, n_size, k_size,
     eps: tl.constexpr, has_bias: tl.constexpr, has_residual: tl.constexpr, has_norm: tl.constexpr,
-    activation: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, whole: tl.constexpr,
+    centred: tl.constexpr, activation: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
     """Computes y (n) = activation(weight (n, k) norm(x (k)) + bias) + residual.
 
-    Each program finds the norm for itself. Weights are read before what does not need them.
+    Each program finds the norm for itself, which is a layer norm where it is centred and an RMS norm else.
+    Weights are read before what does not need them.
     """
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     inside_n = n < n_size
@@ -42,7 +47,7 @@ def row_product(
     if has_norm:
         all_k = tl.arange(0, whole)
         all_x = tl.load(x_at + all_k, mask=all_k < k_size, other=0.0).to(tl.float32)
-        mean = tl.sum(all_x, axis=0) / k_size
+        mean = tl.sum(all_x, axis=0) / k_size if centred else 0.0
         apart = tl.where(all_k < k_size, all_x - mean, 0.0)
         scale = tl.rsqrt(tl.sum(apart * apart, axis=0) / k_size + eps)
     sums = tl.zeros((block_n, block_k), tl.float32)
@@ -54,8 +59,9 @@ def row_product(
         x = tl.load(x_at + k, mask=inside_k, other=0.0).to(tl.float32)
         if has_norm:
             norm_weight = tl.load(norm_weight_at + k, mask=inside_k, other=0.0).to(tl.float32)
-            norm_bias = tl.load(norm_bias_at + k, mask=inside_k, other=0.0).to(tl.float32)
-            x = (x - mean) * scale * norm_weight + norm_bias
+            x = (x - mean) * scale * norm_weight
+            if centred:
+                x += tl.load(norm_bias_at + k, mask=inside_k, other=0.0).to(tl.float32)
         sums += weight.to(tl.float32) * x[None, :]
         weight = next_weight
     y = tl.sum(sums, axis=1)
@@ -98,14 +104,16 @@ def rows_product(
 def attend(
     query_at, key_at, value_at, keys_at, values_at, entries_at, y_at, parts_at, ends_at,
     query_row, query_head, key_row, key_head, value_row, value_head, entries_row, length,
-    scale: tl.constexpr, heads: tl.constexpr, shared: tl.constexpr, width: tl.constexpr, block_d: tl.constexpr,
-    block_t: tl.constexpr, tokens: tl.constexpr, splits: tl.constexpr,
+    scale: tl.constexpr, heads: tl.constexpr, shared: tl.constexpr, width: tl.constexpr, block_g: tl.constexpr,
+    block_d: tl.constexpr, block_t: tl.constexpr, tokens: tl.constexpr, splits: tl.constexpr,
 ):  # fmt: skip
-    """Softmax(scale q K^T) V of one query, over the part of a cache that is `tokens` long, up to the entry of the row.
+    """Softmax(scale q K^T) V of one token, over the part of a cache that is `tokens` long, up to the entry of the row.
 
-    A program is of a row and a head of the cache, which `shared` heads of the query share, and of one of the `splits`
-    parts. The one whose part has the entry writes the new key and value there. Several parts leave their sums, largest
-    score and total to `combine`. After the online softmax of https://arxiv.org/abs/1805.02867.
+    A program is of a row and a head of the cache, of one of the `splits` parts, and of `block_g` of the `shared` heads
+    of the query that read it: of one, or of as many as Tensor Cores multiply at a time. One of those whose part has the
+    entry writes the new key and value there. All of them begin with what these give, and read what is before, so that
+    none reads what may not be written yet. Several parts leave their sums, largest scores and totals to `combine`.
+    After the online softmax of https://arxiv.org/abs/1805.02867.
     """
     cache = tl.program_id(0)
     split = tl.program_id(1)
@@ -113,46 +121,54 @@ def attend(
     entry = tl.load(entries_at + row * entries_row)
     d = tl.arange(0, block_d)
     inside_d = d < width
-    begin = cache.to(tl.int64) * length * width
+    number = tl.program_id(2) * block_g + tl.arange(0, block_g)  # of a head of the query in its group
+    inside_g = number < shared
+    inside = inside_g[:, None] & inside_d[None, :]
+    query_place = row * query_row + (head * shared + number) * query_head
+    query = tl.load(query_at + query_place[:, None] + d[None, :], mask=inside, other=0.0)
     key = tl.load(key_at + row * key_row + head * key_head + d, mask=inside_d, other=0.0)
     value = tl.load(value_at + row * value_row + head * value_head + d, mask=inside_d, other=0.0)
+    begin = cache.to(tl.int64) * length * width
     first = split * tokens
-    end = tl.minimum(entry + 1, first + tokens)
-    if (entry >= first) & (entry < first + tokens):
-        tl.store(keys_at + begin + entry * width + d, key, mask=inside_d)
-        tl.store(values_at + begin + entry * width + d, value, mask=inside_d)
-    for number in tl.static_range(shared):
-        query_number = head * shared + number
-        place = query_at + row * query_row + query_number * query_head + d
-        query = tl.load(place, mask=inside_d, other=0.0).to(tl.float32) * scale
-        largest = -float("inf")
-        total = 0.0
-        sums = tl.zeros((block_d,), tl.float32)
-        for start in range(first, end, block_t):
-            t = start + tl.arange(0, block_t)
-            seen = t < end
-            new = (t == entry)[:, None]  # not read: it may not be written yet
-            place_t = begin + t[:, None] * width + d[None, :]
-            old = seen[:, None] & inside_d[None, :] & ~new
-            keys = tl.load(keys_at + place_t, mask=old, other=0.0).to(tl.float32)
-            values = tl.load(values_at + place_t, mask=old, other=0.0).to(tl.float32)
-            keys = tl.where(new, key.to(tl.float32)[None, :], keys)
-            values = tl.where(new, value.to(tl.float32)[None, :], values)
-            scores = tl.where(seen, tl.sum(keys * query[None, :], axis=1), -float("inf"))
-            higher = tl.maximum(largest, tl.max(scores, axis=0))
-            weights = tl.exp(scores - higher)
-            factor = tl.exp(largest - higher)
-            total = total * factor + tl.sum(weights, axis=0)
-            sums = sums * factor + tl.sum(weights[:, None] * values, axis=0)
-            largest = higher
-        place_y = row * heads * shared + query_number
-        if splits == 1:
-            tl.store(y_at + place_y * width + d, (sums / total).to(y_at.dtype.element_ty), mask=inside_d)
+    own = (entry >= first) & (entry < first + tokens)
+    writes = inside_d & own & (tl.program_id(2) == 0)
+    tl.store(keys_at + begin + entry * width + d, key, mask=writes)
+    tl.store(values_at + begin + entry * width + d, value, mask=writes)
+    new_score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
+    largest = tl.where(own, new_score, -float("inf"))
+    total = tl.where(own, 1.0, 0.0) + tl.zeros((block_g,), tl.float32)
+    sums = tl.where(own, value.to(tl.float32), 0.0)[None, :] + tl.zeros((block_g, block_d), tl.float32)
+    end = tl.minimum(entry, first + tokens)
+    for start in range(first, end, block_t):
+        t = start + tl.arange(0, block_t)
+        seen = t < end
+        place = begin + t[:, None] * width + d[None, :]
+        keys = tl.load(keys_at + place, mask=seen[:, None] & inside_d[None, :], other=0.0)
+        values = tl.load(values_at + place, mask=seen[:, None] & inside_d[None, :], other=0.0)
+        if block_g == 1:
+            scores = tl.sum(keys.to(tl.float32) * query.to(tl.float32), axis=1)[None, :]
+        else:  # three products of TF32 make one of float32
+            scores = tl.dot(query, tl.trans(keys), input_precision="tf32x3")
+        scores = tl.where(seen[None, :], scores * scale, -float("inf"))
+        higher = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.exp(scores - higher[:, None])
+        factor = tl.exp(largest - higher)
+        total = total * factor + tl.sum(weights, axis=1)
+        sums = sums * factor[:, None]
+        if block_g == 1:
+            sums += tl.sum(tl.trans(weights) * values.to(tl.float32), axis=0)[None, :]
         else:
-            part = place_y * splits + split
-            tl.store(parts_at + part * block_d + d, sums)
-            tl.store(ends_at + part * 2, largest)
-            tl.store(ends_at + part * 2 + 1, total)
+            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="tf32x3")
+        largest = higher
+    query_number = cache * shared + number
+    if splits == 1:
+        y = (sums / total[:, None]).to(y_at.dtype.element_ty)
+        tl.store(y_at + query_number[:, None] * width + d[None, :], y, mask=inside)
+    else:
+        part = query_number * splits + split
+        tl.store(parts_at + part[:, None] * block_d + d[None, :], sums, mask=inside_g[:, None])
+        tl.store(ends_at + part * 2, largest, mask=inside_g)
+        tl.store(ends_at + part * 2 + 1, total, mask=inside_g)
 
 
 @triton.jit

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from .norms import Norm, norm_of
 from .operators import ACTIVATIONS, operators
+from .writes import stays
 
 _GELU_TANH = ("NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh")
 """Classes of transformers that compute GELU by tanh, in several operators."""
@@ -56,7 +58,9 @@ def replace(module: torch.nn.Module) -> None:
     for name, part in module.named_children():
         made: torch.nn.Module | None = None
         held: Any = part
-        if type(part) is torch.nn.Linear and not part._forward_hooks:
+        if part._forward_hooks or part._forward_pre_hooks_with_kwargs:  # which may take or change more than one tensor
+            pass
+        elif type(part) is torch.nn.Linear:
             made = Product(held.weight, held.bias)
         elif type(part).__name__ == "Conv1D" and type(part).__module__.startswith("transformers."):
             weight = torch.nn.Parameter(held.weight.detach().T.contiguous(), requires_grad=False)
@@ -71,7 +75,7 @@ def replace(module: torch.nn.Module) -> None:
 
 
 def fuse(graph: torch.fx.Graph, *, norms: bool) -> None:
-    """Moves layer norms, activations and sums around products into them.
+    """Moves norms, activations and sums around products into them.
 
     Args:
         norms: whether a norm before a product is: for one row, of which each part of a kernel finds it by itself.
@@ -80,13 +84,13 @@ def fuse(graph: torch.fx.Graph, *, norms: bool) -> None:
     for node in list(graph.nodes):
         if node.target is aten.dropout.default and not node.args[2]:
             _replace(graph, node, node.args[0])
+        elif node.target is aten._assert_tensor_metadata.default:  # of casts, which read what would be moved
+            graph.erase_node(node)
     for node in list(graph.nodes):
-        if node.target is aten.layer_norm.default and norms:
-            _norm(graph, node)
-        elif node.target is aten.gelu.default and node.kwargs.get("approximate") == "tanh":
-            _behind(graph, node, node.args[0], activation=ACTIVATIONS.index("gelu_tanh"))
-        elif node.target is aten.relu.default:
-            _behind(graph, node, node.args[0], activation=ACTIVATIONS.index("relu"))
+        if norms and node.users and (norm := norm_of(node)):
+            _before(node, norm)
+        elif activation := _activation(node):
+            _behind(graph, node, node.args[0], activation=ACTIVATIONS.index(activation))
         elif node.target is aten.add.Tensor and not node.kwargs:
             for one, other in (node.args, node.args[::-1]):
                 if _same(node, other) and _behind(graph, node, one, residual=other):
@@ -94,23 +98,23 @@ def fuse(graph: torch.fx.Graph, *, norms: bool) -> None:
     graph.eliminate_dead_code()
 
 
-def _norm(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    x, shape, weight, bias, eps = (*node.args, None, None, 1e-5)[:5]
-    if len(shape) != 1 or weight is None or bias is None or not all(_is_product(user) for user in node.users):  # type: ignore[arg-type]
+def _before(node: torch.fx.Node, norm: Norm) -> None:
+    """Takes a norm into the products behind it, where nothing else reads it."""
+    if not all(_is_product(user) and user.args[0] is node and node not in user.args[1:] for user in node.users):
         return
-    if any(user.args[0] is not node or node in user.args[1:] for user in node.users):
+    if not all(stays((norm.x, norm.weight, norm.bias), norm.first, user) for user in node.users):
         return
     for user in list(node.users):
-        user.args = (x, *user.args[1:4], weight, bias, eps, user.args[7])
+        user.args = (norm.x, *user.args[1:4], norm.weight, norm.bias, norm.eps, user.args[7])
 
 
 def _behind(
     graph: torch.fx.Graph, node: torch.fx.Node, product: Any, *, activation: int = 0, residual: Any = None
 ) -> bool:
     """Takes what a node computes into the product before it, where nothing else reads that."""
-    if not _is_product(product) or len(product.users) != 1 or product.args[3] is not None:
+    if not _is_product(product) or len(product.users) != 1 or product.args[3] is not None or residual is product:
         return False
-    if activation and product.args[7]:
+    if (activation and product.args[7]) or not stays(product.args, product, node):
         return False
     arguments = (*product.args[:3], residual, *product.args[4:7], activation or product.args[7])
     with graph.inserting_before(node):
@@ -121,6 +125,14 @@ def _behind(
         return False
     graph.erase_node(product)
     return True
+
+
+def _activation(node: torch.fx.Node) -> str:
+    """The one that a node computes; empty where it computes none."""
+    aten = torch.ops.aten
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return "relu" if node.target is aten.relu.default else "silu" if node.target is aten.silu.default else ""
 
 
 def _replace(graph: torch.fx.Graph, node: torch.fx.Node, by: Any) -> bool:

@@ -43,14 +43,15 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     ("rows", "n", "k"), [(1, 768, 768), (1, 2304, 768), (1, 50, 3000), (1, 9001, 100), (5, 768, 768), (40, 37, 3000)]
 )
-@pytest.mark.parametrize("all_of_it", [False, True])
-def test_products(dtype, rows, n, k, all_of_it):
+@pytest.mark.parametrize(("norm", "activation"), [("", 2), ("layer norm", 1), ("RMS norm", 3), ("RMS norm", 4)])
+def test_products(dtype, rows, n, k, norm, activation):
     if rows > 1 and dtype is torch.float32:
         pytest.skip("Tensor Cores round float32, and the operator is not used")
     torch.manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
-    x, weight, bias, residual = draw(rows, 1, k), draw(n, k) / k**0.5, draw(n), draw(rows, 1, n)
-    given = (x, weight, bias, residual, draw(k), draw(k), 1e-5, 1) if all_of_it else (x, weight, *[None] * 4, 0.0, 2)
+    x, weight = draw(rows, 1, k), draw(n, k) / k**0.5
+    around = (draw(n), draw(rows, 1, n), draw(k), draw(k) if norm == "layer norm" else None) if norm else [None] * 4
+    given = (x, weight, *around, 1e-5, activation)
     double = [value.double() if isinstance(value, torch.Tensor) else value for value in given]
     found, expected = operators.operators().product(*given), operators.product(*double)
     assert float((found.double() - expected).norm() / expected.norm()) < {torch.float32: 1e-5}.get(dtype, 1e-2)
@@ -58,8 +59,12 @@ def test_products(dtype, rows, n, k, all_of_it):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("rows", "heads", "shared", "width", "length"), [(1, 12, 1, 64, 512), (3, 2, 4, 48, 300), (40, 4, 1, 128, 97)]
-)
+    ("rows", "heads", "shared", "width", "length"),
+    [
+        (1, 12, 1, 64, 512), (3, 2, 4, 48, 300), (40, 4, 1, 128, 97), (40, 4, 2, 128, 97), (2, 1, 71, 64, 300),
+        (2, 1, 1, 256, 9000), (200, 1, 16, 256, 300),
+    ],
+)  # fmt: skip
 def test_attention(dtype, rows, heads, shared, width, length):
     torch.manual_seed(0)
     both = torch.randn(rows, heads * (shared + 2), width, device="cuda", dtype=dtype)

@@ -26,10 +26,11 @@ class InPlace(Rows):
     def __init__(self, positions: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         super().__init__(positions, keys, values)
         self._entries = positions
-        self._numbers = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        self._numbers = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
 
     def _written(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        buffer.transpose(1, 2).index_put_((self._numbers, self._entries), new.transpose(1, 2).to(buffer.dtype))
+        heads = torch.arange(buffer.shape[1], device=buffer.device)[:, None]
+        buffer.index_put_((self._numbers, heads, self._entries[:, None]), new.to(buffer.dtype))
         return buffer
 
 

@@ -61,3 +61,27 @@ def test_calls_write_into_their_caches_and_give_what_copies_give(name):
             torch.testing.assert_close(cache, written, atol=1e-5, rtol=1e-5)
             assert torch.equal(cache[0, :, PAST + 1 :], before[0, :, PAST + 1 :])
             assert not torch.equal(cache[0, :, PAST], before[0, :, PAST])
+
+
+class Write(torch.nn.Module):
+    """Two new tokens of each of two rows, of which one cache is of another precision."""
+
+    def forward(
+        self, entries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, new: torch.Tensor
+    ) -> torch.Tensor:
+        written = InPlace(entries, [keys], [values]).update(new, new, 0)
+        return written[0] + written[1]
+
+
+def test_caches_themselves_are_written_and_no_views_of_them():
+    """So that TorchInductor of every version knows that no copy is needed."""
+    given = torch.tensor([[4, 5], [0, 1]]), torch.randn(2, 3, 8, 4), torch.randn(2, 3, 8, 4).half()
+    new = torch.randn(2, 3, 2, 4)
+    copies = [cache.clone() for cache in given[1:]]
+    program = torch.export.export(Write(), (*given, new), strict=False)
+    written = [node.args[0] for node in program.graph.nodes if node.target is torch.ops.aten.index_put_.default]
+    assert [node.op for node in written] == ["placeholder"] * 2
+    program.module()(*given, new)
+    for cache, copy in zip(given[1:], copies, strict=True):
+        copy[0, :, 4:6], copy[1, :, :2] = new.to(copy.dtype)
+        assert torch.equal(cache, copy)
