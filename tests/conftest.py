@@ -23,11 +23,6 @@ def _gpus() -> int:
     return pynvml.nvmlDeviceGetCount()
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than processors: a quarter of the time is spent waiting for servers, builds and probes."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _gpus():
