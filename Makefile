@@ -40,7 +40,7 @@ docs: install
 install: $(INSTALLED)
 
 # PyPI's torch brings gigabytes of CUDA along; its CPU build is used where PyTorch's own page can be reached.
-# Compiling all 14,000 files ahead would take longer than the rest; the few that are imported are compiled then.
+# Compiling all files ahead would take longer than the rest; the few that are imported are compiled then.
 $(INSTALLED): pyproject.toml setup.cfg constraints.txt tests/bare-packages.txt
 	$(PYTHON) -m venv .venv
 	from=$$($(PYTHON) -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)', timeout=10)" 2>/dev/null \

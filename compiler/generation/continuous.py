@@ -195,8 +195,8 @@ class Batcher:
                 self._changed.wait()
             if not self._rows and not self._waiting:
                 return False
-            gone = [request for request in self._waiting if request.cancelled]
-            self._waiting = collections.deque(request for request in self._waiting if not request.cancelled)
+            if gone := [request for request in self._waiting if request.cancelled]:
+                self._waiting = collections.deque(request for request in self._waiting if not request.cancelled)
             request = self._waiting.popleft() if self._waiting and len(self._rows) < self._most else None
         for left in gone:
             left.done(None)

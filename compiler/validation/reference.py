@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, np.ndarray]
 INPUTS, OUTPUTS = "inputs.npz", "outputs.npz"
-ROWS = "rows"
-PROBES = ("min", "max", ROWS)
+POINTS, ROWS = ("min", "max"), "rows"
+PROBES = (*POINTS, ROWS)
 MAX_PROBE_ELEMENTS = 1 << 24
 """A probe at the largest sizes takes fewer rows than the maximum where its inputs would have more elements."""
 
@@ -93,7 +93,7 @@ class ReferenceOutputs:
                 writer.add(str(index), sample)
             if writer.first is None:
                 raise DataError("there are no samples to judge engines on", expected="at least one", found="none")
-            for point in ("min", "max"):
+            for point in POINTS:
                 sizes = _probe_sizes(model.signature, point)
                 if sizes not in writer.sizes:
                     writer.add(point, resized(model.signature, writer.first, sizes))
@@ -120,7 +120,7 @@ class ReferenceOutputs:
     def description(self) -> str:
         """What the record holds, for people."""
         keys = self._all_keys()
-        points = [key for key in keys if key in PROBES and key != ROWS]
+        points = [key for key in keys if key in POINTS]
         suffix = f", and the {' and '.join(points)} sizes of the dynamic axes" if points else ""
         rows = ", and one token more of several rows" if ROWS in keys else ""
         return f"{len(self)} sample{'' if len(self) == 1 else 's'}{suffix}{rows}"

@@ -66,8 +66,10 @@ class TritonPythonModel:
             text.cancel()
             sender.send(flags=_LAST)
         else:
-            error = pb_utils.TritonError("there is no such text here")
-            sender.send(pb_utils.InferenceResponse([], error), flags=_LAST)
+            self._refuse(sender, "there is no such text here")
+
+    def _refuse(self, sender, why):
+        sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(why)), flags=_LAST)
 
     def _begin(self, sender, request, name):
         given = {PROMPT: self._read(request, PROMPT)}
@@ -86,7 +88,7 @@ class TritonPythonModel:
                 if self._counted is not None:
                     self._counted()
                 if error is not None:
-                    sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error))), flags=_LAST)
+                    self._refuse(sender, str(error))
                 else:
                     sender.send(flags=_LAST)
             finally:
