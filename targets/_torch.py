@@ -325,11 +325,12 @@ def check(runner: Reference, request: BuildRequest, how: str) -> None:
     from ..compiler.data import other_sizes, random_batch, resized
     from ..compiler.sources.guard import quiet
     from ..compiler.validation.metrics import Judge, coarser, resolve_tolerance
+    from ..compiler.validation.reference import bounded
 
     signature, reference = request.signature, request.model.reference
     sizes = signature.check(request.sample)
     other = next((s for s in map(signature.sizes, ("min", "opt", "max")) if s != sizes), sizes)
-    points = [sizes, other, *other_sizes(signature)]
+    points = [sizes, *(bounded(signature, point) for point in (other, *other_sizes(signature)))]
     generator = np.random.default_rng(0)
     for point in (point for number, point in enumerate(points) if point not in points[:number]):
         own = coarser("fp32", (spec.dtype for spec in signature.outputs))

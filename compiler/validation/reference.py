@@ -94,7 +94,7 @@ class ReferenceOutputs:
             if writer.first is None:
                 raise DataError("there are no samples to judge engines on", expected="at least one", found="none")
             for point in POINTS:
-                sizes = _probe_sizes(model.signature, point)
+                sizes = bounded(model.signature, model.signature.sizes(point))
                 if sizes not in writer.sizes:
                     writer.add(point, resized(model.signature, writer.first, sizes))
             if (rows := _rows(model.signature)) is not None:
@@ -204,15 +204,17 @@ class _Recorder:
             self.sizes.append(sizes)
 
 
-def _probe_sizes(signature: Signature, point: str) -> dict[str, int]:
-    """Sizes of all dynamic axes at `point`, with fewer rows where the inputs would be too large."""
-    sizes = signature.sizes(point)
+def bounded(signature: Signature, sizes: dict[str, int]) -> dict[str, int]:
+    """These sizes of dynamic axes, with fewer rows where the inputs would have more than `MAX_PROBE_ELEMENTS`.
+
+    Two stay where the axis has room for them, for one row alone cannot be mixed up with others.
+    """
     batch = signature.batch_axis
     elements = _elements(signature, sizes)
     if batch is None or elements <= MAX_PROBE_ELEMENTS:
         return sizes
-    rows = MAX_PROBE_ELEMENTS * sizes[batch] // elements
-    return {**sizes, batch: max(rows, signature.axes[batch].min)}
+    rows = max(MAX_PROBE_ELEMENTS * sizes[batch] // elements, signature.axes[batch].min, 2)
+    return {**sizes, batch: min(rows, sizes[batch])}
 
 
 def _rows(signature: Signature) -> int | None:
