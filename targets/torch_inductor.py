@@ -152,9 +152,9 @@ class TorchInductor(Target):
         return profile_runner(self.runner(directory, info), inputs, self.device, info.precision)
 
     def _load(self, path: Path) -> Any:
-        import torch
+        from .inductor.package import Package
 
-        return torch._inductor.aoti_load_package(str(path))
+        return Package(path)
 
     def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> None:
         request.progress(0.0, "torch.export")
@@ -197,6 +197,8 @@ class TorchInductor(Target):
             "cpp.threads": self.threads or -1,
             "cpp.dynamic_threads": self.threads is None,
             **({"aot_inductor.package_constants_in_so": False} if decoder else {}),  # several programs share them
+            # What is left for the host are launches: no need to find out which vector instructions it has, by programs.
+            **({"cpp.vec_isa_ok": False} if self.device == "cuda" else {}),
         }
 
     def _export(self, request: BuildRequest, folder: Path) -> tuple[list[Path], list[str]]:

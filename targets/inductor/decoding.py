@@ -26,6 +26,7 @@ from ..base import Arrays, Bound, EngineInfo
 from .decoders import ANY, MANY, ONE, program_for, tensors
 from .graphs import Graphs
 from .kept import Kept
+from .package import Package
 from .steps import Calls, Steps
 
 
@@ -167,11 +168,12 @@ class DecodingRunner(TorchRunner):
             if not (file := directory / f"{name}.pt2").is_file():
                 continue
             index = torch.device(self.device).index if self.on_gpu else -1
-            program: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True, device_index=index)
-            needed = {key: weights.get(f"{name}/{key}", weights.get(key)) for key in program.get_constant_fqns()}
-            if missing := [key for key, tensor in needed.items() if tensor is None]:
-                raise EngineError(f"engine {self._info.name} has no weight {missing[0]!r}", hint="compile it again")
-            program.load_constants(needed, check_full_update=True, user_managed=True)
+            program = Package(file, single_threaded=True, device_index=index)
+            found = {key: weights.get(f"{name}/{key}", weights.get(key)) for key in program.constants()}
+            needed = {key: tensor for key, tensor in found.items() if tensor is not None}
+            if missing := found.keys() - needed.keys():
+                raise EngineError(f"engine {self._info.name} has no weight {min(missing)!r}", hint="compile it again")
+            program.refer_to(needed)
             self._programs[name] = program
         self._weights = weights  # the programs have no copies of them
         return self._whole

@@ -46,6 +46,8 @@ class Graphs:
             pool = None if other is None else other.pool()
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 call()
+            # cuBLAS would keep the memory for its work on this stream for ever, which is the graphs' now.
+            torch._C._cuda_clearCublasWorkspaces()
         if not apart:
             self._made.add(graph)
         return graph.replay

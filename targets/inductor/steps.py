@@ -53,11 +53,13 @@ class Calls:
         if self._on_gpu:
             check_places(caches)
         self._fitting: set[tuple[Any, ...]] = set()
-        sizes = {IDS: (batch, 1), BACK: (1,)}
+        self._chosen = torch.zeros((2, batch), dtype=torch.int64, device=device)  # tokens, and room for largest logits
+        self._best = self._chosen[1].view(torch.float32)[:batch]
         self._one = {
-            name: torch.zeros(sizes.get(name, (batch,)), dtype=torch.int64, device=device)
+            name: torch.zeros(1 if name == BACK else batch, dtype=torch.int64, device=device)
             for name in numbers(runner.signature)
         }
+        self._one[IDS] = self._chosen[0][:, None]
         self._one[COUNT] += 1
         self._counting = [self._one[name] for name in (PAST, POSITION) if name in self._one]
         wide = functools.partial(torch.ones, dtype=torch.float64, device=device)
@@ -66,10 +68,8 @@ class Calls:
         self._temperature, self._top_p = wide((batch, 1)), wide((batch, 1))
         self._samplings: tuple[Sampling | None, ...] = ()
         self._top_k = torch.ones((batch, 1), dtype=torch.int64, device=device)
-        self._best = torch.zeros(batch, device=device)
         self._logits = torch.zeros((batch, 1), device=device)
-        on_host = functools.partial(torch.zeros, (AHEAD, batch), pin_memory=self._on_gpu)
-        self._tokens, self._bests = on_host(dtype=torch.int64), on_host()
+        self._taken = torch.zeros((AHEAD, 2, batch), dtype=torch.int64, pin_memory=self._on_gpu)
         event: Any = torch.cuda.Event
         self._events = [event() for _ in range(AHEAD)] if self._on_gpu else []
         self._following: dict[str, Callable[[], None]] = {}
@@ -142,8 +142,7 @@ class Calls:
 
     def _send(self, at: int) -> None:
         """Starts to copy what was chosen to a place of the host."""
-        self._tokens[at].copy_(self._one[IDS][:, 0], non_blocking=True)
-        self._bests[at].copy_(self._best, non_blocking=True)
+        self._taken[at].copy_(self._chosen, non_blocking=True)
         if self._on_gpu:
             self._events[at].record()
 
@@ -152,7 +151,8 @@ class Calls:
         at = step % AHEAD
         if self._on_gpu:
             self._events[at].synchronize()
-        return self._tokens[at].numpy().copy(), self._bests[at].numpy().copy()
+        tokens, bests = self._taken[at].numpy().copy()
+        return tokens, bests.view(np.float32)[: self._batch]
 
     def _follow(self, kind: str) -> None:
         """The call on the tokens chosen last, and the next choice."""
@@ -164,9 +164,9 @@ class Calls:
     def _choose(self, kind: str, logits: torch.Tensor, best: torch.Tensor, token: torch.Tensor) -> None:
         if kind != GREEDY:
             token = self._drawn(logits, best, among=kind == AMONG)
-        self._one[IDS].copy_(token[:, None])
+            self._number += 1
+        self._chosen[0].copy_(token)
         self._best.copy_(best)
-        self._number += 1
 
     def _drawn(self, logits: torch.Tensor, best: torch.Tensor, *, among: bool) -> torch.Tensor:
         """Tokens as `compiler.generation.sampling` draws them on the host, in float64 too."""

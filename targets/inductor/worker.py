@@ -7,10 +7,12 @@ alive.
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -58,14 +60,15 @@ class Commands:
         for library in libraries:
             importlib.import_module(library)
         import torch
-        from torch._inductor.utils import fresh_cache
 
         if "enginesmith" in libraries:
             from .operators import operators
 
             operators()
 
-        with torch.no_grad(), fresh_cache(dir=scratch):
+        # One cache for all workers of a build: what the first learns of compilers and kernels the others read.
+        cached = mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "cache")})
+        with torch.no_grad(), cached:
             for program, package in programs.items():
                 loaded = torch.export.load(program)
                 torch._inductor.aoti_compile_and_package(loaded, package_path=package, inductor_configs=dict(configs))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +75,9 @@ def test_a_decoder_is_compiled_and_generates(tmp_path: Path) -> None:
     )
     with bundle.load() as engine:
         assert engine.generate([3, 1, 4], 20) == expected[:, 3:].tolist()
+    code = (
+        "import sys, enginesmith; print(enginesmith.load(sys.argv[1]).generate([3, 1, 4], 2)); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, bundle.path], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == [str(expected[:, 3:5].tolist()), "False", ""]  # the compiler stays out

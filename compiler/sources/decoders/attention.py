@@ -48,7 +48,13 @@ class Total:
 
 
 class Attending(Protocol):
-    """What keeps the caches of a call, and may attend itself."""
+    """What keeps the caches of a call, and may attend itself.
+
+    Attributes:
+        folds: whether queries that share a key become rows of one matrix.
+    """
+
+    folds: bool
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
@@ -120,14 +126,25 @@ def attend(
         weights = torch.softmax(scores, dim=-1)
         output = torch.matmul(weights, value)
     else:
+        product = _folded if own is not None and own.folds else _broadcast
         grouped = query.reshape(query.shape[0], key.shape[1], shared, query.shape[2], query.shape[3])
-        scores = torch.matmul(grouped, key.unsqueeze(2).transpose(3, 4)) * scale + attention_mask.unsqueeze(2)
+        scores = product(grouped, key.transpose(2, 3)) * scale + attention_mask.unsqueeze(2)
         weights = torch.softmax(scores, dim=-1)
-        output = torch.matmul(weights, value.unsqueeze(2)).flatten(1, 2)
+        output = product(weights, value).flatten(1, 2)
         weights = weights.flatten(1, 2)
     if (total := _summing.get()) is not None:
         total.add(_number(module), weights)
     return output.transpose(1, 2), None
+
+
+def _broadcast(grouped: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, shared, time, n) of these by (batch, heads, n, m), as ONNX multiplies without a copy."""
+    return torch.matmul(grouped, shared.unsqueeze(2))
+
+
+def _folded(grouped: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """The same as a product of four axes, for torch copies what it broadcasts, once for each of the heads."""
+    return torch.matmul(grouped.flatten(2, 3), shared).unflatten(2, grouped.shape[2:4])
 
 
 def _number(layer: torch.nn.Module) -> int:

@@ -98,6 +98,7 @@ class Decoder(torch.nn.Module):
 class Rows:
     """What transformers' models call a cache. New tokens are written into copies: the given buffers stay."""
 
+    folds = False
     is_compileable = False
     is_updated: dict[int, bool] = {}  # noqa: RUF012  never written: no model with cross-attention is taken
 

@@ -21,7 +21,9 @@ scale; gives (batch, heads, width).
 
 
 class InPlace(Rows):
-    """New tokens are written into the given buffers."""
+    """New tokens are written into the given buffers, for torch to attend to."""
+
+    folds = True
 
     def __init__(self, positions: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         super().__init__(positions, keys, values)
@@ -51,6 +53,8 @@ class Single(InPlace):
         operator: Attend,
     ) -> None:
         super().__init__(positions, keys, values)
+        # As a place in memory: of a view, which is not one, TorchInductor would compute a copy for each layer.
+        self._entry = positions.as_strided((positions.shape[0],), (1,))
         self._layers = layers
         self._operator = operator
 
@@ -68,9 +72,7 @@ class Single(InPlace):
             return None
         kept = self.keys[layer], self.values[layer]
         new = (key.to(kept[0].dtype), value.to(kept[1].dtype))
-        output = self._operator(
-            query[:, :, 0], new[0][:, :, 0], new[1][:, :, 0], *kept, self._entries[:, 0], float(scale)
-        )
+        output = self._operator(query[:, :, 0], new[0][:, :, 0], new[1][:, :, 0], *kept, self._entry, float(scale))
         return output[:, :, None]
 
 

@@ -33,6 +33,8 @@ from enginesmith.targets.base import BuildRequest, EngineInfo
 from enginesmith.targets.inductor.worker import Commands, command
 from enginesmith.targets.torch_inductor import TorchInductor
 
+PACKAGE = "enginesmith.targets.inductor.package.Package"
+
 SIGNATURE = Signature(
     (TensorSpec("x", "float32", ("batch", "my axis")), TensorSpec("y", "float32", ("my axis", "fixed"))),
     (TensorSpec("z", "float32", ("batch", 4)),),
@@ -92,7 +94,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr("enginesmith.targets.torch_inductor.Worker", InProcess)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: seen["program"].module())
+    monkeypatch.setattr(PACKAGE, lambda path: seen["program"].module())
     return seen
 
 
@@ -142,7 +144,7 @@ def test_an_engine_asks_for_the_machine_it_was_compiled_for(compiled: dict[str, 
 def test_what_was_compiled_is_compared_with_the_model(
     compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda x, y: (torch.zeros(len(x), 4),))
+    monkeypatch.setattr(PACKAGE, lambda path: lambda x, y: (torch.zeros(len(x), 4),))
     with pytest.raises(BuildError, match="the compiled module does not do what the model does at batch=1, my axis=3"):
         parse_target("torch-inductor").build(make_request(tmp_path))
 
@@ -213,7 +215,7 @@ def test_an_engine_that_refuses_inputs_in_the_check_is_told_with_their_sizes(
     def refuse(*_: object) -> None:
         raise RuntimeError("size 3 was recorded")
 
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: refuse)
+    monkeypatch.setattr(PACKAGE, lambda path: refuse)
     with pytest.raises(BuildError, match="does not do what the model does at batch=1, my axis=3") as caught:
         parse_target("torch-inductor").build(make_request(tmp_path))
     assert "size 3 was recorded" in str(caught.value.found)

@@ -64,11 +64,10 @@ class Program:
         self._run = program.module()
         self.names = [*program.state_dict, *program.constants]
 
-    def get_constant_fqns(self):
+    def constants(self):
         return self.names
 
-    def load_constants(self, given, *, check_full_update, user_managed):
-        assert (check_full_update, user_managed) == (True, True)
+    def refer_to(self, given):
         own = {**self._program.constants, **self._program.state_dict}
         assert all(torch.equal(given[name], own[name]) for name in self.names)
 
@@ -100,11 +99,11 @@ class Made:
     def runner(self):
         """The programs, opened."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch._inductor, "aoti_load_package", self._load)
+            patch.setattr(decoding, "Package", self._load)
             return decoding.DecodingRunner(self.folder, self.info, "cpu")
 
-    def _load(self, file, run_single_threaded, device_index=-1):
-        assert run_single_threaded
+    def _load(self, file, single_threaded, device_index):
+        assert single_threaded
         assert device_index == -1
         return Program(self.programs[Path(file).stem])
 
@@ -185,6 +184,8 @@ def test_calls_of_one_token_are_of_few_operators(decoder):
         assert ("enginesmith.attend.default" in found) == own
         assert ("aten.softmax.int" in found) != own
         assert ("enginesmith.largest.default" in found) == own
+        entries = {node.args[5] for node in program.graph.nodes if str(node.target) == "enginesmith.attend.default"}
+        assert [str(node.target) for node in entries] == ["aten.as_strided.default"] * own  # found once, in memory
 
 
 def test_rows_are_computed_as_one_by_one(engine):
@@ -317,7 +318,7 @@ def test_closing_frees_the_weights_that_others_refer_to(decoder, monkeypatch):
 def test_an_engine_stays_on_the_gpu_that_was_current_when_it_was_loaded(decoder, monkeypatch):
     made, asked = decoder[0], []
 
-    def load(file, run_single_threaded, device_index):
+    def load(file, single_threaded, device_index):
         asked.append(device_index)
         return Program(made.programs[Path(file).stem])
 
@@ -325,7 +326,7 @@ def test_an_engine_stays_on_the_gpu_that_was_current_when_it_was_loaded(decoder,
         asked.append(device)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    monkeypatch.setattr(decoding, "Package", load)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
@@ -395,7 +396,7 @@ def test_weights_are_saved_once_and_a_missing_one_is_told(decoder, monkeypatch):
     made = decoder[0]
     numbers = sum(parameter.numel() for parameter in made.model.parameters())  # the head of GPT-2 is its embedding
     assert 4 * numbers < (made.folder / decoders.WEIGHTS).stat().st_size < 4 * numbers + 20_000
-    monkeypatch.setattr(Program, "get_constant_fqns", lambda self: ["other"])
+    monkeypatch.setattr(Program, "constants", lambda self: ["other"])
     with pytest.raises(EngineError, match=r"engine engine has no weight 'other'\n.*compile it again"):
         made.runner()
 

@@ -29,7 +29,7 @@ class Graph:
 @pytest.fixture
 def captures(monkeypatch):
     """How many captures are under way, and the pools and streams that they were given."""
-    seen = {"under way": 0, "most": 0, "pools": [], "streams": []}
+    seen = {"under way": 0, "most": 0, "pools": [], "streams": [], "cleared": 0}
 
     @contextlib.contextmanager
     def graph(made, pool, stream, capture_error_mode):
@@ -43,6 +43,11 @@ def captures(monkeypatch):
         time.sleep(0.02)
         seen["under way"] -= 1
 
+    def clear():
+        assert not seen["under way"]
+        seen["cleared"] += 1
+
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "graph", graph)
@@ -53,6 +58,7 @@ def test_graphs_have_their_memory_in_common_but_for_those_apart(captures):
     made, calls = Graphs(), []
     launches = [made.captured(lambda: calls.append(1), apart=apart) for apart in (True, False, False, True, False)]
     assert len(calls) == 10
+    assert captures["cleared"] == 5
     own = [launch.__self__.pool() for launch in launches]
     assert captures["pools"] == [None, None, own[1], None, own[1]]
     assert len(set(map(id, own))) == 3
