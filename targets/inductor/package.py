@@ -29,6 +29,7 @@ class Package:
         self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", single_threaded, 1, device_index)
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of a call."""
         outputs: list[torch.Tensor] = self._loader.boxed_run(list(tensors))
         return outputs
 

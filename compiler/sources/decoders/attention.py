@@ -144,7 +144,8 @@ def _broadcast(grouped: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
 
 def _folded(grouped: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """The same as a product of four axes, for torch copies what it broadcasts, once for each of the heads."""
-    return torch.matmul(grouped.flatten(2, 3), shared).unflatten(2, grouped.shape[2:4])
+    product = torch.matmul(grouped.flatten(2, 3), shared)
+    return product.reshape(*grouped.shape[:4], product.shape[-1])
 
 
 def _number(layer: torch.nn.Module) -> int:
