@@ -152,8 +152,12 @@ class TorchInductor(Target):
         return profile_runner(self.runner(directory, info), inputs, self.device, info.precision)
 
     def _load(self, path: Path) -> Any:
+        import torch
+
         from .inductor.package import Package
 
+        if self.device == "cuda":
+            torch.cuda.init()  # before torch's runtime takes memory there
         return Package(path)
 
     def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> None:
