@@ -369,3 +369,12 @@ def test_options_are_checked() -> None:
         "coordinate_descent": False,
         "threads": None,
     }
+
+
+def test_a_gpu_is_ready_before_a_package_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("torch.cuda.init", lambda: done.append("ready"))
+    monkeypatch.setattr(PACKAGE, lambda path: done.append(path.name))
+    TorchInductor(device="cuda")._load(Path("model.pt2"))
+    TorchInductor()._load(Path("other.pt2"))
+    assert done == ["ready", "model.pt2", "other.pt2"]
