@@ -21,7 +21,7 @@ from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.compiler.sources import Model
 from enginesmith.compiler.validation.metrics import TOLERANCES
 from enginesmith.compiler.validation.polygraphy_io import EngineRunner, ReferenceRunner
-from enginesmith.compiler.validation.reference import MAX_PROBE_ELEMENTS, ReferenceOutputs
+from enginesmith.compiler.validation.reference import MAX_PROBE_ELEMENTS, ReferenceOutputs, bounded
 from enginesmith.compiler.validation.validator import noise_floor, validate
 from enginesmith.errors import DataError, EngineError, OutputError, RecipeError, UnknownNameError
 
@@ -296,6 +296,15 @@ def test_probes_stay_below_a_size(tmp_path: Path) -> None:
     reference = Linear()
     ReferenceOutputs.record(make_model(reference, signature), samples(), tmp_path)
     assert [shape for _, shape in reference.seen] == [(4, 4)] * 3 + [(MAX_PROBE_ELEMENTS // 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("axis", "rows"), [(AxisRange(1, 4, 64), 2), (AxisRange(3, 4, 64), 3), (AxisRange(1, 1, 1), 1)]
+)
+def test_large_rows_are_two_at_least_where_there_are_two(axis: AxisRange, rows: int) -> None:
+    inputs = (TensorSpec("x", "float32", ("batch", MAX_PROBE_ELEMENTS)),)
+    signature = Signature(inputs, SIGNATURE.outputs, {"batch": axis})
+    assert bounded(signature, signature.sizes("max")) == {"batch": rows}
 
 
 class Decoder:
