@@ -157,7 +157,7 @@ class TorchInductor(Target):
         from .inductor.package import Package
 
         if self.device == "cuda":
-            torch.cuda.init()  # before torch's runtime takes memory there
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # before torch's runtime takes memory there
         return Package(path)
 
     def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> None:
