@@ -227,8 +227,7 @@ def _rows(signature: Signature) -> int | None:
     if (signature.axes[time].min if isinstance(time, str) else time) > 1:
         return None
     axis = signature.axes[rows]
-    large = _elements(signature, {rows: 3}) > MAX_PROBE_ELEMENTS
-    return max(axis.min, min(axis.max, 2 if large else 3))
+    return bounded(signature, {rows: max(axis.min, min(axis.max, 3))})[rows]
 
 
 def _elements(signature: Signature, sizes: Mapping[str, int]) -> int:
