@@ -142,6 +142,10 @@ def test_two_bundles_of_a_model_share_the_traffic_and_are_counted_apart(served, 
             milliseconds = [percentile.ms for percentile in found.percentiles]
             assert 0 < milliseconds[0] <= milliseconds[-1]
             assert milliseconds == sorted(milliseconds)
+        with enginesmith.Split({"old": (enginesmith.Client(served.url, "net"), 1.0)}, experiment="alone") as split:
+            for key in range(8):
+                split.submit({"x": X}, key=key).result()
+            assert split.results()["old"].percentiles[0].ms > 20  # a request that is alone waits so long for others
     finally:
         assert other.end() == 0
 
