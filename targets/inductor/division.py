@@ -45,10 +45,10 @@ class Division:
         few = known and rows * heads < _SPLIT_BELOW
         group = 1 if shared == 1 else _GROUP
         block_d = max(power_of_two(width), 16)
-        block_t = min(64, max(16, (16384 if few else 4096) // block_d))
-        least = 64 if few else length if known else 256
+        block_t = max(16, min(32 if few and group == 1 else 64, (16384 if few else 4096) // block_d))
+        least = block_t if few else length if known else 256
         tokens = max(least, power_of_two((length + _MOST_PARTS - 1) // _MOST_PARTS))
-        warps = 8 if few else max(2 if group == 1 else 4, block_d * block_t // 2048)
+        warps = max((1 if few else 2) if group == 1 else 4, block_d * block_t // 2048)
         return cls(
             group, tokens, (length + tokens - 1) // tokens, block_d, block_t, warps, 1 if tokens <= block_t else 3
         )

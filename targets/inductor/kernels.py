@@ -29,47 +29,70 @@ def _activated(y, activation: tl.constexpr):
 
 
 @triton.jit
+def _factors(x_at, norm_weight_at, norm_bias_at, k, k_size, has_norm: tl.constexpr, centred: tl.constexpr):
+    """A part of what a weight is multiplied with, and of the weight and the bias of its norm."""
+    inside = k < k_size
+    norm_weight, norm_bias = 1.0, 0.0
+    x = tl.load(x_at + k, mask=inside, other=0.0).to(tl.float32)
+    if has_norm:
+        norm_weight = tl.load(norm_weight_at + k, mask=inside, other=0.0).to(tl.float32)
+        if centred:
+            norm_bias = tl.load(norm_bias_at + k, mask=inside, other=0.0).to(tl.float32)
+    return x, norm_weight, norm_bias
+
+
+@triton.jit
 def row_product(
     x_at, weight_at, bias_at, residual_at, norm_weight_at, norm_bias_at, y_at, n_size, k_size,
     eps: tl.constexpr, has_bias: tl.constexpr, has_residual: tl.constexpr, has_norm: tl.constexpr,
     centred: tl.constexpr, activation: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
-    """Computes y (n) = activation(weight (n, k) norm(x (k)) + bias) + residual.
+    """Computes y (n) = activation(weight (n, k) norm(x (k)) + bias) + residual, with k in parts of `block_k`.
 
-    Each program finds the norm for itself, which is a layer norm where it is centred and an RMS norm else.
-    Weights are read before what does not need them.
+    Each program finds the norm for itself, which is a layer norm where it is centred and an RMS norm else. What it
+    reads for the first part is all asked for before it waits for any of that, weights first.
     """
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     inside_n = n < n_size
     place = weight_at + n[:, None].to(tl.int64) * k_size
-    first = tl.arange(0, block_k)
-    weight = tl.load(place + first[None, :], mask=inside_n[:, None] & (first < k_size)[None, :], other=0.0)
+    k = tl.arange(0, block_k)
+    weight = tl.load(place + k[None, :], mask=inside_n[:, None] & (k < k_size)[None, :], other=0.0)
+    if whole > block_k:
+        k_next = k + block_k
+        next_weight = tl.load(place + k_next[None, :], mask=inside_n[:, None] & (k_next < k_size)[None, :], other=0.0)
+    x, norm_weight, norm_bias = _factors(x_at, norm_weight_at, norm_bias_at, k, k_size, has_norm, centred)
+    if has_bias:
+        bias = tl.load(bias_at + n, mask=inside_n, other=0.0).to(tl.float32)
+    if has_residual:
+        residual = tl.load(residual_at + n, mask=inside_n, other=0.0).to(tl.float32)
+    mean, scale = 0.0, 1.0
     if has_norm:
-        all_k = tl.arange(0, whole)
-        all_x = tl.load(x_at + all_k, mask=all_k < k_size, other=0.0).to(tl.float32)
-        mean = tl.sum(all_x, axis=0) / k_size if centred else 0.0
-        apart = tl.where(all_k < k_size, all_x - mean, 0.0)
+        inside = tl.arange(0, whole) < k_size
+        all_x = x
+        if whole > block_k:
+            all_x = tl.load(x_at + tl.arange(0, whole), mask=inside, other=0.0).to(tl.float32)
+        if centred:
+            mean = tl.sum(all_x, axis=0) / k_size
+        apart = tl.where(inside, all_x - mean, 0.0)
         scale = tl.rsqrt(tl.sum(apart * apart, axis=0) / k_size + eps)
-    sums = tl.zeros((block_n, block_k), tl.float32)
-    for start in range(0, k_size, block_k):
-        k = start + first
-        inside_k, inside_next = k < k_size, k + block_k < k_size
-        next_place = place + (k + block_k)[None, :]
-        next_weight = tl.load(next_place, mask=inside_n[:, None] & inside_next[None, :], other=0.0)
-        x = tl.load(x_at + k, mask=inside_k, other=0.0).to(tl.float32)
-        if has_norm:
-            norm_weight = tl.load(norm_weight_at + k, mask=inside_k, other=0.0).to(tl.float32)
-            x = (x - mean) * scale * norm_weight
-            if centred:
-                x += tl.load(norm_bias_at + k, mask=inside_k, other=0.0).to(tl.float32)
-        sums += weight.to(tl.float32) * x[None, :]
-        weight = next_weight
+    sums = weight.to(tl.float32) * ((x - mean) * scale * norm_weight + norm_bias)[None, :]
+    if whole > block_k:
+        for start in range(block_k, k_size, block_k):
+            weight = next_weight
+            k_next = start + block_k + k
+            next_weight = tl.load(
+                place + k_next[None, :], mask=inside_n[:, None] & (k_next < k_size)[None, :], other=0.0
+            )
+            x, norm_weight, norm_bias = _factors(
+                x_at, norm_weight_at, norm_bias_at, start + k, k_size, has_norm, centred
+            )
+            sums += weight.to(tl.float32) * ((x - mean) * scale * norm_weight + norm_bias)[None, :]
     y = tl.sum(sums, axis=1)
     if has_bias:
-        y += tl.load(bias_at + n, mask=inside_n, other=0.0).to(tl.float32)
+        y += bias
     y = _activated(y, activation)
     if has_residual:
-        y += tl.load(residual_at + n, mask=inside_n, other=0.0).to(tl.float32)
+        y += residual
     tl.store(y_at + n, y.to(y_at.dtype.element_ty), mask=inside_n)
 
 
@@ -101,6 +124,38 @@ def rows_product(
 
 
 @triton.jit
+def _attended(
+    query, keys_at, values_at, begin, start, end, d, inside_d, largest, total, sums,
+    scale: tl.constexpr, width: tl.constexpr, block_g: tl.constexpr, block_t: tl.constexpr,
+):  # fmt: skip
+    """The largest scores, totals and sums with those of the tokens from `start` to `end`, of which there may be none.
+
+    After the online softmax of https://arxiv.org/abs/1805.02867.
+    """
+    t = start + tl.arange(0, block_t)
+    seen = t < end
+    place = begin + t[:, None] * width + d[None, :]
+    keys = tl.load(keys_at + place, mask=seen[:, None] & inside_d[None, :], other=0.0)
+    values = tl.load(values_at + place, mask=seen[:, None] & inside_d[None, :], other=0.0)
+    if block_g == 1:
+        scores = tl.sum(keys.to(tl.float32) * query.to(tl.float32), axis=1)[None, :]
+    else:  # three products of TF32 make one of float32
+        scores = tl.dot(query, tl.trans(keys), input_precision="tf32x3")
+    scores = tl.where(seen[None, :], scores * scale, -float("inf"))
+    higher = tl.maximum(largest, tl.max(scores, axis=1))
+    least = tl.where(higher == -float("inf"), 0.0, higher)
+    weights = tl.exp(scores - least[:, None])
+    factor = tl.exp(largest - least)
+    total = total * factor + tl.sum(weights, axis=1)
+    sums = sums * factor[:, None]
+    if block_g == 1:
+        sums += tl.sum(tl.trans(weights) * values.to(tl.float32), axis=0)[None, :]
+    else:
+        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="tf32x3")
+    return higher, total, sums
+
+
+@triton.jit
 def attend(
     query_at, key_at, value_at, keys_at, values_at, entries_at, y_at, parts_at, ends_at,
     query_row, query_head, key_row, key_head, value_row, value_head, entries_row, length,
@@ -113,7 +168,6 @@ def attend(
     of the query that read it: of one, or of as many as Tensor Cores multiply at a time. One of those whose part has the
     entry writes the new key and value there. All of them begin with what these give, and read what is before, so that
     none reads what may not be written yet. Several parts leave their sums, largest scores and totals to `combine`.
-    After the online softmax of https://arxiv.org/abs/1805.02867.
     """
     cache = tl.program_id(0)
     split = tl.program_id(1)
@@ -139,27 +193,17 @@ def attend(
     total = tl.where(own, 1.0, 0.0) + tl.zeros((block_g,), tl.float32)
     sums = tl.where(own, value.to(tl.float32), 0.0)[None, :] + tl.zeros((block_g, block_d), tl.float32)
     end = tl.minimum(entry, first + tokens)
-    for start in range(first, end, block_t):
-        t = start + tl.arange(0, block_t)
-        seen = t < end
-        place = begin + t[:, None] * width + d[None, :]
-        keys = tl.load(keys_at + place, mask=seen[:, None] & inside_d[None, :], other=0.0)
-        values = tl.load(values_at + place, mask=seen[:, None] & inside_d[None, :], other=0.0)
-        if block_g == 1:
-            scores = tl.sum(keys.to(tl.float32) * query.to(tl.float32), axis=1)[None, :]
-        else:  # three products of TF32 make one of float32
-            scores = tl.dot(query, tl.trans(keys), input_precision="tf32x3")
-        scores = tl.where(seen[None, :], scores * scale, -float("inf"))
-        higher = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp(scores - higher[:, None])
-        factor = tl.exp(largest - higher)
-        total = total * factor + tl.sum(weights, axis=1)
-        sums = sums * factor[:, None]
-        if block_g == 1:
-            sums += tl.sum(tl.trans(weights) * values.to(tl.float32), axis=0)[None, :]
-        else:
-            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="tf32x3")
-        largest = higher
+    if tokens <= block_t:
+        largest, total, sums = _attended(
+            query, keys_at, values_at, begin, first, end, d, inside_d, largest, total, sums, scale, width, block_g,
+            block_t,
+        )  # fmt: skip
+    else:
+        for start in range(first, end, block_t):
+            largest, total, sums = _attended(
+                query, keys_at, values_at, begin, start, end, d, inside_d, largest, total, sums, scale, width, block_g,
+                block_t,
+            )  # fmt: skip
     query_number = cache * shared + number
     if splits == 1:
         y = (sums / total[:, None]).to(y_at.dtype.element_ty)

@@ -26,12 +26,12 @@ def product(
     bias_at = x if bias is None else bias
     residual_at = x if residual is None else residual.contiguous()
     if rows == 1:
-        block_n, block_k, warps = (4, 256, 2) if n > 8192 else (1, 1024, 8) if k > 2048 else (2, 1024, 4)
+        whole, block_n = max(power_of_two(k), 32), 4 if n > 4096 else 2
+        block_k, warps = (min(whole, 1024), 4) if k <= 1024 else (2048, 8)
         torch.library.wrap_triton(kernels.row_product)[((n + block_n - 1) // block_n,)](
             x, weight, bias_at, residual_at, x if norm_weight is None else norm_weight,
             x if norm_bias is None else norm_bias, y, n, k, eps, bias is not None, residual is not None,
-            norm_weight is not None, norm_bias is not None, activation, block_n, block_k, power_of_two(k),
-            num_warps=warps,
+            norm_weight is not None, norm_bias is not None, activation, block_n, block_k, whole, num_warps=warps,
         )  # fmt: skip
         return y
     x = normed(x, norm_weight, norm_bias, eps)

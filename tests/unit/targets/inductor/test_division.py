@@ -13,7 +13,8 @@ def of(rows=1, heads=8, shared=1, width=64, length=1024):
 
 
 def test_caches_of_few_rows_are_split_and_those_of_many_are_not():
-    assert (of().tokens, of().splits) == (64, 16)
+    assert (of().tokens, of().splits) == (32, 32)
+    assert (of(shared=4).tokens, of(shared=4).splits) == (64, 16)
     assert (of(rows=17).tokens, of(rows=17).splits) == (1024, 1)
 
 
