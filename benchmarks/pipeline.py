@@ -1,5 +1,6 @@
 """A pipeline of two stages on two GPUs beside the whole engine on one, at the same micro-batch, in samples a second.
 
+Both are of one graph, in which all is fused that the target fuses.
 The whole engine runs one micro-batch after the other without waiting in between; the pipeline gets all of them as one
 call. Inputs lie on the device before, outputs stay there, and the clock stops when the devices are done. Rounds are
 interleaved, in random order, and the ratio is of the medians, with its bootstrap 95 % interval. Outputs are compared
@@ -26,6 +27,7 @@ from _results import write
 
 import enginesmith
 from enginesmith.compiler.trial import open_runner
+from enginesmith.targets import parse_target
 
 LIMIT = 1.6
 """Times one GPU's throughput that two have to reach."""
@@ -54,6 +56,7 @@ def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
         dynamic=[f"{key}:0=1..{options.micro_batch}..{batch}" for key in inputs],
         targets=[target, pipeline],
         precisions=[options.precision],
+        passes=["simplify", "dedupe", *parse_target(target).rewrites(options.precision)],
         benchmark=False,
         max_samples=1,
     )

@@ -4,9 +4,12 @@
     x / 2 * (1 + erf(x / sqrt(2)))      ->  Gelu, and by tanh FastGelu, by a sigmoid QuickGelu, after a bias BiasGelu
     d / sqrt(mean(d**2) + e) * g + b    ->  LayerNormalization, after a sum SkipLayerNormalization
     s / sqrt(mean(s**2) + e) * g        ->  RMSNorm of a sum s: SkipSimplifiedLayerNormalization
+    GatherND(mask, rows and keys)       ->  the mask itself, or Gather of some keys
 
 What is added to the scores may be of any form: masks, biases of relative positions (T5), linear biases of each head
-(ALiBi). Queries may be of another text than keys and values, which is attention across (BART, Whisper).
+(ALiBi). Queries may be of another text than keys and values, which is attention across (BART, Whisper). Masks of
+padding are read by transformers at numbers of rows, which a runtime counts on the host where a batch may be of any
+size, so that there can be no CUDA graph.
 
 What a scheme fuses is what its runtime computes faster so and does not find itself. ONNX Runtime's CPU fuses GELU by
 itself, takes longer for SkipLayerNormalization than for the sum and the normalization (for RMSNorm it does not), and

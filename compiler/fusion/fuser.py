@@ -21,6 +21,7 @@ from .attention import attention
 from .gelu import Gelu, gelu
 from .gemms import biased, split
 from .liveness import outlives
+from .lookups import Lookup, lookup
 from .normalization import Normalization, Skip, normalization, rms_skip, skip
 from .patterns import pairs, producer, rank, size
 
@@ -83,6 +84,7 @@ class Fuser:
 
     def run(self) -> None:
         """Fuses all that the operators allow."""
+        self._lookups()
         self._normalizations()
         self._biases()
         self._gelus()
@@ -120,6 +122,21 @@ class Fuser:
         """Replaces a region by one node."""
         output = (f"{patch.title}/fused", result.dtype or ir.DataType.FLOAT, result.shape)
         patch.apply(*patch.add(operator, inputs, [output], attributes, domain=domain, main=True))
+
+    def _lookups(self) -> None:
+        for found in self._found(lookup) if self._graph.opset >= 13 else ():  # before, axes are attributes
+            if (patch := self._patch("mask lookup", found.node.outputs[0], found.node)) is not None:
+                self._read(patch, found)
+
+    def _read(self, patch: Patch, found: Lookup) -> None:
+        result, values = found.node.outputs[0], found.mask
+        dtype = found.mask.dtype or ir.DataType.BOOL
+        if found.keys is not None:
+            keys = self._patcher.initializer(f"{patch.title}/keys", found.keys)
+            shape = None if found.mask.shape is None else ir.Shape((found.mask.shape[0], len(found.keys)))
+            (values,) = patch.add("Gather", [values, keys], [(f"{patch.title}/read", dtype, shape)], {"axis": 1})
+        axes = self._patcher.initializer(f"{patch.title}/axes", np.array([1, 2]))
+        self._single(patch, "Unsqueeze", [values, axes], result, {})
 
     def _normalizations(self) -> None:
         for norm in self._found(normalization):
