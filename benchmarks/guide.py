@@ -24,6 +24,7 @@ import enginesmith
 from enginesmith.compiler.benchmark import Candidate, Settings, SizedInputs, benchmark
 from enginesmith.compiler.benchmark.baselines import TorchEager
 from enginesmith.compiler.data import open_data
+from enginesmith.compiler.machine.environment import environment
 from enginesmith.compiler.manifest import Timing
 from enginesmith.compiler.recipe import read_recipe
 from enginesmith.compiler.sources import Model
@@ -82,7 +83,7 @@ def main() -> int:
         for task in options.tasks:
             with tempfile.TemporaryDirectory(prefix="enginesmith-") as folder:
                 result = measure(GUIDE[task], device, Path(folder), options)
-            found.setdefault(name, {})[task] = {"command": command(), **result}
+            found.setdefault(name, {})[task] = {"command": command(), "environment": environment(), **result}
             write("guide", found, options.out)
     for name, tasks in found.items():
         show(name, tasks)
