@@ -18,6 +18,7 @@ from .engine import check_files
 from .extensions import is_own
 from .manifest import BatchCurve, Benchmark, EngineRecord, OutputMetrics, Validation
 from .progress import Progress
+from .ranking import objective_of
 from .recipe import Recipe, make_recipe, read_recipe
 from .signature import Signature
 from .trial import TORCH_BASELINES, benchmark_engines, load, validate_engines
@@ -118,7 +119,8 @@ def search_bundle(
     if not engines:
         wrong = {e["name"] for e in bundle.manifest["engines"] if (v := e["validation"]) and not v["passed"]}
         right = [engine for engine in chosen if engine["name"] not in wrong]
-        chosen = best_of_targets(right, bundle.manifest["benchmark"], signature)
+        objective = objective_of(bundle.manifest.get("ladder"))
+        chosen = best_of_targets(right, bundle.manifest["benchmark"], signature, objective)
     sample = _sample(bundle, recipe, signature, given="data" in fields)
     curves = search_batches(path, chosen, sample, signature, recipe, (progress or Progress()).update)
     if not any(curve["largest"] for curve in curves):

@@ -19,8 +19,10 @@ from ..errors import (
 from ..targets import get_target, is_known, parse_target
 from ..targets.base import EngineInfo, Runner, Target
 from .batch.choice import best_within
+from .ladder.objective import Objective
 from .machine.requirements import check_machine, devices
 from .manifest import FORMAT, Benchmark, EngineRecord, Manifest
+from .ranking import objective_of, ranks
 from .signature import Signature
 from .storage.files import sha256
 
@@ -48,7 +50,9 @@ def load(
     """Loads the best engine of a bundle for this machine, or the one that is named.
 
     The best is the one with the lowest recorded median latency at the optimum sizes, among those that were built, did
-    not fail validation, were not dropped and can run here. Those that were never timed come after those that were.
+    not fail validation, were not dropped and can run here. Those that were never timed come after those that were. Of a
+    bundle that was compiled for throughput it is the one with the lowest latency at the largest batch, of one for size
+    the smallest.
 
     Args:
         bundle: the folder that `compile` wrote.
@@ -346,18 +350,17 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def ranked(manifest: Manifest) -> list[EngineRecord]:
-    """The engines that may be chosen: the fastest first, then those without numbers."""
-    return by_speed(manifest["engines"], manifest["benchmark"], Signature.from_json(manifest["signature"]))
+    """The engines that may be chosen: the best first, those without numbers last."""
+    signature, objective = Signature.from_json(manifest["signature"]), objective_of(manifest.get("ladder"))
+    return by_merit(manifest["engines"], manifest["benchmark"], signature, objective)
 
 
-def by_speed(engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature) -> list[EngineRecord]:
+def by_merit(
+    engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature, objective: Objective
+) -> list[EngineRecord]:
     """Of these engines those that may be chosen, as `ranked`."""
-    times: dict[str, float] = {}
-    for timing in benchmark["timings"] if benchmark else []:
-        if signature.sizes().items() >= timing["sizes"].items():
-            times[timing["candidate"]] = timing["p50_ms"]
-    usable = [record for record in engines if not _excluded(record)]
-    return sorted(usable, key=lambda record: times.get(record["name"], float("inf")))
+    found = ranks(engines, benchmark, signature, objective)
+    return sorted((record for record in engines if not _excluded(record)), key=lambda record: found[record["name"]])
 
 
 def named(manifest: Manifest, engine: str) -> EngineRecord:

@@ -30,6 +30,7 @@ from .machine.environment import environment
 from .manifest import FORMAT, BatchCurve, Benchmark, EngineRecord, Ladder, Manifest, OutputMetrics, Roofline
 from .progress import Progress, Stages
 from .pruning.module import check_module, check_pruned_weights
+from .ranking import objective_of
 from .recipe import PATHS, Recipe, make_recipe, read_recipe
 from .reuse import described
 from .rewriting import calibrated, run_passes, workshop
@@ -177,7 +178,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
         batches: list[BatchCurve] = []
         if recipe.searches_batches:
             with stages("search batch") as stage:
-                chosen = best_of_targets(engines, benchmark, model.signature)
+                chosen = best_of_targets(engines, benchmark, model.signature, objective_of(ladder))
                 sample = data.first()
                 batches = search_batches(folder, chosen, sample, model.signature, recipe, stages.update)
                 stage["detail"] = ", ".join(engine["name"] for engine in chosen) or "no engine runs here"
@@ -193,7 +194,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 format=FORMAT,
                 enginesmith=__version__,
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                verdict=verdict(engines, benchmark, model.signature, notes, missed(batches)),
+                verdict=verdict(engines, benchmark, model.signature, notes, missed(batches), objective_of(ladder)),
                 source=_describe(recipe, model),
                 signature=model.signature.to_json(),
                 data=describe(data),
@@ -346,7 +347,7 @@ def _roofline(
     """Where the time of the best engine goes; None, with the reason, where that cannot be told."""
     from .diagnosis.roofline import roofline_of
 
-    best = verdict(engines, benchmark, model.signature)["best"]
+    best = verdict(engines, benchmark, model.signature, objective=objective_of(ladder))["best"]
     record = next((engine for engine in engines if engine["name"] == best and engine["status"] == "ready"), None)
     if record is None:
         return None, "no engine runs here"

@@ -15,7 +15,9 @@ from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
 from . import gains
 from .data import open_data, resized
+from .ladder.objective import LATENCY, Objective
 from .manifest import Benchmark, EngineRecord, OutputMetrics, Timing
+from .ranking import decisive, ranks
 from .recipe import Recipe
 from .signature import Signature, parse_inputs
 from .states import as_floats, in_the_middle
@@ -248,8 +250,9 @@ def verdict(
     signature: Signature,
     notes: Sequence[str] = (),
     missed: str = "",
+    objective: Objective = LATENCY,
 ) -> dict[str, Any]:
-    """Good where every engine that runs here loads and is right; the best is the fastest of them at the optimum sizes.
+    """Good where every engine that runs here loads and is right; the best of them is best by the objective.
 
     Where engines were built but none of them runs on this machine the state is "unproven": nothing was compared. Notes
     say what does not change the verdict, and should be known. Engines that are dropped count for nothing. `missed` is
@@ -263,18 +266,15 @@ def verdict(
     reasons = [f"{name} failed its validation" for name in wrong]
     reasons += [f"{engine['name']}: {engine['reason']}" for engine in engines if engine["status"] != "ready"]
     reasons += [missed] if missed else []
-    timings = {
-        timing["candidate"]: timing
-        for timing in (benchmark["timings"] if benchmark else [])
-        if timing["sizes"] == signature.sizes()
-    }
-    fastest = min((timings[name] for name in right if name in timings), key=lambda t: t["p50_ms"], default=None)
+    found = ranks(engines, benchmark, signature, objective)
+    best = min(right, key=lambda name: found[name], default=None)
+    timing = decisive(benchmark, signature, objective).get(best or "")
     return {
         "passed": passed,
         "state": "failed" if not passed else "passed" if right else "unproven",
         "judged": len(judged),
-        "best": fastest["candidate"] if fastest else next(iter(right), None),
-        "speed_up": fastest["speed_up"] if fastest else None,
+        "best": best,
+        "speed_up": timing["speed_up"] if timing else None,
         "reasons": reasons,
         "notes": [*notes, *gains.notes(engines, benchmark, signature)],
     }

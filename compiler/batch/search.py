@@ -14,7 +14,8 @@ import numpy as np
 from ...errors import RecipeError
 from ...targets import get_target
 from ...targets.base import EngineInfo
-from ..engine import by_speed
+from ..engine import by_merit
+from ..ladder.objective import Objective
 from ..machine.requirements import devices
 from ..manifest import BatchCurve, BatchPoint, Benchmark, EngineRecord
 from ..recipe import Recipe
@@ -115,11 +116,11 @@ def check_searchable(signature: Signature, recipe: Recipe) -> tuple[str, int]:
 
 
 def best_of_targets(
-    engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature
+    engines: Sequence[EngineRecord], benchmark: Benchmark | None, signature: Signature, objective: Objective
 ) -> list[EngineRecord]:
-    """The engine of each target that would be chosen: the fastest that runs here, is right and was not dropped."""
+    """The engine of each target that would be chosen: the best that runs here, is right and was not dropped."""
     chosen: dict[str, EngineRecord] = {}
-    for engine in by_speed(engines, benchmark, signature):
+    for engine in by_merit(engines, benchmark, signature, objective):
         if engine["status"] == "ready":
             chosen.setdefault(engine["target"], engine)
     return list(chosen.values())

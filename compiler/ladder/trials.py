@@ -102,10 +102,13 @@ class Trials:
                 continue
             contender = self._built(step, variant, incumbent)
             step["seconds"] = time.perf_counter() - start
-            self.clock.note(rung.name, step["seconds"])
             if contender:
                 built.append((step, contender))
+            else:
+                self.clock.note(rung.name, step["seconds"])
         winner = self.race(built, incumbent) if timed and built else self._asked(built, asked=rung.asked)
+        for step, _ in built:
+            self.clock.note(rung.name, step["seconds"])  # with its share of the race
         for _, contender in built:
             if contender is not winner:
                 self.remove(contender)

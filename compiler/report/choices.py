@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from ..manifest import EngineRecord, LadderStep, Manifest, Validation
+from ..ranking import objective_of
 from ..signature import Signature
 from .numbers import positive
 from .search import Climb, climbs, what_of
@@ -77,11 +78,7 @@ def _sizes(manifest: Manifest) -> dict[str, int]:
     """The sizes at which the ladder timed, or else those that engines are tuned for."""
     if not manifest["signature"]:
         return {}
-    signature, ladder = Signature.from_json(manifest["signature"]), manifest.get("ladder")
-    sizes = signature.sizes()
-    if ladder and ladder["objective"] == "throughput" and signature.batch_axis:
-        sizes[signature.batch_axis] = signature.axes[signature.batch_axis].max
-    return sizes
+    return objective_of(manifest.get("ladder")).sizes(Signature.from_json(manifest["signature"]))
 
 
 def _engine_of(climb: Climb, step: LadderStep, engines: Sequence[EngineRecord]) -> str | None:

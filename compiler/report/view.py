@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..manifest import Benchmark, EngineRecord, Manifest, OutputMetrics, PassRecord, SpeedUp, Timing, Validation
+from ..ranking import decisive, objective_of
 from ..signature import Signature
 from .choices import choices
 from .numbers import ABSENT, TIMES, error, number, ratio
@@ -203,6 +204,10 @@ def _kept(engines: Sequence[EngineRecord]) -> list[EngineRecord]:
 
 
 def _timing(manifest: Manifest, name: str | None) -> Timing | None:
+    """That which decides, at the largest batch where engines were compiled for throughput."""
+    signature, objective = read_signature(manifest), objective_of(manifest.get("ladder"))
+    if signature and (found := decisive(manifest["benchmark"], signature, objective)):
+        return found.get(name or "")
     return next((timing for timing in optimum(manifest) if timing["candidate"] == name), None)
 
 

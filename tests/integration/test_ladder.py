@@ -1,6 +1,8 @@
 """The ladder from the command line, with real engines; only the stopwatch is made up where a test needs to know it."""
 
+import collections
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,9 @@ import onnx
 import onnx.parser
 import pytest
 
+from enginesmith.compiler.engine import ranked
 from enginesmith.compiler.ladder import trials
+from enginesmith.compiler.ladder.clock import Clock
 from enginesmith.compiler.recipe import Recipe
 from enginesmith.targets import onnxruntime_cpu
 from enginesmith.targets.base import Tuning
@@ -131,6 +135,27 @@ def test_the_size_counts_where_it_is_the_objective(compile, speeds):
     assert pick != FP32
     assert size[pick] <= 0.7 * size[FP32]
     assert "of the size of" in next(step["reason"] for step in ladder["steps"] if step["candidate"] == pick)
+    assert manifest["verdict"]["best"] == ranked(manifest)[0]["name"] == pick
+
+
+def test_what_a_step_costs_counts_its_race(compile, speeds, monkeypatch):
+    race, note = trials.race, Clock.note
+    noted = collections.Counter()
+
+    def slow(*given):
+        time.sleep(0.5)
+        return race(*given)
+
+    def counted(clock, kind, seconds):
+        noted[kind] += seconds
+        note(clock, kind, seconds)
+
+    monkeypatch.setattr(trials, "race", slow)
+    monkeypatch.setattr(Clock, "note", counted)
+    ladder, _ = compile("--effort", "quick")
+    raced = {step["step"] for step in ladder["steps"] if step["ratio"] and step["step"] in noted}
+    assert raced
+    assert all(noted[kind] > 0.5 for kind in raced)
 
 
 def test_throughput_is_raced_at_the_largest_batch(compile, speeds):

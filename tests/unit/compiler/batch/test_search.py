@@ -14,6 +14,7 @@ import pytest
 from enginesmith.compiler.batch import search
 from enginesmith.compiler.batch.largest import Probe
 from enginesmith.compiler.batch.search import best_of_targets, check_searchable, notes, search_batches
+from enginesmith.compiler.ladder.objective import LATENCY
 from enginesmith.compiler.manifest import BatchCurve
 from enginesmith.compiler.recipe import Recipe
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
@@ -274,8 +275,8 @@ def test_the_best_engine_of_each_target_is_searched() -> None:
     times = {"a-slow": 2.0, "a-fast": 1.0, "a-wrong": 0.1, "a-dropped": 0.2}
     sizes = SIGNATURE.sizes()
     benchmark: Any = {"timings": [{"candidate": n, "sizes": sizes, "p50_ms": ms} for n, ms in times.items()]}
-    assert [e["name"] for e in best_of_targets(engines, benchmark, SIGNATURE)] == ["a-fast", "b-untimed"]
-    assert [e["name"] for e in best_of_targets(engines, None, SIGNATURE)] == ["a-slow", "b-untimed"]
+    assert [e["name"] for e in best_of_targets(engines, benchmark, SIGNATURE, LATENCY)] == ["a-fast", "b-untimed"]
+    assert [e["name"] for e in best_of_targets(engines, None, SIGNATURE, LATENCY)] == ["a-slow", "b-untimed"]
 
 
 def test_an_engine_that_misses_the_limit_is_noted_where_another_keeps_it() -> None:
