@@ -24,6 +24,9 @@ from ..errors import DataError, EngineError, EnginesmithError, UsageError
 from .wire import Access, RemoteModel, arrays, request, stub
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+DEATHS = 8
+"""How often a call is sent again at most that found the model's process dead: it may be what kills it."""
+
 SUBMITTED = 64
 """Calls of `Client.submit` that are in flight at most; more wait."""
 
@@ -38,7 +41,7 @@ class Client:
         urls: ``host:port`` of the server, or of several that serve the same model; then by address.
         model: its name.
         deadline_s: seconds that a call may take in all, where it does not say so itself.
-        retries: how often a call is sent again at most.
+        retries: how often a call is sent again at most; until its deadline where it is None.
         root: PEM file of the roots that servers' certificates must come from; TLS is used where it is given.
         cert, key: PEM files of this client's certificate and its key, where servers ask for one.
 
@@ -53,7 +56,7 @@ class Client:
         model: str,
         *,
         deadline_s: float = 10.0,
-        retries: int = 8,
+        retries: int | None = None,
         root: Path | None = None,
         cert: Path | None = None,
         key: Path | None = None,
@@ -171,15 +174,17 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _sent(self, call: Any, message: Any, deadline_s: float, retries: int) -> Any:
+    def _sent(self, call: Any, message: Any, deadline_s: float, retries: int | None) -> Any:
         """The answer to a message that is sent until it is answered, refused for good, or too late."""
-        deadline = time.monotonic() + deadline_s
+        deadline, deaths = time.monotonic() + deadline_s, 0
         for attempt in itertools.count():
             found = _attempt(call, message, max(deadline - time.monotonic(), 0.001))
             if not isinstance(found, Exception):
                 return found
-            pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
-            if attempt == retries or not is_lost(found) or time.monotonic() + pause > deadline:
+            deaths += _is_death(found)
+            pause = min(FIRST_PAUSE_S * 2 ** min(attempt, 10), LONGEST_PAUSE_S) * random.uniform(0.5, 1)
+            ends = attempt == retries or deaths > DEATHS or time.monotonic() + pause > deadline
+            if ends or not is_lost(found):
                 raise self._translated(found, deadline_s) from found
             time.sleep(pause)
         raise AssertionError("counts without end")
@@ -212,9 +217,13 @@ def is_lost(error: Any) -> bool:
     """Whether a call was not answered for a reason that another attempt may not meet."""
     import grpc
 
-    code, said = error.code(), error.details() or ""
-    if code == grpc.StatusCode.INTERNAL:
-        return "Stub process" in said  # the model's process died, and will be replaced
-    if code == grpc.StatusCode.NOT_FOUND:
-        return "no available versions" in said  # the server ends
-    return bool(code == grpc.StatusCode.UNAVAILABLE)
+    if error.code() == grpc.StatusCode.NOT_FOUND:
+        return "no available versions" in (error.details() or "")  # the server ends
+    return bool(error.code() == grpc.StatusCode.UNAVAILABLE) or _is_death(error)
+
+
+def _is_death(error: Any) -> bool:
+    """Whether the model's process died, which will be replaced."""
+    import grpc
+
+    return bool(error.code() == grpc.StatusCode.INTERNAL) and "Stub process" in (error.details() or "")

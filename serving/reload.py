@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -166,7 +165,7 @@ class Reloader:
     def _exchange(self) -> None:
         """Puts what lies beside in the model's place, and the other way round."""
         exchange(self._beside, self._home)
-        os.utime(self._served.config)  # a model whose files are not newer would be left as it is
+        self._served.touch()
 
 
 class _Loading:

@@ -70,6 +70,14 @@ class Repository:
         """The configuration of the model."""
         return self.path / self.name / CONFIG
 
+    def touch(self) -> None:
+        """Makes a model of form "python" look changed to a server that is to load it once more.
+
+        One whose files are no newer is left as it is; with a newer configuration alone it keeps its processes.
+        """
+        for path in (self.config, self.path / self.name / VERSION / SERVE):
+            os.utime(path)
+
 
 def export(bundle: Path, folder: Path, settings: Serving, form: Form = "python", *, link: bool = False) -> Repository:
     """Writes a model repository, or one model more into it. It appears as a whole or not at all.

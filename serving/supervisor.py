@@ -11,7 +11,6 @@ start ── a real inference answers ──> watch ── SIGTERM, SIGINT ─�
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..errors import EngineError, EnginesmithError
 from .janitor import Janitor
 from .launch import Launch, Watching
 from .probe import ProbeError, Prober
+from .repository import Repository
 from .server import Server
 from .signals import Signals
 from .watch import TICK_S, StoppedError, Tell, TroubleError, Watch
@@ -156,7 +156,7 @@ class Supervisor:
             self._tell(f"trouble: {trouble}")
             try:
                 if trouble.alive and self._launch.repository:
-                    self._load_again(self._launch.repository.config)
+                    self._load_again(self._launch.repository)
                 else:
                     self._start_another()
                 break
@@ -164,10 +164,10 @@ class Supervisor:
                 trouble = TroubleError(str(next_one), alive=False)  # loading again is tried once
         self._tell(f"recovered: a real inference answers again after {time.monotonic() - since:.1f} s")
 
-    def _load_again(self, config: Path) -> None:
+    def _load_again(self, repository: Repository) -> None:
         assert self._watch.server is not None
         self._watch.server.kill_models()
-        os.utime(config)  # a model whose files did not change would be left as it is
+        repository.touch()
         self._healed = True
         try:
             self._watch.result(lambda: self._probe.load(self._watching.start_s), loading=True)

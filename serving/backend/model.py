@@ -15,7 +15,7 @@ sys.path[:0] = _WANTED["path"]  # the interpreter within the server takes no not
 
 import numpy as np  # noqa: E402
 
-from enginesmith.errors import EnginesmithError  # noqa: E402
+from enginesmith.errors import DataError, EnginesmithError  # noqa: E402
 from enginesmith.serving import hosted  # noqa: E402
 
 
@@ -58,7 +58,9 @@ class TritonPythonModel:
         try:
             outputs = self._engine.run(arrays)
         except EnginesmithError as error:
-            return pb_utils.InferenceResponse([], pb_utils.TritonError(str(error)))
+            kinds = pb_utils.TritonError
+            kind = kinds.INVALID_ARG if isinstance(error, DataError) else kinds.INTERNAL
+            return pb_utils.InferenceResponse([], pb_utils.TritonError(str(error), kind))
         return self._answer({name: outputs[name] for name in self._wanted(request)})
 
     def _wanted(self, request):

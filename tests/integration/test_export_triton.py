@@ -142,10 +142,9 @@ def test_a_request_that_the_model_fails_on_does_not_harm_those_merged_with_it(ur
 
 
 def test_sizes_that_the_engine_does_not_take_are_its_own_error(url):
-    with enginesmith.Client(url, "tagger") as client:
-        with pytest.raises(enginesmith.errors.EngineError, match="did not answer a call of tagger") as caught:
-            client(sent(inputs(1, 13)))
-        assert "input 'ids' has the wrong shape" in caught.value.found
+    wrong = "the server refuses the inputs of tagger: input 'ids' has the wrong shape"
+    with enginesmith.Client(url, "tagger") as client, pytest.raises(enginesmith.errors.DataError, match=wrong):
+        client(sent(inputs(1, 13)))
 
 
 def test_outputs_that_were_not_asked_for_are_not_sent(url):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import runpy
 import signal
+import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ import grpc
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
+
+import enginesmith
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -116,18 +120,21 @@ def test_requests_are_logged_with_their_ids(served, client):
     assert re.search(r"request order-4711: [\d.]+ ms, of which [\d.]+ in the queue, [\d.]+ in the model", line)
 
 
-def test_a_killed_model_process_is_replaced_and_no_answer_is_wrong(served):
-    victim = served.models()[0]
-    with Load(served.url, served.model) as load:
-        load.wait_for(20)
-        victim.kill()
-        line = served.wait_for_log("recovered: a real inference answers again after")
-        load.wait_for(50)
-    assert re.search(r"after [\d.]+ s$", line)
-    assert load.count("wrong") == 0
-    assert all(re.search("INTERNAL|UNAVAILABLE", error) for error in load.errors()), load.errors()
-    assert f"trouble: process {victim.pid} of model 'net' died" in served.log()
-    assert victim.pid not in [process.pid for process in served.models()]
+def test_killed_model_processes_are_replaced_and_no_answer_is_wrong(served):
+    server = served.server().pid
+    for count in range(3):
+        victim = served.models()[0]
+        with Load(served.url, served.model) as load:
+            load.wait_for(20)
+            victim.kill()
+            line = served.wait_for_log("recovered: a real inference answers again after", count + 1)
+            load.wait_for(50)
+        assert re.search(r"after [\d.]+ s$", line)
+        assert load.count("wrong") == 0
+        assert all(re.search("INTERNAL|UNAVAILABLE", error) for error in load.errors()), load.errors()
+        assert f"trouble: process {victim.pid} of model 'net' died" in served.log()
+        assert victim.pid not in [process.pid for process in served.models()]
+        assert served.server().pid == server
 
 
 def test_a_killed_server_is_started_again_on_the_same_port(served):
@@ -141,6 +148,30 @@ def test_a_killed_server_is_started_again_on_the_same_port(served):
     assert load.count("wrong") == 0
     assert all("UNAVAILABLE" in error for error in load.errors()), load.errors()
     assert f"trouble: the server (process {victim.pid}) ended with signal SIGKILL" in served.log()
+
+
+def test_clients_that_send_again_lose_nothing_where_there_is_one_server(served):
+    stop = threading.Event()
+
+    def answers(client, number):
+        x = X + number
+        expected = client(x=x)["left"]
+        count = 0
+        while not stop.is_set():
+            np.testing.assert_allclose(client(x=x)["left"], expected, rtol=1e-5)
+            count += 1
+        return count
+
+    recoveries = served.log().count("recovered:")
+    with enginesmith.Client(served.url, served.model, deadline_s=60) as client, ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(answers, client, number) for number in range(4)]
+        try:
+            for count, victim in enumerate((served.models()[0], served.server()), 1):
+                victim.kill()
+                served.wait_for_log("recovered:", recoveries + count)
+        finally:
+            stop.set()
+        assert all(future.result() for future in found)
 
 
 def test_sigterm_answers_what_was_accepted_and_leaves_nothing(served):

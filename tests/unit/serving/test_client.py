@@ -9,6 +9,7 @@ import pytest
 
 import enginesmith
 from enginesmith.errors import DataError, EngineError, UsageError
+from enginesmith.serving import client as module
 from enginesmith.serving.wire import Access
 
 _server = runpy.run_path(str(Path(__file__).parents[2] / "inference_server.py"))
@@ -60,7 +61,24 @@ def test_a_call_that_was_not_answered_is_sent_again(client, double, lost):
     assert len(double.requests) == 3
 
 
-def test_a_call_is_not_sent_again_without_end(double):
+def test_a_call_is_sent_again_until_its_deadline(client, double, monkeypatch):
+    monkeypatch.setattr(module, "FIRST_PAUSE_S", 1e-6)
+    double.failures = [LOST] * 15
+    assert (client(x=X)["y"] == 2 * X).all()
+    double.failures = [LOST] * 1_000_000
+    with pytest.raises(EngineError, match=r"did not answer a call of double|no answer from"):
+        client(x=X, deadline_s=0.2)
+
+
+def test_a_call_that_may_be_what_kills_the_model_is_sent_a_few_times_only(client, double, monkeypatch):
+    monkeypatch.setattr(module, "LONGEST_PAUSE_S", 1e-6)
+    double.failures = [(grpc.StatusCode.INTERNAL, "Stub process 'net_0' is not healthy.")] * 100
+    with pytest.raises(EngineError, match="did not answer a call of double"):
+        client(x=X)
+    assert len(double.requests) == 1 + module.DEATHS
+
+
+def test_a_call_is_sent_again_as_often_as_is_asked_for(double):
     double.failures = [LOST] * 10
     with (
         listening(double) as url,

@@ -81,8 +81,9 @@ def run(tmp_path, monkeypatch):
     ) -> list[str]:
         probe.after = probe.after or tmp_path / "up"
         repository = Repository(tmp_path, "net", "plain", Signature(()), 0, "", "python")
-        repository.config.parent.mkdir(exist_ok=True)
-        repository.config.touch()
+        (repository.config.parent / "1").mkdir(parents=True, exist_ok=True)
+        for path in (repository.config, repository.config.parent / "1" / "serve.json"):
+            path.touch()
         launch = Launch("fake", "net", ["/bin/sh", "-c", script], {"DIR": str(tmp_path)}, repository=repository)
         times = Watching(**{"interval_s": 0.05, "timeout_s": 0.3, "start_s": 2.0, "drain_s": 1.0, **watching})
         asked, log = Signals(), []
