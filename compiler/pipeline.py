@@ -15,7 +15,7 @@ from ..errors import CaptureError, RecipeError, TargetUnavailableError, UnknownN
 from ..passes import parse_pass
 from ..targets import parse_target
 from ..targets.base import Target
-from ..targets.pipeline import staged
+from ..targets.pipeline import all_staged
 from .batch.choice import missed
 from .batch.search import best_of_targets, check_searchable, search_batches
 from .batch.search import notes as batch_notes
@@ -96,9 +96,8 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
     """The stages. Every name and option is checked before any work starts."""
     check_output(output)
     known_modules = set(sys.modules)
-    targets = tuple(
-        staged(parse_target(text), recipe.stages, recipe.stage_devices, recipe.micro_batch) for text in recipe.targets
-    )
+    named = tuple(map(parse_target, recipe.targets))
+    targets = all_staged(named, recipe.stages, recipe.stage_devices, recipe.micro_batch)
     variants = make_variants(recipe, targets)
     _check_names(recipe, targets, [variant.name for variant in variants])
     _check_calibration(recipe, variants)

@@ -76,6 +76,9 @@ def prepare(
     except TargetUnavailableError as error:
         launch = _fallback(bundle, settings, endpoint, watching, error)
         tell(f"warning: {error.message} ({error.found}); {fallback.NOTE}")
+        if ignored := settings.of_triton():
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            tell(f"warning: {fallback.PACKAGE} takes no notice of {options}")
         return launch
     repository = export(bundle, folder / "repository", settings, link=True)
     if repository.merged and settings.stalls:

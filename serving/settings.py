@@ -95,7 +95,14 @@ class Serving:
 
     def of_the_queue(self) -> list[str]:
         """Fields that were changed and that only merging has a use for."""
-        names = ("preferred", "queue_delay_us", "max_queue", "timeout_ms", "priorities")
+        return self._changed("preferred", "queue_delay_us", "max_queue", "timeout_ms", "priorities")
+
+    def of_triton(self) -> list[str]:
+        """Fields that were changed and that nothing but Triton heeds."""
+        queue = [name for name in self.of_the_queue() if name != "max_queue"]
+        return queue + self._changed("max_batch", "instances", "gpus")
+
+    def _changed(self, *names: str) -> list[str]:
         return [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
 
 

@@ -278,6 +278,24 @@ def staged(target: Target, stages: int | None, devices: str | None, micro_batch:
     return Pipeline(of=joined(str(target)), stages=stages, devices=names, micro_batch=micro_batch)
 
 
+def all_staged(
+    targets: Sequence[Target], stages: int | None, devices: str | None, micro_batch: int | None
+) -> tuple[Target, ...]:
+    """As `staged`, of all targets; those that take the module stay whole beside pipelines.
+
+    Raises:
+        RecipeError: stages, and no target that builds from a graph; devices or micro-batches, and no stages.
+    """
+    found = tuple(staged(target, stages, devices, micro_batch) for target in targets)
+    if stages is not None and not any(target.name == Pipeline.name for target in found):
+        raise RecipeError(
+            "stages are cut from a graph, and no target builds from one",
+            found=", ".join(map(str, targets)),
+            hint="add --target onnxruntime-cpu, onnxruntime-cuda, openvino or tensorrt",
+        )
+    return found
+
+
 def _check_cut(target: Pipeline, request: BuildRequest) -> None:
     """Raises BuildError where micro-batches were asked for that cannot be had."""
     try:

@@ -21,13 +21,16 @@ def start(tmp_path, monkeypatch):
     def refuse(scratch):
         raise TargetUnavailableError("no Triton can run here", found="PATH: no tritonserver")
 
-    def prepared(installed: bool = True, bundles: str = "small_bundles", **endpoint: object):
+    def prepared(
+        installed: bool = True, bundles: str = "small_bundles", settings: Serving | None = None, **endpoint: object
+    ):
         monkeypatch.setattr(launch, "find", refuse)
         monkeypatch.setattr(fallback, "is_installed", lambda: installed)
         runpy.run_path(str(HELPERS / f"{bundles}.py"))["write_bundle"](tmp_path / "net")
         told: list[str] = []
         listens = Endpoint(**{"port": 1, "metrics_port": 2, **endpoint})
-        made = prepare(tmp_path / "net", tmp_path, Serving(), listens, Watching(), None, "p", told.append)
+        asked = settings or Serving()
+        made = prepare(tmp_path / "net", tmp_path, asked, listens, Watching(), None, "p", told.append)
         return made, told
 
     return prepared
@@ -39,6 +42,11 @@ def test_without_a_triton_kserve_serves_and_says_that_it_does_not_merge(start):
     (warning,) = told
     assert warning.startswith("warning: no Triton can run here (PATH: no tritonserver); the package kserve serves")
     assert "does not merge requests" in warning
+
+
+def test_options_that_kserve_has_not_are_named(start):
+    _, told = start(settings=Serving(timeout_ms=5.0, max_queue=4, instances=2))
+    assert told[1:] == ["warning: kserve takes no notice of --timeout-ms, --instances"]
 
 
 @pytest.mark.parametrize("options", [{"installed": False}, {"host": "0.0.0.0"}, {"http_port": 3}])

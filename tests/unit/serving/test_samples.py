@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+import enginesmith
 from enginesmith.serving.repository import export
 from enginesmith.serving.settings import Serving
 
@@ -37,8 +38,22 @@ def test_compose_serves_the_repository_on_this_machine_only():
     assert f"--model-repository={mounted}" in triton["command"]
     assert (SAMPLES / triton["build"]["context"] / triton["build"]["dockerfile"]).is_file()
     assert f"triton:{PORTS['metrics']}" in compose["configs"]["prometheus"]["content"]
-    pinned = [service["image"] for service in services.values() if service["image"] != "enginesmith-triton"]
-    assert all(":" in image and not image.endswith(":latest") for image in pinned)
+    assert all(":" in image and not image.endswith(":latest") for image in (s["image"] for s in services.values()))
+
+
+def test_all_name_the_image_that_the_dockerfile_builds():
+    built = f"enginesmith-triton:{enginesmith.__version__}-25.07"
+    (compose,) = documents("compose.yaml")
+    deployment, _ = documents("kubernetes.yaml")
+    (service,) = documents("kserve.yaml")
+    assert compose["services"]["triton"]["image"] == built
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == built
+    assert f"image: {built}" in (SAMPLES / "kserve.yaml").read_text()
+    assert service["kind"] == "InferenceService"
+    dockerfile = (SAMPLES / "Dockerfile").read_text()
+    assert f"-t {built} ." in dockerfile
+    assert "tritonserver:25.07-py3" in dockerfile
+    assert "onnxruntime==" in dockerfile
 
 
 def test_the_deployment_and_its_service_agree():

@@ -14,7 +14,7 @@ from enginesmith.errors import BuildError, DataError, EngineError, RecipeError
 from enginesmith.passes import parse_pass
 from enginesmith.targets import get_target, parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
-from enginesmith.targets.pipeline import staged
+from enginesmith.targets.pipeline import all_staged, staged
 from enginesmith.targets.stages.flow import FlowRunner
 from enginesmith.targets.stages.inner import parse_inner
 from enginesmith.targets.stages.plan import Cutter, Link, Plan
@@ -160,6 +160,9 @@ def test_what_the_recipe_asks_for():
     assert staged(made, 3, None, None) is made
     with pytest.raises(RecipeError, match="micro_batch is given, and no stages"):
         staged(cpu, None, None, 4)
+    assert [target.name for target in all_staged((cpu, torch), 2, None, None)] == ["pipeline", "torchscript"]
+    with pytest.raises(RecipeError, match="stages are cut from a graph, and no target builds from one"):
+        all_staged((torch,), 2, None, None)
 
 
 X = TensorSpec("x", "float32", ("N", 8))
