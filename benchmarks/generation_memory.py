@@ -1,10 +1,10 @@
 """Peak memory of generation on the CPU against what it has to hold: the engine's weights and the caches of its rows.
 
 GPT-2 with random weights is compiled for each precision. A process of its own loads the engine, reads a prompt of 128
-tokens for each row and finds new ones until the caches are full. Its peak resident memory while it generates, less what it had before it
-loaded the engine, is compared with the bytes of the engine's files and of the caches. Exits with 1 where it is more
-than `AT_MOST` times that. The peak of loading stands beside it: ONNX Runtime packs weights for its products then, of
-which the largest is there twice for that time.
+tokens for each row and finds new ones until the caches are full. Its peak resident memory while it generates, less
+what it had before it loaded the engine, is compared with the bytes of the engine's files and of the caches. Exits with
+1 where it is more than `AT_MOST` times that. The peak of loading stands beside it: ONNX Runtime packs weights for its
+products then, of which the largest is there twice for that time.
 """
 
 from __future__ import annotations
