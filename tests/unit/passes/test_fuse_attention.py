@@ -119,20 +119,48 @@ def test_a_bias_of_something_else_is_found_out():
     assert refusal.reason.startswith("attention over a cache stays as it was: fused, tensor 'turned' changes")
 
 
+def captured(tmp_path, model, exporter):
+    """The graph of a language model and its signature."""
+    source = load_model(model, decoder={"max_length": 24, "batch": 3})
+    found = capture(
+        source, exporter=exporter, opset_range=(9, 20), samples=None, seed=0, directory=tmp_path, log=lambda line: None,
+        required=True,
+    ).graph  # fmt: skip
+    return found, source.signature
+
+
 @pytest.mark.parametrize(("family", "exporter"), [("Bloom", "dynamo"), ("Mpt", "torchscript")])
 def test_models_with_linear_biases_are_fused(tmp_path, family, exporter):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
     config = getattr(transformers, f"{family}Config")(vocab_size=43, bos_token_id=0, eos_token_id=1, **sizes)
-    source = load_model(getattr(transformers, f"{family}ForCausalLM")(config), decoder={"max_length": 24, "batch": 3})
-    found = capture(
-        source, exporter=exporter, opset_range=(9, 20), samples=None, seed=0, directory=tmp_path, log=lambda line: None,
-        required=True,
-    ).graph  # fmt: skip
+    found, signature = captured(tmp_path, getattr(transformers, f"{family}ForCausalLM")(config), exporter)
     for name in ("simplify", "dedupe", "fuse-attention"):
-        result = parse_pass(name)(found, Context(source.signature))
+        result = parse_pass(name)(found, Context(signature))
     assert result.changes == {"attention over a cache fused": 2}
     assert "Softmax" not in found.operators()
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize(
+    ("family", "turns"), [("GPT2LMHeadModel", 0), ("LlamaForCausalLM", 1), ("Qwen2ForCausalLM", 1)]
+)
+def test_attention_is_found_as_both_exporters_write_it(tmp_path, family, turns, exporter):
+    torch.manual_seed(0)
+    kind = getattr(transformers, family).config_class
+    config = kind(
+        vocab_size=43, bos_token_id=None, eos_token_id=None, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, initializer_range=0.3,
+        **({"num_key_value_heads": 2} if turns else {}),
+    )  # fmt: skip
+    found, signature = captured(tmp_path, getattr(transformers, family)(config), exporter)
+    for name in ("simplify", "dedupe", "fuse-attention"):
+        result = parse_pass(name)(found, Context(signature))
+    assert result.changes == {"attention over a cache fused": 2}
+    assert result.refusals == ()
+    nodes = [node for node in found.model.graph if node.op_type == "GroupQueryAttention"]
+    assert {node.attributes.get_int("do_rotary", 0) for node in nodes} == {turns}
+    assert {node.attributes["kv_num_heads"].as_int() for node in nodes} == {4 // (1 + turns)}
 
 
 @pytest.mark.parametrize(("past", "length"), [((0, 0), 5), ((3, 11), 1), ((7,), 4), ((0,), 6), ((0, 9), 1)])
