@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
+from ..compiler.machine.environment import gpus
 from ..errors import BuildError, DataError, RecipeError
 from ._onnxruntime import OPSET
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
@@ -37,7 +39,8 @@ class Pipeline(Target):
         devices: where the stages run, as ``cuda:0+cuda:1``, one for each or one for all; none for GPUs 0, 1, ... where
             `of` runs on GPUs, and otherwise the CPU, whose cores they share.
         micro_batch: rows of a micro-batch; None for four micro-batches a stage.
-        memory_mib: most that weights and activations of a stage may take; None for no limit.
+        memory_mib: most that weights and activations of a stage may take; None for all of the smallest GPU where each
+            stage has one of its own, and else for no limit.
         slack: share by which the slowest stage may be slower than in the best cut, where less has to pass.
     """
 
@@ -98,10 +101,20 @@ class Pipeline(Target):
     def lowering(self, precision: str) -> tuple[str, ...]:
         """That of the stages' target, and then the cut."""
         options = {"stages": self.stages, "on": joined(self.of), "precision": precision, "slack": self.slack}
-        if self.memory_mib is not None:
-            options["memory_mib"] = self.memory_mib
+        if (most := self._most_mib()) is not None:
+            options["memory_mib"] = most
         text = ",".join(f"{name}={value}" for name, value in options.items())
         return (*self._inner.lowering(precision), f"partition:{text}")
+
+    def _most_mib(self) -> int | None:
+        """What a stage may take; CUDA numbers GPUs as NVML does where it sees all of them."""
+        if self.memory_mib is not None or "CUDA_VISIBLE_DEVICES" in os.environ:
+            return self.memory_mib
+        known = {f"cuda:{number}": gpu["memory_bytes"] for number, gpu in enumerate(gpus())}
+        devices = {device_of(self._inner, self.devices, number) for number in range(self.stages)}
+        if len(devices) < self.stages or not devices <= known.keys():
+            return None
+        return int(min(known[device] for device in devices)) >> 20
 
     def rewrites(self, precision: str) -> tuple[str, ...]:
         """As the stages' target."""

@@ -14,7 +14,7 @@ from enginesmith.errors import BuildError, DataError, EngineError, RecipeError
 from enginesmith.passes import parse_pass
 from enginesmith.targets import get_target, parse_target
 from enginesmith.targets.base import BuildRequest, EngineInfo
-from enginesmith.targets.pipeline import all_staged, staged
+from enginesmith.targets.pipeline import Pipeline, all_staged, staged
 from enginesmith.targets.stages.flow import FlowRunner
 from enginesmith.targets.stages.inner import parse_inner
 from enginesmith.targets.stages.plan import Cutter, Link, Plan
@@ -163,6 +163,24 @@ def test_what_the_recipe_asks_for():
     assert [target.name for target in all_staged((cpu, torch), 2, None, None)] == ["pipeline", "torchscript"]
     with pytest.raises(RecipeError, match="stages are cut from a graph, and no target builds from one"):
         all_staged((torch,), 2, None, None)
+
+
+def test_a_stage_takes_no_more_than_its_gpu_has(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = [{"memory_bytes": 80 << 30}, {"memory_bytes": 24 << 30}, {"memory_bytes": 2 << 30}]
+    monkeypatch.setattr("enginesmith.targets.pipeline.gpus", lambda: found)
+
+    def limit(**options):
+        return parse_pass(Pipeline("onnxruntime-cuda", **options).lowering("fp16")[-1]).memory_mib
+
+    assert limit() == 24 << 10
+    assert limit(devices=("cuda:0", "cuda:2")) == 2 << 10
+    assert limit(memory_mib=100) == 100
+    assert limit(devices=("cuda:0",)) is None  # which the stages share
+    assert limit(devices=("cuda:0", "cuda:7")) is None
+    assert parse_pass(Pipeline("onnxruntime-cpu").lowering("fp32")[-1]).memory_mib is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
+    assert limit() is None
 
 
 X = TensorSpec("x", "float32", ("N", 8))
