@@ -12,7 +12,8 @@ def check_files(cert: Path, key: Path, client_ca: Path | None = None) -> None:
     """Refuses a certificate, key or root that no server could use.
 
     Raises:
-        UsageError: a file is missing or no PEM file, the key is another's, the certificate is out of its time.
+        UsageError: a file is missing or no PEM file, the key is another's, the certificate is out of its time, or does
+            not come from the clients' roots: it is what the server's own probes show.
     """
     for option, path in (("--tls-cert", cert), ("--tls-key", key), ("--tls-client-ca", client_ca)):
         if path and not path.is_file():
@@ -23,6 +24,7 @@ def check_files(cert: Path, key: Path, client_ca: Path | None = None) -> None:
             ssl.create_default_context(cafile=str(client_ca))
         except ssl.SSLError as error:
             raise UsageError(f"{client_ca} holds no certificates: {_reason(error)}", found="--tls-client-ca") from error
+        _shake(cert, key, client_ca)
 
 
 def name_in(cert: Path, key: Path) -> str:
@@ -33,8 +35,8 @@ def name_in(cert: Path, key: Path) -> str:
     return found[0].replace("*", "any", 1) if found else "localhost"
 
 
-def _shake(cert: Path, key: Path) -> dict[str, object]:
-    """What the certificate says, as a client sees it that trusts it."""
+def _shake(cert: Path, key: Path, client_ca: Path | None = None) -> dict[str, object]:
+    """What the certificate says, as a client sees it that trusts it, and that shows it where it is asked for one."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         server.load_cert_chain(cert, key, password=lambda: b"")
@@ -48,6 +50,11 @@ def _shake(cert: Path, key: Path) -> dict[str, object]:
     client.check_hostname = False
     client.load_verify_locations(cert)
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    if client_ca:
+        server.verify_mode = ssl.CERT_REQUIRED
+        server.load_verify_locations(client_ca)
+        server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        client.load_cert_chain(cert, key, password=lambda: b"")
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = [
         client.wrap_bio(to_client, to_server, server_hostname=None),
@@ -55,16 +62,22 @@ def _shake(cert: Path, key: Path) -> dict[str, object]:
     ]
     for _ in range(3):
         for side in sides:
-            _step(side, cert)
+            _step(side, cert, client_ca if side.server_side else None)
     return dict(sides[0].getpeercert() or {})
 
 
-def _step(side: ssl.SSLObject, cert: Path) -> None:
+def _step(side: ssl.SSLObject, cert: Path, roots: Path | None) -> None:
     try:
         side.do_handshake()
     except ssl.SSLWantReadError:
         pass
     except ssl.SSLCertVerificationError as error:
+        if roots:
+            raise UsageError(
+                f"the server's own probes show {cert}, which clients' roots in {roots} do not sign",
+                found=error.verify_message,
+                hint="add its root to the file of --tls-client-ca",
+            ) from error
         raise UsageError(f"clients will refuse {cert}: {error.verify_message}", found="--tls-cert") from error
 
 

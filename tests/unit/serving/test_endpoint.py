@@ -70,6 +70,15 @@ def test_a_secret_that_the_server_would_misread_is_refused():
         free(secret="a=b").resolved()
 
 
+def test_clients_roots_that_do_not_sign_the_servers_own_certificate_are_refused(files):
+    cert, key, others = files / "cert.pem", files / "key.pem", files / "other.pem"
+    with pytest.raises(UsageError, match=r"the server's own probes show .* do not sign"):
+        check_files(cert, key, others)
+    both = files / "both.pem"
+    both.write_text(cert.read_text() + others.read_text())
+    check_files(cert, key, both)
+
+
 @pytest.mark.parametrize("options", [{"cert": Path("c")}, {"key": Path("k")}, {"client_ca": Path("r")}])
 def test_half_of_tls_is_refused(options):
     with pytest.raises(UsageError, match="TLS needs a certificate and its key"):
@@ -89,10 +98,10 @@ def test_restricted_services_need_the_secret():
 
 
 def test_tls_becomes_flags(files):
-    tls = {"cert": files / "cert.pem", "key": files / "key.pem", "client_ca": files / "other.pem"}
+    tls = {"cert": files / "cert.pem", "key": files / "key.pem", "client_ca": files / "cert.pem"}
     flags = " ".join(free(**tls).resolved().flags())
     assert f"--grpc-use-ssl true --grpc-server-cert {files}/cert.pem --grpc-server-key {files}/key.pem" in flags
-    assert f"--grpc-use-ssl-mutual true --grpc-root-cert {files}/other.pem" in flags
+    assert f"--grpc-use-ssl-mutual true --grpc-root-cert {files}/cert.pem" in flags
 
 
 @pytest.mark.parametrize(
