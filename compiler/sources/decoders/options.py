@@ -19,8 +19,8 @@ class DecoderOptions:
         eviction: what may be dropped from a full cache, so that a text may be longer than it: "window", all but the
             first and the newest tokens; "importance", tokens that got little attention as well, for which the engine
             adds up the attention that each token of the cache gets. Empty for nothing.
-        cache_mib: memory for the caches of a row in float32, at most, which makes them shorter than `max_length` where it
-            must; an engine may keep them in fewer bits.
+        cache_mib: memory for the caches of a row in float32, at most, which makes them shorter than `max_length` where
+            it must; an engine may keep them in fewer bits.
         speculative_tokens: tokens of a draft that one call checks, at most; where it is 0, calls give the logits of the
             last token alone.
     """
