@@ -25,7 +25,7 @@ def product(
     y = x.new_empty((*x.shape[:-1], n))
     bias_at = x if bias is None else bias
     residual_at = x if residual is None else residual.contiguous()
-    if rows == 1:
+    if rows == 1:  # blocks as measured on an H100, with the shapes of GPT-2 and Llama
         whole, block_n = max(power_of_two(k), 32), 4 if n > 4096 else 2
         block_k, warps = (min(whole, 1024), 4) if k <= 1024 else (2048, 8)
         torch.library.wrap_triton(kernels.row_product)[((n + block_n - 1) // block_n,)](
