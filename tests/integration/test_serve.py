@@ -151,11 +151,12 @@ def test_a_killed_server_is_started_again_on_the_same_port(served):
 
 
 def test_clients_that_send_again_lose_nothing_where_there_is_one_server(served):
-    stop = threading.Event()
+    stop, begun = threading.Event(), threading.Barrier(5)
 
     def answers(client, number):
         x = X + number
         expected = client(x=x)["left"]
+        begun.wait(60)
         count = 0
         while not stop.is_set():
             np.testing.assert_allclose(client(x=x)["left"], expected, rtol=1e-5)
@@ -166,6 +167,7 @@ def test_clients_that_send_again_lose_nothing_where_there_is_one_server(served):
     with enginesmith.Client(served.url, served.model, deadline_s=60) as client, ThreadPoolExecutor(4) as pool:
         found = [pool.submit(answers, client, number) for number in range(4)]
         try:
+            begun.wait(60)
             for count, victim in enumerate((served.models()[0], served.server()), 1):
                 victim.kill()
                 served.wait_for_log("recovered:", recoveries + count)
