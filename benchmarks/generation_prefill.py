@@ -50,7 +50,7 @@ def main() -> int:
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, options.tokens))
     engines = ENGINES[precision]
     targets = [spec.format(threads=options.threads) for spec in engines.values()]
-    rewrites = {name: None for target in targets for name in parse_target(target).rewrites(precision)}
+    rewrites = dict.fromkeys(name for target in targets for name in parse_target(target).rewrites(precision))
     with tempfile.TemporaryDirectory() as folder:
         bundle = enginesmith.compile(
             model,

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .generation.prompts import most_rows
-from .ladder.objective import LATENCY, Objective
+from .ladder.objective import LATENCY, Objective, held_bytes
 from .manifest import Benchmark, EngineRecord, Ladder, Timing
 from .signature import Signature
 
@@ -44,13 +43,11 @@ def ranks(
 ) -> dict[str, Rank]:
     """Of each engine what it is ranked by."""
     timings = decisive(benchmark, signature, objective)
-    rows = most_rows(signature) if signature.states else 0
     found = {}
     for engine in engines:
         size = 0.0
         if objective.kind == "size":
-            files, row = engine["size_bytes"], (engine["details"] or {}).get("cache_row_bytes", 0)
-            size = files + rows * row if files else _UNKNOWN
+            size = held_bytes(engine, signature) if engine["size_bytes"] else _UNKNOWN
         timing = timings.get(engine["name"])
         found[engine["name"]] = Rank(size, timing["p50_ms"] if timing else _UNKNOWN)
     return found

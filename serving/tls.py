@@ -18,13 +18,7 @@ def check_files(cert: Path, key: Path, client_ca: Path | None = None) -> None:
     for option, path in (("--tls-cert", cert), ("--tls-key", key), ("--tls-client-ca", client_ca)):
         if path and not path.is_file():
             raise UsageError(f"{path} is missing", found=option)
-    _shake(cert, key)
-    if client_ca:
-        try:
-            ssl.create_default_context(cafile=str(client_ca))
-        except ssl.SSLError as error:
-            raise UsageError(f"{client_ca} holds no certificates: {_reason(error)}", found="--tls-client-ca") from error
-        _shake(cert, key, client_ca)
+    _shake(cert, key, client_ca)
 
 
 def name_in(cert: Path, key: Path) -> str:
@@ -52,7 +46,10 @@ def _shake(cert: Path, key: Path, client_ca: Path | None = None) -> dict[str, ob
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if client_ca:
         server.verify_mode = ssl.CERT_REQUIRED
-        server.load_verify_locations(client_ca)
+        try:
+            server.load_verify_locations(client_ca)
+        except ssl.SSLError as error:
+            raise UsageError(f"{client_ca} holds no certificates: {_reason(error)}", found="--tls-client-ca") from error
         server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         client.load_cert_chain(cert, key, password=lambda: b"")
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -18,7 +18,7 @@ from ..graph.editing import is_constant
 from ..quantization.attention import is_finite
 from .masks import Mask, all_zero, as_choice
 from .operands import Operand, permuted, split, transposed, unfolded
-from .patterns import integers, is_last, pairs, producer, rank, scalar, scaled, size
+from .patterns import integers, is_last, only_reader, pairs, producer, rank, scalar, scaled, size
 
 _FAR_BELOW = -1e30
 """Where a score is lost in the sum with it in float32, so that choosing and adding are the same."""
@@ -161,7 +161,7 @@ def _opened(value: ir.Value | None) -> ir.Node | None:
 def _heads_of(value: ir.Value, width: int | None) -> int | None:
     """How many heads the product behind the result reads, found by its weight (heads * width, out)."""
     for _ in range(5):
-        node = _only_reader(value)
+        node = only_reader(value)
         if node is None or not width:
             return None
         if node.op_type in ("MatMul", "Gemm") and is_constant(node.inputs[1]) and node.inputs[0] is value:
@@ -175,16 +175,16 @@ def _heads_of(value: ir.Value, width: int | None) -> int | None:
 
 def _ends(value: ir.Value, heads: int) -> tuple[ir.Value, ir.Node | None, bool] | str:
     """The joined result, or the node that reshapes the split one, and whether the sequence comes first."""
-    node = _only_reader(value)
+    node = only_reader(value)
     if node is not None and node.op_type == "Reshape" and rank(node.outputs[0]) == 4 and rank(value) in (3, 4):
         # Batch and heads become two axes; or nothing changes, where the TorchScript exporter puts a Reshape between.
-        node = _only_reader(node.outputs[0])
+        node = only_reader(node.outputs[0])
     if node is None:
         return "its result goes several ways before the heads are joined"
     turned = permuted(node.outputs[0], (2, 0, 1, 3)) or permuted(node.outputs[0], (1, 0, 2))
     if turned is None and permuted(node.outputs[0], (0, 2, 1, 3)) is None:
         return "its heads are not joined behind the product"
-    reshape = _only_reader(node.outputs[0])
+    reshape = only_reader(node.outputs[0])
     if reshape is None or reshape.op_type != "Reshape":
         return "its heads are not joined by a Reshape"
     result, width = reshape.outputs[0], size(node.outputs[0], -1) or 0
@@ -194,9 +194,3 @@ def _ends(value: ir.Value, heads: int) -> tuple[ir.Value, ir.Node | None, bool] 
     if shape is not None and 0 not in shape:
         return result, reshape, turned is not None
     return "its result is reshaped to something else than (batch, sequence, width)"
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads a value, but for those that look at its shape."""
-    readers = [node for node in value.consumers() if node.op_type != "Shape"]
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() and not readers[0].domain else None

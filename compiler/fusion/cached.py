@@ -25,9 +25,10 @@ from ..quantization.patch import Patch, Patcher
 from .biases import bias_in
 from .fuser import Region
 from .grouped import Cached, Grouped, Write
-from .operands import permuted
-from .patterns import pairs, producer, rank, scaled, size
+from .operands import permuted, split
+from .patterns import only_reader, pairs, producer, rank, scaled, size
 from .reach import Kind, Reach
+from .rotary import rotary
 
 KIND = "attention over a cache"
 _VIEWS = ("Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand", "Identity")
@@ -90,7 +91,7 @@ class CachedFuser:
             return "its scores are no sum of a mask and a product"
         matmul, scale, mask = product
         query, keys = matmul.inputs
-        weighted = _reader(softmax.outputs[0])
+        weighted = only_reader(softmax.outputs[0])
         if weighted is None or weighted.op_type != "MatMul" or weighted.inputs[0] is not softmax.outputs[0]:
             return "its weights are not multiplied with values alone"
         key, value = self._write(keys), self._write(weighted.inputs[1])
@@ -113,11 +114,11 @@ class CachedFuser:
         end = weighted.outputs[0]
         if rank(query) == 5:
             ungrouped = producer(query, "Reshape")
-            split = _reader(end)
-            if ungrouped is None or split is None or split.op_type != "Reshape" or rank(split.outputs[0]) != 4:
+            joined = only_reader(end)
+            if ungrouped is None or joined is None or joined.op_type != "Reshape" or rank(joined.outputs[0]) != 4:
                 return "its heads are grouped in another way"
-            query, end = ungrouped.inputs[0] or query, split.outputs[0]
-        heads, last = _heads(query, width), _reader(end)
+            query, end = ungrouped.inputs[0] or query, joined.outputs[0]
+        heads, last = _heads(query), only_reader(end)
         if rank(query) != 4 or heads is None or shared is None or width is None or heads % shared:
             return "its heads are not known"
         if size(value.past, 3) != width or size(value.past, 1) != shared:
@@ -156,29 +157,13 @@ class CachedFuser:
             self.refusals.append(Refusal(reason, label(found.softmax)))
 
 
-def _reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads a value, beside those that ask for its shape; None where it is not one."""
-    found = [use.node for use in value.uses() if use.node.op_type != "Shape"]
-    return found[0] if len(found) == 1 and not value.is_graph_output() else None
-
-
-def _heads(query: ir.Value | None, width: int | None) -> int | None:
-    """The heads of a query (batch, heads, time, width): of its own shape, or of the tensor that they were cut out of.
+def _heads(query: ir.Value | None) -> int | None:
+    """The heads of a query (batch, heads, time, width): of its shape, or of the tensor that they were cut out of.
 
     TorchScript computes shapes while it runs, so that a graph does not say them.
     """
-    value = query
-    while (known := size(value, 1)) is None:
-        before = permuted(value, (0, 2, 1, 3))
-        cut = producer(before, "Reshape")
-        if cut is not None and width:
-            whole = size(cut.inputs[0], -1)
-            return whole // width if whole is not None and rank(cut.inputs[0]) == 3 else None
-        node = producer(value, "Add", "Sub", "Mul")  # of a rotary embedding
-        value = node.inputs[0] if node is not None else None
-        if value is None:
-            return None
-    return known
+    turned = rotary(query)
+    return size(query, 1) or split(turned.x if turned is not None else query).heads
 
 
 def _seen(value: ir.Value | None) -> ir.Value | None:

@@ -65,6 +65,12 @@ def reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value, but for those that look at its shape."""
+    readers = [node for node in value.consumers() if node.op_type != "Shape"]
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() and not readers[0].domain else None
+
+
 def product(start: ir.Value, x: ir.Value, coefficient: float) -> ir.Value | None:
     """The value ``coefficient * x * start``, where nothing but multiplications makes it and `start` is read alone."""
     result, found, times = start, 1.0, 0

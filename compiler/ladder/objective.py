@@ -15,7 +15,7 @@ from typing import Literal
 from ...errors import RecipeError, UnknownNameError
 from ..gains import FASTER
 from ..generation.prompts import most_rows
-from ..manifest import SpeedUp
+from ..manifest import EngineRecord, SpeedUp
 from ..signature import Signature
 from ..states import row_bytes
 
@@ -99,6 +99,13 @@ LATENCY = Objective()
 """What is improved where nothing else is asked for."""
 
 
-def held_bytes(size_bytes: int, signature: Signature) -> int:
-    """What counts as the size of an engine: its files, and of a decoder the caches of as many rows as it takes."""
-    return size_bytes + (most_rows(signature) * row_bytes(signature) if signature.states else 0)
+def held_bytes(engine: EngineRecord, signature: Signature) -> int:
+    """What counts as the size of an engine: its files, and of a decoder the caches of as many rows as it takes.
+
+    Args:
+        signature: of the model; an engine that stores its caches otherwise says so.
+    """
+    if not signature.states:
+        return engine["size_bytes"]
+    row = engine["details"].get("cache_row_bytes", row_bytes(signature))
+    return engine["size_bytes"] + most_rows(signature) * int(row)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..build import build_one
-from ..engine import engine_info
 from ..gains import problem
 from ..generation.prompts import most_rows
 from ..manifest import CaptureRecord, EngineRecord, LadderStep, OutputMetrics, PassRecord, SpeedUp, Timing, Validation
@@ -221,7 +220,7 @@ class Trials:
 
     def _held(self, record: EngineRecord) -> int:
         """What an engine's size is for the objective."""
-        return held_bytes(record["size_bytes"], engine_info(self.shop.job.folder, record["name"]).signature)
+        return held_bytes(record, self.shop.model.signature)
 
     def _size(self) -> str:
         signature = self.shop.model.signature

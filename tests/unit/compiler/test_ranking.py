@@ -60,7 +60,7 @@ def test_equal_sizes_are_ranked_by_latency():
 
 def test_caches_count_with_the_files(monkeypatch):
     found = manifest("size")
-    monkeypatch.setattr("enginesmith.compiler.ranking.most_rows", lambda signature: 10)
+    monkeypatch.setattr("enginesmith.compiler.ladder.objective.most_rows", lambda signature: 10)
     signature = {**found["signature"], "states": {"x": "y"}}
     for engine in found["engines"]:
         engine["details"] = {"cache_row_bytes": 1000 if engine["name"] == "small" else 10}

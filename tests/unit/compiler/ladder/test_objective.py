@@ -25,8 +25,10 @@ def test_caches_of_all_rows_count_as_size():
     caches = [f"{name}:2x4x16x8:{dtype}" for name, dtype in (("key", "float32"), ("value", "int8"))]
     plain = parse_inputs(["ids:2x3:int64", *caches], ["ids:0=b@1..2..5", "key:0=b@1..2..5", "value:0=b@1..2..5"])
     decoder = dataclasses.replace(plain, states={"key": "key_out", "value": "value_out"})
-    assert held_bytes(1000, plain) == 1000
-    assert held_bytes(1000, decoder) == 1000 + 5 * (4 * 16 * 8) * (4 + 1)
+    engine = {"size_bytes": 1000, "details": {}}
+    assert held_bytes(engine, plain) == 1000
+    assert held_bytes(engine, decoder) == 1000 + 5 * (4 * 16 * 8) * (4 + 1)
+    assert held_bytes({**engine, "details": {"cache_row_bytes": 7}}, decoder) == 1000 + 5 * 7
 
 
 def test_what_shrinks_is_said():
