@@ -37,7 +37,7 @@ MODELS_MEASURED = ("resnet50", "vit_b16", "bert_base", "dlrm", "lstm_tagger")
 MEASURE, PREPARE = "measure", "prepare"
 ESTIMATES_S = {
     PREPARE: 25, "torch": 20, "torch.compile": 50, "max-autotune": 180, "onnxruntime": 35, "optimizer": 45,
-    "tensorrt": 90, "fp16": 100, "fused": 100, "int8": 150, MEASURE: 90,
+    "tensorrt": 90, "fp16": 100, "fused": 100, "int8": 150, "fp8": 100, MEASURE: 90,
 }  # fmt: skip
 """Seconds that a step takes about, by its name or its last word; a ladder takes its own time limit."""
 
@@ -84,7 +84,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu shows that all works, in fp32")
     parser.add_argument("--steps", type=several, help="only these, by name or its first words, as torch or enginesmith")
     parser.add_argument("--targets", nargs="+", help="of enginesmith, with options")
-    parser.add_argument("--kinds", type=several, default=["fp16", "fused", "int8"], help=f"of {', '.join(own.KINDS)}")
+    parser.add_argument("--kinds", type=several, default=[*own.KINDS[:4]], help=f"of {', '.join(own.KINDS)}")
     parser.add_argument("--effort", default="quick", help="of the ladder")
     parser.add_argument("--ladder-limit", type=float, default=300, metavar="SECONDS", help="of one target on one row")
     parser.add_argument("--jobs", type=int, default=1, help="steps at once")
@@ -195,6 +195,8 @@ def finish(row: Row, name: str, process: subprocess.Popen[bytes], seconds: float
     if done is None or problem:
         code = process.returncode
         ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        log = record_file(row, name).with_suffix(".log").read_text(errors="replace")
+        ended += "".join(f" after: {line[:160]}" for line in log.splitlines()[-1:])
         done = {"problem": problem or ended, "candidates": {}, "facts": {}}
     done["seconds"] = round(seconds, 1)
     record_file(row, name).write_text(json.dumps(done, indent=1) + "\n")

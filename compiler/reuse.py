@@ -11,9 +11,11 @@ from ..targets.base import Availability, BuildRequest, EngineInfo, Target
 from .extensions import code_of
 from .storage.cache import code_digest, key
 from .storage.memory import release
+from .trial import calibration_of
 
 if TYPE_CHECKING:
     from .build import Job
+    from .calibration import Calibration
     from .data import Data
     from .graph import Graph
     from .sources import Model
@@ -35,6 +37,9 @@ def build_or_reuse(
     While one process builds an engine, others that need the same one wait for it.
     """
     by_module = target.capabilities.consumes == "module"
+    calibration = None
+    if precision in target.capabilities.calibrated:
+        calibration = calibration_of(job.recipe, model.signature, data, job.cache)
     request = BuildRequest(
         graph=None if by_module else graph,
         model=model,
@@ -46,8 +51,9 @@ def build_or_reuse(
         log=log.append,
         progress=job.stages.update,
         timeout_s=job.recipe.timeout_s,
+        calibration=calibration.limited() if calibration else None,
     )
-    engine_key = _key(job, target, request, state)
+    engine_key = _key(job, target, request, state, calibration)
     if info := _reused(job, target, engine_key, request, state):
         return info, True
 
@@ -71,7 +77,7 @@ def described(model: str) -> str:
     return model.replace("\\", "/").rpartition("/")[2]
 
 
-def _key(job: Job, target: Target, request: BuildRequest, state: Availability) -> str:
+def _key(job: Job, target: Target, request: BuildRequest, state: Availability, calibration: Calibration | None) -> str:
     """All that decides the engine. Of the machine, only what its target says."""
     facts = target.built_for()
     everything: dict[str, Any] = {"machine": job.machine, "versions": state.versions}
@@ -82,6 +88,7 @@ def _key(job: Job, target: Target, request: BuildRequest, state: Availability) -
             "target": [target.name, target.options(), request.precision],
             "built_for": everything if facts is None else facts,
             "code": [code_digest(), code_of(target.source)],
+            **({"calibration": calibration.key} if calibration else {}),
         }
     )
 

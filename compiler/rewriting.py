@@ -11,19 +11,15 @@ from typing import TYPE_CHECKING
 from ..errors import GraphError
 from ..passes.base import Context, Kept, Pass
 from .build import Job
-from .data import Data, open_data
+from .data import Data
 from .manifest import CalibrationRecord, PassRecord
 from .pruning.module import gradients_of, hand_back
-from .recipe import Recipe
-from .storage.cache import Cache
-from .storage.fingerprint import is_repeatable
 from .storage.memory import release
-from .trial import load_budget
+from .trial import calibration_of, load_budget
 
 if TYPE_CHECKING:
     from .calibration import Calibration
     from .graph import Graph
-    from .signature import Signature
     from .sources import Model
     from .variants import Variant
 
@@ -91,20 +87,6 @@ def lower(shop: Workshop, graph: Graph, variants: Sequence[Variant]) -> tuple[Gr
     except GraphError as error:
         return str(error), records
     return made, records
-
-
-def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cache) -> Calibration | None:
-    """Collects statistics for the passes that ask; None where the data are made up, and the user has not agreed."""
-    from .calibration import Calibration, CalibrationSettings
-
-    if recipe.calibration_data is not None:
-        data = open_data(recipe.calibration_data, signature, seed=recipe.seed)
-    if data.random and not recipe.random_calibration:
-        return None
-    settings = CalibrationSettings(
-        max_samples=recipe.calibration_samples, allow_random=recipe.random_calibration, seed=recipe.seed
-    )
-    return Calibration(data, settings, cache if is_repeatable(recipe) else None)
 
 
 def calibrated(calibration: Calibration | None, folder: Path) -> list[CalibrationRecord]:

@@ -14,13 +14,15 @@ from ..errors import EnginesmithError, RecipeError, UnknownNameError
 from ..targets import get_target
 from ..targets.base import EngineInfo, Runner
 from . import gains
-from .data import open_data, resized
+from .data import Data, open_data, resized
 from .ladder.objective import LATENCY, Objective
 from .manifest import Benchmark, EngineRecord, OutputMetrics, Timing
 from .ranking import decisive, ranks
 from .recipe import Recipe
 from .signature import Signature, parse_inputs
 from .states import as_floats, in_the_middle
+from .storage.cache import Cache
+from .storage.fingerprint import is_repeatable
 from .storage.memory import release
 from .validation.metrics import resolve_tolerance
 from .validation.reference import ReferenceOutputs
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from .benchmark import Candidate, SizedInputs
     from .budget import Budget
+    from .calibration import Calibration
     from .sources import Model
     from .validation.validator import MetricFunction
 
@@ -229,6 +232,20 @@ def load_budget(recipe: Recipe) -> Budget | None:
     budget = dataclasses.replace(Budget.parse(recipe.budget), metric=load_metric(recipe))
     Meter(budget)  # one on a metric that is not given fails before any work
     return budget
+
+
+def calibration_of(recipe: Recipe, signature: Signature, data: Data, cache: Cache) -> Calibration | None:
+    """What ranges are seen in; None where the data are made up, and the user has not agreed to that."""
+    from .calibration import Calibration, CalibrationSettings
+
+    if recipe.calibration_data is not None:
+        data = open_data(recipe.calibration_data, signature, seed=recipe.seed)
+    if data.random and not recipe.random_calibration:
+        return None
+    settings = CalibrationSettings(
+        max_samples=recipe.calibration_samples, allow_random=recipe.random_calibration, seed=recipe.seed
+    )
+    return Calibration(data, settings, cache if is_repeatable(recipe) else None)
 
 
 def _tolerance(recipe: Recipe, precision: str, budget: Budget | None, *, lossy: bool) -> Mapping[str, float]:

@@ -65,6 +65,8 @@ def require(state: Availability, *, to_build: bool = False) -> None:
 def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
     """The module in its first state, on the device and in the precision; it takes ``*tensors`` and gives a tuple.
 
+    For fp8 it is in fp16.
+
     Raises:
         BuildError: the model is no torch module, or one that cannot be copied.
     """
@@ -80,7 +82,7 @@ def prepare(request: BuildRequest, device: str) -> torch.nn.Module:
         if request.precision == "fp32":
             return _casting(module, None, ())
         dtypes = [getattr(torch, spec.dtype) for spec in request.signature.outputs]
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[request.precision]
+        dtype = torch.bfloat16 if request.precision == "bf16" else torch.float16
         return _casting(cast(module, dtype), dtype, dtypes)
 
 
@@ -349,7 +351,7 @@ def check(runner: Reference, request: BuildRequest, how: str) -> None:
             raise _wrong(how, point, error.message) from error
         metrics = judge.metrics()
         found = [f"{m['output']}: {reason}" for m in metrics for reason in m["failures"]]
-        if request.precision == "fp16" and any(m["nan"] or m["inf"] for m in metrics):
+        if request.precision in ("fp16", "fp8") and any(m["nan"] or m["inf"] for m in metrics):
             raise BuildError(
                 f"values overflow float16 in the {how} module, where the model's own outputs are finite",
                 expected="values up to 65504 in weights and in between",

@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -42,6 +42,7 @@ class Capabilities:
         sparsity: patterns of zeros in weights that it has kernels for.
         alignment: multiple that its Tensor Cores take the dimensions of products in, by precision; those that are
             left out use none.
+        calibrated: precisions for which `build` itself reads calibration data; a graph's passes do that by themselves.
     """
 
     consumes: Literal["graph", "module"]
@@ -53,6 +54,7 @@ class Capabilities:
     sparsity: tuple[Literal["2:4"], ...] = ()
     alignment: Mapping[str, int] = dataclasses.field(default_factory=dict)
     channels: int = 8
+    calibrated: tuple[str, ...] = ()
 
 
 Effort = Literal["quick", "default", "thorough"]
@@ -105,6 +107,7 @@ class BuildRequest:
         log: takes one line for build.log.
         progress: takes the fraction done, 0 to 1, and what is being done, where the builder tells.
         timeout_s: how long a native builder may take.
+        calibration: samples to see ranges in, for the target's `calibrated` precisions; None where there are none.
     """
 
     graph: Graph | None
@@ -117,6 +120,7 @@ class BuildRequest:
     log: Callable[[str], None]
     progress: Callable[[float, str], None] = lambda fraction, phase: None
     timeout_s: float = 3600.0
+    calibration: Iterable[Arrays] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import BuildError, EngineError, RecipeError
 from ._caches import facts
-from ._torch import MINIMUM_TEXT, TorchRunner, check, dynamic_shapes, prepare, require, tensors_of, torch_availability
+from ._torch import MINIMUM_TEXT, check, dynamic_shapes, prepare, require, tensors_of, torch_availability
 from ._worker import Worker
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .inductor.worker import command, load_arrays, save_arrays
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 
+_FP8_CAPABILITY = "8.9"
 _CORES_FOR_ONE = 4
 """Cores that one of several programs is compiled on; those that share a process share what headers were compiled to."""
 
@@ -42,14 +43,18 @@ class TorchInductor(Target):
     """A library that TorchInductor compiles for this very processor or GPU, and that torch of the same version loads.
 
     fp16 and bf16 hold and compute everything in that type, with casts where inputs and outputs have other dtypes. On a
-    processor with bfloat16 instructions bf16 is about twice as fast as fp32. A decoder becomes programs that write into
-    its caches; see docs/generation.md.
+    processor with bfloat16 instructions bf16 is about twice as fast as fp32. fp8 is for GPUs: linear layers multiply in
+    FP8 (E4M3) with ranges from calibration, all else is fp16. A decoder becomes programs that write into its caches;
+    see docs/generation.md.
 
     Attributes:
         device: where the engine runs.
         freezing: whether weights become constants in layouts of the compiler's choice. Without it a CNN was slower than
             eager torch (0.86x), with it faster (1.5x). Left out for models with state, for decoders and on a GPU.
         max_autotune: whether kernels are chosen by measuring, which takes minutes.
+        cuda_graph: whether calls on a GPU are captured as a CUDA graph for each set of input shapes when it first
+            comes, at buffers of its own; 8 sets at most. Left out for models with state, and where a call waits for
+            the GPU.
         coordinate_descent: whether the sizes of blocks in kernels for a GPU are searched by measuring too.
         threads: number of threads compiled in; None for as many as torch uses when it runs.
     """
@@ -58,12 +63,17 @@ class TorchInductor(Target):
     freezing: bool = True
     max_autotune: bool = False
     coordinate_descent: bool = False
+    cuda_graph: bool = True
     threads: int | None = None
 
     name: ClassVar[str] = "torch-inductor"
     summary: ClassVar[str] = "torch.export and TorchInductor, ahead of time"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        consumes="module", precisions=("fp32", "fp16", "bf16"), devices=("cpu", "cuda"), minimum={"torch": MINIMUM_TEXT}
+        consumes="module",
+        precisions=("fp32", "fp16", "bf16", "fp8"),
+        devices=("cpu", "cuda"),
+        minimum={"torch": MINIMUM_TEXT},
+        calibrated=("fp8",),
     )
 
     def __post_init__(self) -> None:
@@ -73,8 +83,20 @@ class TorchInductor(Target):
                 "coordinate_descent=true searches kernels for a GPU", found=str(self), hint="add device=cuda"
             )
 
+    def refusals(self) -> Mapping[str, str]:
+        """FP8 where there are no kernels for it."""
+        from ..compiler.machine import environment
+
+        if self.device == "cpu":
+            return {"fp8": "torch multiplies FP8 on a CPU without kernels for it; add device=cuda"}
+        found = environment.compute_capability() or _FP8_CAPABILITY
+        if tuple(map(int, found.split("."))) >= tuple(map(int, _FP8_CAPABILITY.split("."))):
+            return {}
+        reason = f"FP8 needs compute capability {_FP8_CAPABILITY} or higher, not {found}; build on a newer GPU"
+        return {"fp8": reason}
+
     def tunings(self, precision: str) -> tuple[Tuning, ...]:
-        """Kernels chosen by measuring, and threads; AOTInductor records no CUDA graphs."""
+        """Kernels chosen by measuring; CUDA graphs on a GPU, threads on a CPU."""
         from ..compiler.machine import environment
 
         if self.device == "cuda":
@@ -82,6 +104,7 @@ class TorchInductor(Target):
             return (
                 Tuning("kernels chosen by measuring", ({"max_autotune": True},)),
                 Tuning("blocks of kernels chosen by measuring", (both,), "thorough"),
+                Tuning("launches as a CUDA graph", ({"cuda_graph": not self.cuda_graph},), "thorough"),
             )
         return (
             Tuning("kernels chosen by measuring", ({"max_autotune": True},)),
@@ -114,6 +137,8 @@ class TorchInductor(Target):
         several programs with the same weights, compiled in as many processes as there are cores for.
         """
         require(state := self.availability(), to_build=True)
+        if request.precision == "fp8":
+            _check_fp8(request)
         entry, signature, details = "model.pt2", request.signature, {}
         if _in_place(request):
             from .inductor.decoders import ANY, stored
@@ -128,7 +153,7 @@ class TorchInductor(Target):
         request.cache.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(dir=request.cache, prefix="inductor-") as scratch:
-                self._build(request, info, Path(scratch).absolute())
+                info = self._build(request, info, Path(scratch).absolute())
         except EngineError:
             for file in (*request.directory.glob("*.pt2"), *request.directory.glob("*.safetensors")):
                 file.unlink()
@@ -143,26 +168,38 @@ class TorchInductor(Target):
             from .inductor.decoding import DecodingRunner
 
             return DecodingRunner(directory, info, self.device)
-        return _CheckedRunner(lambda: self._load(directory / info.entry), info, self.device)
+        from .inductor.runners import CheckedRunner, ReplayRunner
+
+        replays = self._replays(info)
+        made = ReplayRunner if replays else CheckedRunner
+        return made(lambda: self._load(directory / info.entry, single_threaded=replays), info, self.device)
 
     def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
         """By torch's profiler, which sees the operators that compiled code calls, and not the loops between."""
         from ._torch_profile import profile_runner
 
-        return profile_runner(self.runner(directory, info), inputs, self.device, info.precision)
+        one_by_one = dataclasses.replace(self, cuda_graph=False)
+        return profile_runner(one_by_one.runner(directory, info), inputs, self.device, info.precision)
 
-    def _load(self, path: Path) -> Any:
+    def _replays(self, info: EngineInfo) -> bool:
+        """Whether calls become CUDA graphs."""
+        found = info.details.get("cuda_graph", {"used": self.device == "cuda"})
+        return self.cuda_graph and not info.stateful and bool(found["used"])
+
+    def _load(self, path: Path, *, single_threaded: bool) -> Any:
         import torch
 
         from .inductor.package import Package
 
         if self.device == "cuda":
             torch.cuda.init()  # type: ignore[no-untyped-call]  # before torch's runtime takes memory there
-        return Package(path)
+        return Package(path, single_threaded=single_threaded)
 
-    def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> None:
+    def _build(self, request: BuildRequest, info: EngineInfo, scratch: Path) -> EngineInfo:
+        """The engine, with what exporting and first runs found in its details."""
         request.progress(0.0, "torch.export")
-        programs, libraries = self._export(dataclasses.replace(request, signature=info.signature), scratch)
+        details = dict(info.details)
+        programs, libraries = self._export(dataclasses.replace(request, signature=info.signature), scratch, details)
         info.write(scratch)
         directory, name = request.directory.absolute(), "TorchInductor in its worker process"
         packages = [(str(program), str(directory / program.name)) for program in programs]
@@ -185,6 +222,11 @@ class TorchInductor(Target):
             request.progress(0.9, "first runs")
             workers[0].call("load", timeout_s=request.timeout_s, directory=str(directory), info=str(scratch))
             check(_Remote(workers[0], info, scratch, request.timeout_s), request, "compiled")
+            if self._replays(info):
+                refusal = workers[0].call("refusal", timeout_s=request.timeout_s)["reason"]
+                request.log(f"CUDA graph: {refusal or 'captured'}")
+                details["cuda_graph"] = {"used": not refusal, "reason": refusal}
+        return dataclasses.replace(info, details=details)
 
     def _processes(self, programs: int) -> int:
         """How many of them are compiled at a time; where kernels are measured on the GPU, one."""
@@ -205,8 +247,12 @@ class TorchInductor(Target):
             **({"cpp.vec_isa_ok": False} if self.device == "cuda" else {}),
         }
 
-    def _export(self, request: BuildRequest, folder: Path) -> tuple[list[Path], list[str]]:
-        """Saves the programs in a folder, and returns their files and the modules whose operators they use."""
+    def _export(self, request: BuildRequest, folder: Path, details: dict[str, Any]) -> tuple[list[Path], list[str]]:
+        """Saves the programs in a folder, and returns their files and the modules whose operators they use.
+
+        Args:
+            details: takes what is found on the way.
+        """
         import torch
 
         from ..compiler.sources.guard import first_line, foreign, quiet
@@ -217,7 +263,7 @@ class TorchInductor(Target):
         files = []
         libraries: set[str] = set()
         with torch.no_grad(), quiet(request.log), foreign(failed):
-            programs = self._decoder(request) if _in_place(request) else {"model": self._program(request)}
+            programs = self._decoder(request) if _in_place(request) else {"model": self._program(request, details)}
             for name, program in programs.items():
                 files.append(folder / f"{name}.pt2")
                 torch.export.save(program, files[-1])
@@ -235,7 +281,7 @@ class TorchInductor(Target):
         decoders.saved(programs, request.directory)
         return programs
 
-    def _program(self, request: BuildRequest) -> torch.export.ExportedProgram:
+    def _program(self, request: BuildRequest, details: dict[str, Any]) -> torch.export.ExportedProgram:
         import torch
 
         from ..compiler.data import resized
@@ -246,9 +292,35 @@ class TorchInductor(Target):
         # torch.export takes a size of 1 for a constant.
         sizes = {name: min(max(size, 2), request.signature.axes[name].max) for name, size in _sizes(request).items()}
         inputs = tuple(tensors_of(resized(request.signature, request.sample, sizes), request, self.device))
-        return torch.export.export(
-            module, inputs, dynamic_shapes=(dynamic_shapes(request.signature, request.signature.axes),), strict=False
-        )
+        shapes = dynamic_shapes(request.signature, request.signature.axes)
+        program = torch.export.export(module, inputs, dynamic_shapes=(shapes,), strict=False)
+        if request.precision != "fp8":
+            return program
+        narrow = program.module()
+        details["fp8"] = self._in_eight_bits(narrow, request)
+        return torch.export.export(narrow, inputs, dynamic_shapes=shapes, strict=False)
+
+    def _in_eight_bits(self, module: torch.fx.GraphModule, request: BuildRequest) -> dict[str, int]:
+        """Puts FP8 into a module; returns how many linear layers have it, by how many samples."""
+        from ..compiler.calibration.runner import samples_in
+        from .inductor.eight_bits import quantize
+
+        seen = 0
+
+        def samples() -> Iterator[Sequence[torch.Tensor]]:
+            nonlocal seen
+            for batch in request.calibration or ():
+                seen += samples_in(batch)
+                yield tensors_of(batch, request, self.device)
+
+        try:
+            layers = quantize(module, samples())
+        except ValueError as error:
+            raise BuildError(str(error), hint="look at the calibration data, or build this model in fp16") from error
+        if not layers:
+            raise BuildError("no linear layer has sizes that FP8 takes", expected="multiples of 16", hint="use fp16")
+        request.log(f"{layers} linear layers in FP8, by {seen} samples")
+        return {"layers": layers, "samples": seen}
 
     def _requires(self, version: str) -> dict[str, str]:
         from ..compiler.machine import environment
@@ -258,16 +330,6 @@ class TorchInductor(Target):
             return {**needs, "compute_capability": environment.compute_capability() or ""}
         flags = " ".join(environment.simd_flags())
         return {**needs, **({"cpu_flags": flags} if flags else {})}
-
-
-class _CheckedRunner(TorchRunner):
-    def run(self, inputs: Any) -> dict[str, Any]:
-        self._info.signature.check(inputs)
-        return super().run(inputs)
-
-    def bind(self, inputs: Any) -> Any:
-        self._info.signature.check(inputs)
-        return super().bind(inputs)
 
 
 class _Remote:
@@ -337,6 +399,17 @@ def _libraries(program: torch.export.ExportedProgram) -> list[str]:
     targets = [node.target for graph in graphs for node in graph.nodes]
     spaces = {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
     return sorted(space for space in spaces if space in sys.modules)
+
+
+def _check_fp8(request: BuildRequest) -> None:
+    """Raises BuildError for a decoder, and RecipeError where there is nothing to see ranges in."""
+    if request.signature.states:
+        raise BuildError("products of a decoder have no FP8 here", hint="build it in fp16")
+    if request.calibration is None:
+        raise RecipeError(
+            "precision fp8 needs calibration data, to see the ranges of what linear layers read",
+            hint="give --data with 32 to 512 real samples, or --random-calibration",
+        )
 
 
 def _sizes(request: BuildRequest) -> dict[str, int]:

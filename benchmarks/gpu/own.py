@@ -2,6 +2,7 @@
 
 fp16      that precision with the target's defaults
 int8      8 bits where the target has them, within LOSSY_BUDGET
+fp8       likewise
 auto      what the ladder picks within the budget of fp16
 auto-int8 what it picks within LOSSY_BUDGET
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import enginesmith
 from enginesmith.compiler.trial import open_runner
+from enginesmith.compiler.variants import builds
 from enginesmith.targets import parse_target
 from gpu.peers import Openers, Step
 from gpu.row import FP16_BUDGET, Row
@@ -24,7 +26,7 @@ from gpu.row import FP16_BUDGET, Row
 OWN = "enginesmith "
 """What the names of our steps and candidates begin with."""
 
-KINDS = ("fp16", "fused", "int8", "auto", "auto-int8")
+KINDS = ("fp16", "fused", "int8", "fp8", "auto", "auto-int8")
 LOSSY_BUDGET = 0.06
 """Relative L2 that INT8 and mixed precision may cost, where they are asked for."""
 
@@ -32,10 +34,10 @@ ROWS_IN_INT8 = ("resnet50 b32", "bert_base b32")
 """The rows that are to be 1.3 times as fast as the best peer within LOSSY_BUDGET."""
 
 TARGETS = {
-    "cuda": ("onnxruntime-cuda", "tensorrt", "torch-inductor:device=cuda,max_autotune=true"),
+    "cuda": ("onnxruntime-cuda", "tensorrt", "torch-inductor:device=cuda"),
     "cpu": ("onnxruntime-cpu", "torchscript"),
 }
-AGREEMENT = {"fp16": {"top1": 0.9}, "int8": {"top1": 0.8}, "mixed": {"top1": 0.8}}
+AGREEMENT = {"fp16": {"top1": 0.9}, "int8": {"top1": 0.8}, "fp8": {"top1": 0.8}, "mixed": {"top1": 0.8}}
 """The best of 1,000 classes is nearly a toss-up where weights are random: the relative L2 decides."""
 
 VALIDATED = 8
@@ -49,8 +51,9 @@ def steps(
     found = {}
     for text in targets:
         target = parse_target(text)
-        int8 = row.name in ROWS_IN_INT8 and "int8" in target.capabilities.precisions and row.device == "cuda"
-        has = {"fused": bool(target.rewrites("fp16")), "int8": int8, "auto-int8": int8}
+        lossy = row.name in ROWS_IN_INT8 and row.device == "cuda"
+        int8, fp8 = (lossy and builds(target, precision) for precision in ("int8", "fp8"))
+        has = {"fused": bool(target.rewrites("fp16")), "int8": int8, "fp8": fp8, "auto-int8": int8 or fp8}
         for kind in kinds:
             if not has.get(kind, True):
                 continue
@@ -75,8 +78,8 @@ def compile(row: Row, *, target: str, kind: str, effort: str, time_limit_s: floa
     }
     if kind == "fused":
         fields["passes"] = ["simplify", "dedupe", *parse_target(target).rewrites("fp16")]
-    if kind == "int8":
-        fields |= {"precisions": ["int8"], "budget": f"relative_l2={LOSSY_BUDGET}"}
+    if kind in ("int8", "fp8"):
+        fields |= {"precisions": [kind], "budget": f"relative_l2={LOSSY_BUDGET}"}
     if kind.startswith("auto"):
         budget = LOSSY_BUDGET if kind == "auto-int8" else FP16_BUDGET
         fields |= {"precisions": ["auto"], "benchmark": True, "rounds": 6, "effort": effort}

@@ -54,6 +54,14 @@ class Calibration:
         """All statistics that were asked for, one for each graph."""
         return tuple(self._kept.values())
 
+    @property
+    def key(self) -> dict[str, object] | None:
+        """What decides the statistics of a graph; None where the samples have no digest."""
+        digest = getattr(self.samples, "digest", None)
+        if digest is None:
+            return None
+        return {"data": digest, "settings": dataclasses.asdict(dataclasses.replace(self.settings, threads=0))}
+
     def limited(self) -> Limited:
         """The samples, up to the settings' number of them."""
         return Limited(self.samples, self.settings.max_samples)
@@ -84,11 +92,9 @@ class Calibration:
 
     def _key(self, fingerprint: str) -> str | None:
         """Where the cache keeps the statistics of a graph; None where it does not."""
-        digest = getattr(self.samples, "digest", None)
-        if self._cache is None or digest is None:
+        if self._cache is None or self.key is None:
             return None
-        settings = dataclasses.asdict(dataclasses.replace(self.settings, threads=0))
-        return key({"graph": fingerprint, "data": digest, "settings": settings, "code": code_digest()})
+        return key({"graph": fingerprint, **self.key, "code": code_digest()})
 
     def _alone(self, fingerprint: str) -> contextlib.AbstractContextManager[bool]:
         """Keeps other processes from collecting the same; whether there was one that did."""

@@ -17,10 +17,9 @@ from ..graph import Graph
 from ..graph.probe import Session
 from ..manifest import EngineRecord
 from ..recipe import Recipe
-from ..rewriting import calibration_of
 from ..signature import Signature
 from ..storage.cache import Cache
-from ..trial import load, load_budget
+from ..trial import calibration_of, load, load_budget
 from ..validation.reference import ReferenceOutputs
 from .distance import distance, worst
 from .parts import prepared

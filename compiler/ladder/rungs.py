@@ -87,7 +87,7 @@ Planner = Callable[[Situation], Rung]
 def planners(target: Target, recipe: Recipe) -> tuple[Planner, ...]:
     """The rungs that every target has."""
     if target.capabilities.consumes == "module":
-        return (_precision,)
+        return (_precision, _quantization)
     return (_precision, _quantization, _mixed, _pruning, _sparsity, _alignment)
 
 
@@ -146,7 +146,8 @@ def _lowered(situation: Situation, name: str, precisions: Sequence[str]) -> Rung
         if precision == incumbent.precision or not builds(incumbent.target, precision):
             continue
         lowering = lowering_of(recipe, incumbent.target, precision)
-        if any(rewrite.calibrates for rewrite in lowering) and not has_data(recipe):
+        calibrates = precision in incumbent.target.capabilities.calibrated
+        if (calibrates or any(rewrite.calibrates for rewrite in lowering)) and not has_data(recipe):
             left_out[precision] = NO_DATA
             continue
         words = incumbent.name.removeprefix(f"{incumbent.target.name}-{incumbent.precision}")

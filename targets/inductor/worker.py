@@ -19,6 +19,7 @@ import numpy as np
 from ...errors import EngineError
 from .. import _serve, get_target
 from ..base import EngineInfo, Runner
+from .runners import ReplayRunner
 
 
 def command() -> list[str]:
@@ -95,6 +96,11 @@ class Commands:
             return {"failed": error.message}
         save_arrays(Path(outputs), (found[spec.name] for spec in info.signature.outputs))
         return {}
+
+    def refusal(self) -> dict[str, Any]:
+        """{"reason": why the engine's calls are no CUDA graphs}, empty where they are."""
+        runner = self._opened()[0]
+        return {"reason": runner.refusal if isinstance(runner, ReplayRunner) else ""}
 
     def close(self) -> dict[str, Any]:
         """Lets go of the engine."""

@@ -8,9 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
-import numpy as np
-
 from enginesmith.compiler.build import Job
+from enginesmith.compiler.data import open_data
 from enginesmith.compiler.progress import Progress, Stages
 from enginesmith.compiler.recipe import Recipe
 from enginesmith.compiler.reuse import build_or_reuse
@@ -29,7 +28,7 @@ class Text(Target):
 
     name: ClassVar[str] = "text"
     summary: ClassVar[str] = "for tests"
-    capabilities: ClassVar[Capabilities] = Capabilities("module", ("fp32",), ("cpu",))
+    capabilities: ClassVar[Capabilities] = Capabilities("module", ("fp32", "fp8"), ("cpu",), calibrated=("fp8",))
 
     def availability(self):
         return Availability(True, True)
@@ -41,7 +40,8 @@ class Text(Target):
         print("builds", flush=True)
         if not sys.stdin.isatty() and __name__ == "__main__":
             sys.stdin.readline()
-        (request.directory / "model").write_text("text")
+        calibration = None if request.calibration is None else [float(batch["x"][0]) for batch in request.calibration]
+        (request.directory / "model").write_text("text" if calibration is None else f"text for {calibration}")
         return self.info(request, "model", {})
 
     def describe(self, info, request):
@@ -60,18 +60,21 @@ class Printed(Progress):
         print(what, flush=True)
 
 
-def build(cache: Path, work: Path, target: Target | None = None, machine: str = "a", graph=None, signature=SIGNATURE):
+def build(
+    cache: Path, work: Path, target: Target | None = None, machine: str = "a", graph=None, signature=SIGNATURE,
+    precision: str = "fp32", **fields,
+):  # fmt: skip
     """The engine's description, whether it was cached, and the log."""
     target = target or Text()
     directory = work / "engine"
     directory.mkdir(parents=True)
-    recipe = Recipe(model="/home/me/net.py:net", timeout_s=60)
+    recipe = Recipe(model="/home/me/net.py:net", timeout_s=60, **fields)
     machine_facts = {"cpu": machine}
     job = Job(recipe, (target,), (), (), machine_facts, Cache(cache), work, work, Stages(Printed(), 1))
     model = SimpleNamespace(fingerprint="f", signature=signature)
-    data = SimpleNamespace(first=lambda: {"x": np.float32([1, -1])})
+    data = open_data(None, signature)
     log: list[str] = []
-    info, cached = build_or_reuse(job, target, "fp32", graph, model, data, directory, log, target.availability())
+    info, cached = build_or_reuse(job, target, precision, graph, model, data, directory, log, target.availability())
     return info, cached, log
 
 

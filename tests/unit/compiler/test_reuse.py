@@ -69,6 +69,23 @@ def test_a_target_that_does_not_say_what_it_depends_on_shares_with_equal_machine
     assert example.build(tmp_path / "cache", tmp_path / "3", target, "a")[1]
 
 
+def test_an_engine_is_taken_for_the_same_calibration_only(tmp_path):
+    def built(name, value=None, precision="fp8", **fields):
+        if value is not None:
+            np.savez(tmp_path / f"{name}.npz", x=np.float32([value, 0]))
+            fields["calibration_data"] = str(tmp_path / f"{name}.npz")
+        _, cached, _ = example.build(tmp_path / "cache", tmp_path / name, precision=precision, **fields)
+        return cached, (tmp_path / name / "engine" / "model").read_text()
+
+    assert built("1", 3) == (False, "text for [3.0]")
+    assert built("2", 3) == (True, "text for [3.0]")
+    assert built("3", 4) == (False, "text for [4.0]")
+    assert built("4", 3, calibration_samples=1) == (False, "text for [3.0]")
+    assert built("5") == (False, "text")
+    assert built("6", 3, precision="fp32") == (False, "text")
+    assert built("7", 9, precision="fp32") == (True, "text")
+
+
 def test_an_onnx_engine_of_another_machine_says_what_this_ones_runtime_makes_of_it(tmp_path, monkeypatch):
     graph = Graph.from_proto(onnx.parser.parse_model(NET))
     target = parse_target("onnxruntime-cpu")

@@ -94,7 +94,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr("enginesmith.targets.torch_inductor.Worker", InProcess)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
-    monkeypatch.setattr(PACKAGE, lambda path: seen["program"].module())
+    monkeypatch.setattr(PACKAGE, lambda path, **_: seen["program"].module())
     return seen
 
 
@@ -141,10 +141,70 @@ def test_an_engine_asks_for_the_machine_it_was_compiled_for(compiled: dict[str, 
             check_machine(other, target)
 
 
+class Encoder(torch.nn.Module):
+    """Layers of sizes that FP8 takes, and one of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.widen, self.mix = torch.nn.Linear(4, 32), torch.nn.Linear(32, 32)
+        self.out = torch.nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.out(self.mix(torch.relu(self.widen(x @ y)))),)
+
+
+def test_fp8_is_in_linear_layers_by_calibration(
+    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Encoder().eval().requires_grad_(False)
+
+    def run(_: object, inputs: Any) -> dict[str, np.ndarray]:
+        return {"z": module(*map(torch.from_numpy, inputs.values()))[0].numpy()}
+
+    monkeypatch.setattr(Reference, "run", run)
+    logged: list[str] = []
+    request = make_request(tmp_path, module, logged.append, "fp8")
+    generator = np.random.default_rng(0)
+    other = {"x": generator.random((4, 3), np.float32), "y": generator.random((3, 4), np.float32)}
+    samples = [request.sample, other]
+    info = parse_target("torch-inductor").build(dataclasses.replace(request, calibration=samples))
+    assert info.details == {"fp8": {"layers": 1, "samples": 5}}
+    assert "1 linear layers in FP8, by 5 samples" in logged
+    products = [n for n in compiled["program"].graph.nodes if n.target is torch.ops.aten._scaled_mm.default]
+    assert len(products) == 1
+    assert compiled["program"].range_constraints
+    with pytest.raises(BuildError, match="a linear layer reads is not finite"):
+        parse_target("torch-inductor").build(
+            dataclasses.replace(request, calibration=[{**samples[0], "x": np.full((1, 3), np.inf, np.float32)}])
+        )
+    with pytest.raises(BuildError, match="no linear layer has sizes that FP8 takes"):
+        parse_target("torch-inductor").build(
+            dataclasses.replace(make_request(tmp_path, precision="fp8"), calibration=samples)
+        )
+
+
+def test_fp8_needs_calibration_data_and_a_gpu_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request(tmp_path, precision="fp8")
+    with pytest.raises(RecipeError, match="precision fp8 needs calibration data, to see the ranges of what linear"):
+        parse_target("torch-inductor").build(request)
+    decoder = dataclasses.replace(request.signature, states={"x": "z"})
+    with pytest.raises(BuildError, match="products of a decoder have no FP8 here"):
+        parse_target("torch-inductor").build(dataclasses.replace(request, signature=decoder))
+    assert "add device=cuda" in parse_target("torch-inductor").refusals()["fp8"]
+    found = {None: {}, "8.9": {}, "9.0": {}, "10.0": {}, "8.6": {"fp8": "FP8 needs compute capability 8.9 or higher, "}}
+    for capability, refusals in found.items():
+        monkeypatch.setattr(
+            "enginesmith.compiler.machine.environment.compute_capability", lambda found=capability: found
+        )
+        told = parse_target("torch-inductor:device=cuda").refusals()
+        assert {name: reason.partition("not")[0] for name, reason in told.items()} == refusals
+
+
 def test_what_was_compiled_is_compared_with_the_model(
     compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PACKAGE, lambda path: lambda x, y: (torch.zeros(len(x), 4),))
+    monkeypatch.setattr(PACKAGE, lambda path, **_: lambda x, y: (torch.zeros(len(x), 4),))
     with pytest.raises(BuildError, match="the compiled module does not do what the model does at batch=1, my axis=3"):
         parse_target("torch-inductor").build(make_request(tmp_path))
 
@@ -215,7 +275,7 @@ def test_an_engine_that_refuses_inputs_in_the_check_is_told_with_their_sizes(
     def refuse(*_: object) -> None:
         raise RuntimeError("size 3 was recorded")
 
-    monkeypatch.setattr(PACKAGE, lambda path: refuse)
+    monkeypatch.setattr(PACKAGE, lambda path, **_: refuse)
     with pytest.raises(BuildError, match="does not do what the model does at batch=1, my axis=3") as caught:
         parse_target("torch-inductor").build(make_request(tmp_path))
     assert "size 3 was recorded" in str(caught.value.found)
@@ -367,6 +427,7 @@ def test_options_are_checked() -> None:
         "freezing": False,
         "max_autotune": False,
         "coordinate_descent": False,
+        "cuda_graph": True,
         "threads": None,
     }
 
@@ -374,7 +435,7 @@ def test_options_are_checked() -> None:
 def test_a_gpu_is_ready_before_a_package_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr("torch.cuda.init", lambda: done.append("ready"))
-    monkeypatch.setattr(PACKAGE, lambda path: done.append(path.name))
-    TorchInductor(device="cuda")._load(Path("model.pt2"))
-    TorchInductor()._load(Path("other.pt2"))
+    monkeypatch.setattr(PACKAGE, lambda path, **_: done.append(path.name))
+    TorchInductor(device="cuda")._load(Path("model.pt2"), single_threaded=True)
+    TorchInductor()._load(Path("other.pt2"), single_threaded=False)
     assert done == ["ready", "model.pt2", "other.pt2"]

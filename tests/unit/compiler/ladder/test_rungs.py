@@ -49,6 +49,14 @@ def test_without_data_what_calibrates_is_left_out_with_the_reason():
     assert tried(situation(data=None, random_calibration=True))["quantization"] == ["-int8", "-int8-dynamic"]
 
 
+def test_a_target_that_calibrates_by_itself_needs_data_too(monkeypatch):
+    assert tried(situation("torch-inductor"))["quantization"] == []
+    target = parse_target("torch-inductor:device=cuda")
+    monkeypatch.setattr(type(target), "refusals", lambda _: {})
+    assert tried(situation(target)) == {"precision": ["-fp16", "-bf16"], "quantization": ["-fp8"]}
+    assert left_out(situation(target, data=None))["fp8"].startswith("it needs calibration data")
+
+
 def test_mixed_precision_stands_in_for_what_was_not_close_enough():
     step = new_step("onnxruntime-cpu", "quantization", "int8", "onnxruntime-cpu-int8", "reverted", "not close enough")
     assert tried(situation(steps=[step]))["mixed precision"] == ["-mixed"]
@@ -85,7 +93,7 @@ def test_alignment_is_tried_where_there_are_tensor_cores():
 
 
 def test_a_target_that_takes_the_module_has_precisions_only():
-    assert list(tried(situation("torch-inductor"))) == ["precision"]
+    assert tried(situation("torch-inductor")) == {"precision": ["-fp16", "-bf16"], "quantization": []}
 
 
 @dataclasses.dataclass(frozen=True)
