@@ -196,7 +196,7 @@ def finish(row: Row, name: str, process: subprocess.Popen[bytes], seconds: float
         code = process.returncode
         ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         log = record_file(row, name).with_suffix(".log").read_text(errors="replace")
-        ended += "".join(f" after: {line[:160]}" for line in log.splitlines()[-1:])
+        ended += "".join(f", last said {line[:160]}" for line in list(filter(str.strip, log.splitlines()))[-1:])
         done = {"problem": problem or ended, "candidates": {}, "facts": {}}
     done["seconds"] = round(seconds, 1)
     record_file(row, name).write_text(json.dumps(done, indent=1) + "\n")
@@ -207,20 +207,22 @@ def finish(row: Row, name: str, process: subprocess.Popen[bytes], seconds: float
 def run_task(row: Row, name: str, options: argparse.Namespace) -> int:
     """In the task's own process: prepares, tries every candidate once, and writes down what came of it."""
     done: dict[str, Any] = {"problem": "", "candidates": {}, "facts": {}}
-    try:
-        if name == PREPARE:
-            row.prepare()
-        elif name == MEASURE:
-            known = {step: found for step in steps(row, options, own.KINDS) if (found := record(row, step))}
-            done["facts"] = measure.measure(row, steps(row, options, own.KINDS), known, rounds=options.rounds)
-        else:
-            step = steps(row, options, own.KINDS)[name]
-            done["facts"] = step.prepare(row)
-            done["candidates"] = {key: tried(row, opener) for key, opener in step.candidates(row).items()}
-    except Exception as error:  # noqa: BLE001, a step boundary: whatever a peer raises is its result
-        traceback.print_exc()
-        done["problem"] = str(error) or type(error).__name__
-    record_file(row, name).write_text(json.dumps(done, indent=1) + "\n")
+    with contextlib.ExitStack() as stack:
+        try:
+            if name == PREPARE:
+                row.prepare()
+            elif name == MEASURE:
+                every = steps(row, options, own.KINDS)
+                known = {step: found for step in every if (found := record(row, step))}
+                done["facts"] = measure.measure(row, every, known, stack, rounds=options.rounds)
+            else:
+                step = steps(row, options, own.KINDS)[name]
+                done["facts"] = step.prepare(row)
+                done["candidates"] = {key: tried(row, opener) for key, opener in step.candidates(row).items()}
+        except Exception as error:  # noqa: BLE001, a step boundary: whatever a peer raises is its result
+            traceback.print_exc()
+            done["problem"] = str(error) or type(error).__name__
+        record_file(row, name).write_text(json.dumps(done, indent=1) + "\n")
     return bool(done["problem"])
 
 

@@ -373,5 +373,7 @@ def _wrong(how: str, point: Mapping[str, int], found: str) -> BuildError:
 
 
 def last_line(error: BaseException) -> str:
-    """What a TorchScript error says is on its last line, below the stack."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    """The line that tells: of a TorchScript error the last one, below the stack; CUDA's come before hints."""
+    lines = str(error).strip().splitlines()
+    told = [line for line in lines if line.startswith("CUDA error")]
+    return (told or lines[-1:] or [type(error).__name__])[0]

@@ -25,6 +25,11 @@ from .cuda.stream import Stream
 from .profile import Profile
 
 CUDA = "CUDAExecutionProvider"
+_KEEPS_STAGED = (1, 30)
+"""The version of ONNX Runtime from which on a CUDA graph keeps what its operators copy from the host
+(github.com/microsoft/onnxruntime/pull/32121)."""
+_STAGED = frozenset(("Concat", "GRU", "LSTM", "NonMaxSuppression", "RNN", "ScatterND", "Split"))
+"""Operators that copy tables from the host when they are called."""
 _ARENA = {"power-of-two": "kNextPowerOfTwo", "requested": "kSameAsRequested"}
 
 
@@ -194,6 +199,8 @@ class OnnxRuntimeCuda(Target):
         """Why the engine runs without a CUDA graph; empty where one was captured and replayed."""
         if not self.cuda_graph:
             return "turned off by cuda_graph=false"
+        if staged := _staged(info):
+            return staged
         try:
             runner = self._open(request.directory, info, graph=True)
         except EngineError as error:
@@ -265,6 +272,15 @@ class OnnxRuntimeCuda(Target):
             "cuda": onnxruntime.cuda_version,
             "driver_supports": driver.driver_version(),
         }
+
+
+def _staged(info: EngineInfo) -> str:
+    """Why replays would read memory that other calls have taken since; empty where they do not."""
+    found = sorted(_STAGED & info.details["operators"].keys())
+    if not found or tuple(map(int, info.versions["onnxruntime"].split(".")[:2])) >= _KEEPS_STAGED:
+        return ""
+    least = ".".join(map(str, _KEEPS_STAGED))
+    return f"replays of {', '.join(found)} read what later calls write, before onnxruntime {least}"
 
 
 def _opened(settings: Session, directory: Path, file: str) -> Any:

@@ -21,49 +21,50 @@ TIMES = (
 )
 
 
-def measure(row: Row, steps: Mapping[str, Step], known: Mapping[str, Any], *, rounds: int) -> dict[str, Any]:
+def measure(
+    row: Row, steps: Mapping[str, Step], known: Mapping[str, Any], stack: contextlib.ExitStack, *, rounds: int
+) -> dict[str, Any]:
     """The result of a row.
 
     Args:
+        stack: closes what is opened, which may crash and cost no result that was written before.
         known: what each step left that was run: the errors of its candidates, and why some do not run.
     """
     problems, facts, errors = dict[str, str](), dict[str, Any](), dict[str, float]()
     sized = [SizedInputs({}, row.batch, row.sample)]
     settings = Settings(rounds=rounds, slice_s=SLICE_S, warmup_s=WARMUP_S)
-    with contextlib.ExitStack() as stack:
-        runners: dict[str, Runner] = {}
-        for name, done in known.items():
-            if done["problem"]:
-                problems[name] = done["problem"]
+    runners: dict[str, Runner] = {}
+    for name, done in known.items():
+        if done["problem"]:
+            problems[name] = done["problem"]
+            continue
+        facts[name] = {"seconds": done.get("seconds"), **done["facts"]}
+        for key, opener in steps[name].candidates(row).items():
+            tried = done["candidates"][key]
+            if tried["problem"]:
+                problems[key] = tried["problem"]
                 continue
-            facts[name] = {"seconds": done.get("seconds"), **done["facts"]}
-            for key, opener in steps[name].candidates(row).items():
-                tried = done["candidates"][key]
-                if tried["problem"]:
-                    problems[key] = tried["problem"]
-                    continue
-                print(f"opening {key}", flush=True)
-                try:
-                    runners[key] = opener()
-                except Exception as error:  # noqa: BLE001, a step boundary: what does not open any more is left out
-                    problems[key] = str(error) or type(error).__name__
-                    continue
-                stack.callback(runners[key].close)
-                errors[key] = tried["relative_l2"]
-        first = benchmark([Candidate(key, runner) for key, runner in runners.items()], sized, baseline=EAGER,
-                          protocol=settings)  # fmt: skip
-        problems.update(first["skipped"])
-        candidates = [
-            {"name": timing["candidate"], "relative_l2": errors[timing["candidate"]]}
-            | {key: timing[key] for key in TIMES}  # type: ignore[literal-required]
-            for timing in first["timings"]
-        ]
-        roles = duellists(candidates, row.name)
-        duel = None
-        if "peer" in roles and "pick" in roles:
-            names = dict.fromkeys([*roles.values(), EAGER])
-            duel = benchmark([Candidate(key, runners[key]) for key in names], sized, baseline=roles["peer"],
-                             protocol=settings, siblings={roles["pick"]: EAGER})  # fmt: skip
+            print(f"opening {key}", flush=True)
+            try:
+                runners[key] = opener()
+            except Exception as error:  # noqa: BLE001, a step boundary: what does not open any more is left out
+                problems[key] = str(error) or type(error).__name__
+                continue
+            stack.callback(runners[key].close)
+            errors[key] = tried["relative_l2"]
+    first = benchmark([Candidate(key, runner) for key, runner in runners.items()], sized, baseline=EAGER,
+                      protocol=settings)  # fmt: skip
+    problems.update(first["skipped"])
+    candidates = [
+        {"name": timing["candidate"], "relative_l2": errors[timing["candidate"]]} | {key: timing[key] for key in TIMES}  # type: ignore[literal-required]
+        for timing in first["timings"]
+    ]
+    roles = duellists(candidates, row.name)
+    duel = None
+    if "peer" in roles and "pick" in roles:
+        names = dict.fromkeys([*roles.values(), EAGER])
+        duel = benchmark([Candidate(key, runners[key]) for key in names], sized, baseline=roles["peer"],
+                         protocol=settings, siblings={roles["pick"]: EAGER})  # fmt: skip
     ratios: dict[str, Any] = {t["candidate"]: t["speed_up"] for t in duel["timings"] if t["speed_up"]} if duel else {}
     for timing in duel["timings"] if duel else []:
         if timing["against_sibling"]:

@@ -78,10 +78,12 @@ class DeviceRunner:
         """A session keeps no state."""
 
     def close(self) -> None:
-        """Waits for the running call, and gives the device's memory back."""
+        """Waits for the running call and the device, and gives the device's memory back."""
         if self._thread is not None:
             self._thread.shutdown()
         with self._lock:
+            if self._session is not None:
+                self._on_device(self.stream.synchronize)  # what runs there may let go of the session's memory
             self._buffers.clear()
             self._session = None
             self.stream.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -119,10 +118,10 @@ class _Captured:
 
 
 def _why(error: BaseException) -> str:
-    """What a capture failed by: the operator that AOTInductor's runtime names, if any."""
-    told = [str(found) for found in (error.__cause__, error.__context__, error) if found is not None]
-    named = next(filter(None, (re.search(r"aoti_torch_\w+", text) for text in told)), None)
-    return f"its launches cannot be captured: {named.group() if named else last_line(error)}"
+    """What a capture failed by: what was raised first."""
+    while before := error.__cause__ or error.__context__:
+        error = before
+    return f"its launches cannot be captured: {last_line(error)}"
 
 
 class _ReplayBound(TorchBound):

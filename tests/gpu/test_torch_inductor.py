@@ -125,6 +125,6 @@ def test_a_call_that_waits_for_the_gpu_is_no_graph(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
     runner, graph = built(tmp_path, Chosen(), {"x": x})
     assert not graph["used"]
-    assert graph["reason"].startswith("its launches cannot be captured: aoti_torch_")
+    assert graph["reason"].startswith("its launches cannot be captured: ")
     (y,) = runner.run({"x": x}).values()
     np.testing.assert_allclose(y, Chosen()(torch.from_numpy(x)), atol=1e-5)

@@ -210,7 +210,7 @@ class SavedGraph:
 def built(on_cpu, monkeypatch, tmp_path):
     """Builds with the CPU's provider under the name of CUDA's; `refuse` is what a graph session answers."""
 
-    def build(text="onnxruntime-cuda", *, precision="fp32", refuse=None, model=MODEL):
+    def build(text="onnxruntime-cuda", *, precision="fp32", refuse=None, model=MODEL, version="1.31.1"):
         opened = []
 
         def session(target, options):
@@ -219,7 +219,7 @@ def built(on_cpu, monkeypatch, tmp_path):
                 raise EngineError(refuse)
             return Session()
 
-        monkeypatch.setattr(OnnxRuntimeCuda, "_require", lambda target: {"onnxruntime": "1.31.1"})
+        monkeypatch.setattr(OnnxRuntimeCuda, "_require", lambda target: {"onnxruntime": version})
         monkeypatch.setattr(OnnxRuntimeCuda, "_session", session)
         monkeypatch.setattr(onnxruntime_cuda, "Stream", FakeStream)
         directory = tmp_path / f"onnxruntime-cuda-{precision}"
@@ -265,6 +265,17 @@ def test_build_without_a_graph_says_why(built):
     assert info.details["cuda_graph"] == {"used": False, "reason": reason}
     check(target.runner(directory, info).run(SAMPLE), SAMPLE["x"], flip=True)
     assert opened[-1]["enable_cuda_graph"] == "0"
+
+
+@pytest.mark.parametrize(("version", "used"), [("1.29.2", False), ("1.30.0", True), ("2.0", True)])
+def test_replays_would_read_what_was_overwritten_in_older_versions(built, version, used):
+    halves = """one = Where(flip, minus, x)  twice = Concat<axis = 1>(one, minus)
+  columns = Constant<value = int64[2] {2, 2}>()  y, rest = Split<axis = 1>(twice, columns)"""
+    model = MODEL.replace("y = Where(flip, minus, x)", halves)
+    info = built(model=model, version=version)[2]
+    assert info.details["cuda_graph"]["used"] is used
+    reason = "replays of Concat, Split read what later calls write, before onnxruntime 1.30"
+    assert info.details["cuda_graph"]["reason"] == ("" if used else reason)
 
 
 def test_a_capture_that_fails_is_recorded(built, monkeypatch):

@@ -33,7 +33,9 @@ class Package:
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         if self.failing():
-            raise RuntimeError("many frames\naoti_torch_cuda_nonzero(x, &y) API call failed at /tmp/file.cpp, line 7")
+            raise RuntimeError(
+                "CUDA error: operation not permitted\nCompile with `TORCH_USE_CUDA_DSA` to enable checks"
+            )
         self.calls += 1
         place = self.places.setdefault(len(x), torch.empty_like(x))
         torch.mul(x, 2, out=place)
@@ -103,7 +105,7 @@ def test_what_cannot_be_captured_is_launched_call_by_call(capturing: list[bool])
     package.failing = lambda: capturing[0]
     runner = ReplayRunner(lambda: package, INFO, "cpu")
     assert runner.run(x_of(1, 2))["y"].tolist() == [2, 4]
-    assert runner.refusal == "its launches cannot be captured: aoti_torch_cuda_nonzero"
+    assert runner.refusal == "its launches cannot be captured: CUDA error: operation not permitted"
     assert runner.run(x_of(3, 4))["y"].tolist() == [6, 8]
     bound = runner.bind(x_of(5))
     bound.run()
@@ -114,7 +116,7 @@ def test_a_call_that_fails_by_itself_is_told(capturing: list[bool]) -> None:
     package = Package()
     package.failing = lambda: True
     runner = ReplayRunner(lambda: package, INFO, "cpu")
-    with pytest.raises(EngineError, match="engine e failed to run: aoti_torch_cuda_nonzero"):
+    with pytest.raises(EngineError, match="engine e failed to run: CUDA error: operation not permitted"):
         runner.run(x_of(1))
     assert not runner.refusal
     package.failing = lambda: False
