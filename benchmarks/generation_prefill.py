@@ -30,7 +30,10 @@ from enginesmith.targets import parse_target
 LENGTH = 1024
 PEER = "torch.compile"
 ENGINES = {
-    "fp32": {"onnxruntime-cpu": "onnxruntime-cpu:threads={threads}"},
+    "fp32": {
+        "onnxruntime-cpu": "onnxruntime-cpu:threads={threads}",
+        "torch-inductor": "torch-inductor:threads={threads}",
+    },
     "fp16": {"onnxruntime-cuda": "onnxruntime-cuda", "torch-inductor": "torch-inductor:device=cuda"},
 }
 """By the precision: that of a CPU, and that of a GPU."""

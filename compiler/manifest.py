@@ -5,7 +5,7 @@ Units are in the names. A number that does not exist is None (an SNR of equal ar
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 FORMAT = 1
 """Version of the manifest's layout; a bundle of another version is refused."""
@@ -41,7 +41,10 @@ class OutputMetrics(TypedDict):
 
 
 class TaskMetric(TypedDict):
-    """The user's own metric over the data, with its 95 % bootstrap interval, beside the reference's."""
+    """The user's own metric over the data, with its 95 % bootstrap interval, beside the reference's.
+
+    `perplexity` is exp(-value), where the metric is the ln p of tokens.
+    """
 
     name: str
     value: float
@@ -49,6 +52,8 @@ class TaskMetric(TypedDict):
     high: float
     reference: float
     samples: int
+    perplexity: NotRequired[float]
+    perplexity_of_reference: NotRequired[float]
 
 
 class BudgetRecord(TypedDict):

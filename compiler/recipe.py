@@ -29,6 +29,9 @@ from .validation.metrics import resolve_tolerance
 PATHS = ("model", "weights", "data", "calibration_data", "metric")
 """Fields that name files, relative to the recipe that holds them."""
 
+PERPLEXITY = "<perplexity>"
+"""The metric of language models that needs no file; users write it without the brackets."""
+
 LISTS = ("inputs", "dynamic", "targets", "precisions", "require", "passes", "baselines")
 
 PRECISIONS = {
@@ -94,7 +97,8 @@ class Recipe(BaseModel):
     random_calibration: bool = False
     """Let quantization take its ranges from random inputs, where there are no data."""
     metric: str | None = None
-    """Task metric, file.py:function(outputs, inputs), for instance metric.py:accuracy."""
+    """Task metric, file.py:function(outputs, inputs), for instance metric.py:accuracy; or perplexity: of a language
+    model, by the token that follows each prompt, next in the data."""
     targets: Annotated[tuple[str, ...], Flag("target", "-t", metavar="NAME[:OPTION=VALUE,...]")] = ()
     """Target with its options, for instance tensorrt:builder_level=4, or file.py:Class for one of your own. Default:
     what this machine runs best."""
@@ -185,6 +189,11 @@ class Recipe(BaseModel):
     @classmethod
     def _path(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @pydantic.field_validator("metric")
+    @classmethod
+    def _perplexity_is_no_path(cls, value: str | None) -> str | None:
+        return PERPLEXITY if value == PERPLEXITY.strip("<>") else value
 
     @pydantic.field_validator(*LISTS, mode="before")
     @classmethod
@@ -330,8 +339,9 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         raise RecipeError(f"recipe {str(path)!r} holds no fields", expected="field: value", found=type(values).__name__)
     values.pop("$schema", None)
     for name in PATHS:
-        if isinstance(values.get(name), str) and values[name] and not values[name].startswith("<"):
-            values[name] = str(path.parent / values[name])
+        value = values.get(name)
+        if isinstance(value, str) and value and not value.startswith("<") and value != PERPLEXITY.strip("<>"):
+            values[name] = str(path.parent / value)
     for name in ("passes", "targets"):
         if isinstance(given := values.get(name), (str, list)):
             listed = [given] if isinstance(given, str) else given

@@ -18,7 +18,7 @@ from .data import Data, open_data, resized
 from .ladder.objective import LATENCY, Objective
 from .manifest import Benchmark, EngineRecord, OutputMetrics, Timing
 from .ranking import decisive, ranks
-from .recipe import Recipe
+from .recipe import PERPLEXITY, Recipe
 from .signature import Signature, parse_inputs
 from .states import as_floats, in_the_middle
 from .storage.cache import Cache
@@ -201,7 +201,7 @@ def sized(signature: Signature, sample: Mapping[str, np.ndarray], sizes: Mapping
 
 
 def load_metric(recipe: Recipe) -> MetricFunction | None:
-    """The user's metric.
+    """The user's metric, or the one that a name stands for.
 
     Raises:
         RecipeError: there is no such file, or what it names does not take outputs and inputs.
@@ -209,6 +209,10 @@ def load_metric(recipe: Recipe) -> MetricFunction | None:
     """
     if recipe.metric is None:
         return None
+    if recipe.metric == PERPLEXITY:
+        from .generation.likelihood import log_likelihood
+
+        return log_likelihood
     from .sources.user_code import check_call, load_symbol, running
 
     metric: MetricFunction = load_symbol(recipe.metric, kind="metric", error=RecipeError)

@@ -21,6 +21,8 @@ network, W = _small["network"], _small["W"]
 
 ON_ITS_WAY_S = 0.25
 """How long a request may take to reach the server where others use the processors."""
+REFUSED = ("Server is stopping", "has no available versions")
+"""What Triton says to requests that come while it ends."""
 
 
 def infer_input(x: np.ndarray, name: str = "x", kind: str = "FP32") -> Any:
@@ -87,14 +89,15 @@ class Load:
     def unanswered(self, asked_at: float) -> list[Answer]:
         """Requests that were sent before the server was asked to end, and got no right answer.
 
-        One that was sent just before may have come just after, and is refused then as every later one.
+        One that was sent just before may have come just after, and is refused then as every later one: Triton looks for
+        the model before it takes a request, and does not find it once that is unloaded.
         """
         return [
             answer
             for answer in list(self.answers)
             if answer.sent < asked_at - 0.005
             and answer.outcome != "right"
-            and not ("Server is stopping" in answer.error and answer.sent > asked_at - ON_ITS_WAY_S)
+            and not (any(text in answer.error for text in REFUSED) and answer.sent > asked_at - ON_ITS_WAY_S)
         ]
 
     def errors(self) -> dict[str, int]:

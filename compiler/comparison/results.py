@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import EngineError, EnginesmithError
 from ..again import validate_bundle
 from ..manifest import Tolerance, Validation
-from ..recipe import Recipe, read_recipe
+from ..recipe import PERPLEXITY, Recipe, read_recipe
 from ..states import class_scores
 from ..trial import load_metric
 from ..validation.metrics import Judge, resolve_tolerance
@@ -147,7 +147,7 @@ def _metric(
         if place.bundle is None:
             continue
         own = read_recipe(place.bundle.path / "recipe.yaml")
-        if own.metric and _file(own.metric).is_file():
+        if own.metric and (own.metric == PERPLEXITY or _file(own.metric).is_file()):
             metric = load_metric(own)
             return (_name(metric), metric) if metric else None
     return None

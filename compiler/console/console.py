@@ -15,7 +15,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ..manifest import Benchmark, EngineRecord, OutputMetrics, Timing, Validation
+from ..manifest import Benchmark, EngineRecord, OutputMetrics, TaskMetric, Timing, Validation
 from ..progress import Progress
 from ..report import view
 from ..signature import Signature
@@ -133,9 +133,15 @@ def show_validations(validations: Sequence[Validation]) -> None:
             console.print(
                 f"{validation['engine']}: {escape(metric['name'])} {metric['value']:.4f} "
                 f"[{metric['low']:.4f}, {metric['high']:.4f}], reference {metric['reference']:.4f}, "
-                f"{metric['samples']} samples",
+                f"{metric['samples']} samples{_perplexities(metric)}",
                 markup=False,
             )
+
+
+def _perplexities(metric: TaskMetric) -> str:
+    if "perplexity" not in metric:
+        return ""
+    return f"; perplexity {metric['perplexity']:.3f}, reference {metric['perplexity_of_reference']:.3f}"
 
 
 def show_benchmark(benchmark: Benchmark) -> None:

@@ -150,6 +150,7 @@ def _output_case(group: str, output: OutputMetrics, validation: Validation) -> C
     numbers["samples"] = validation["samples"]
     if (metric := validation["metric"]) is not None:
         numbers |= {f"metric_{metric['name']}": metric["value"], "metric_of_reference": metric["reference"]}
+        numbers |= {name: metric[name] for name in ("perplexity", "perplexity_of_reference") if name in metric}
     outcome: Outcome = "passed" if output["passed"] else "failure"
     first = next(iter(output["failures"]), "")
     return Case(group, f"output {output['output']}", outcome, first, "\n".join(output["failures"]), numbers)

@@ -7,11 +7,12 @@ A model that finds all of V tokens equally likely has a perplexity of V; one tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ...errors import RecipeError
 from ...targets.base import Runner
 from ..signature import Signature
 from .choice import check_number
@@ -39,6 +40,33 @@ def log_likelihoods(
 def perplexity(runner: Runner, signature: Signature, texts: Any, eviction: Eviction | None = None) -> float:
     """Of all texts together; see `Engine.perplexity`."""
     return float(np.exp(-np.concatenate(log_likelihoods(runner, signature, texts, eviction)).mean()))
+
+
+def log_likelihood(outputs: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The metric `perplexity`: ln p of the token `next` (rows) by the outputs `logits` (rows, vocabulary).
+
+    Raises:
+        RecipeError: there are no such logits, or no such tokens.
+    """
+    logits, tokens = outputs.get("logits"), inputs.get("next")
+    if logits is None or logits.ndim != 2:
+        raise RecipeError(
+            "metric perplexity is of a language model", expected="an output logits of (rows, vocabulary)",
+            found=", ".join(f"{name} {array.shape}" for name, array in outputs.items()),
+        )  # fmt: skip
+    if tokens is None:
+        raise RecipeError(
+            "metric perplexity needs the token that follows each prompt", expected="next (rows) in the data",
+            found=", ".join(inputs), hint="add it to --data beside ids; see docs/generation.md",
+        )  # fmt: skip
+    within = tokens.dtype.kind in "iu" and tokens.shape == logits.shape[:1]
+    if not within or ((tokens < 0) | (tokens >= logits.shape[1])).any():
+        raise RecipeError(
+            "metric perplexity cannot read next in the data",
+            expected=f"{len(logits)} whole numbers from 0 to {logits.shape[1] - 1}",
+            found=f"{tokens.dtype} of shape {tokens.shape}",
+        )
+    return log_probabilities(logits, tokens)
 
 
 def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:

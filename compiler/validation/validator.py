@@ -16,6 +16,7 @@ import numpy as np
 
 from ...errors import DataError, EngineError, EnginesmithError, RecipeError
 from ..budget import Budget, Meter
+from ..generation.likelihood import log_likelihood
 from ..manifest import BudgetRecord, OutputMetrics, TaskMetric, Validation
 from ..signature import Signature
 from ..states import class_scores
@@ -176,7 +177,7 @@ class _Scores:
         generator = np.random.default_rng(seed)
         means = [values[generator.integers(0, values.size, values.size)].mean() for _ in range(RESAMPLES)]
         low, high = np.quantile(means, [0.025, 0.975])
-        return TaskMetric(
+        found = TaskMetric(
             name=_name(self._metric),
             value=float(values.mean()),
             low=float(low),
@@ -184,6 +185,10 @@ class _Scores:
             reference=float(np.concatenate(self._reference).mean()),
             samples=int(values.size),
         )
+        if self._metric is log_likelihood:
+            found["perplexity"] = float(np.exp(-found["value"]))
+            found["perplexity_of_reference"] = float(np.exp(-found["reference"]))
+        return found
 
     def _numbers(self, outputs: Arrays, inputs: Arrays) -> np.ndarray:
         assert self._metric is not None

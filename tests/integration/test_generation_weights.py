@@ -14,14 +14,6 @@ from enginesmith.targets._onnxruntime_states import StatesRunner
 
 pytestmark = pytest.mark.slow
 LENGTH, VOCABULARY = 48, 512
-METRIC = """
-import numpy as np
-
-def log_likelihood(outputs, inputs):
-    logits = outputs["logits"].astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits[np.arange(len(logits)), inputs["next"]] - np.log(np.exp(logits).sum(axis=1))
-"""
 
 
 def gpt2() -> transformers.PreTrainedModel:
@@ -52,14 +44,13 @@ def bundle(tmp_path_factory, texts):
     lengths = np.arange(16) % 16 + 8  # prompts of many lengths, padded
     following = texts[32:][np.arange(16), lengths]
     np.savez(root / "test.npz", ids=texts[32:], count=lengths, next=following)
-    (root / "metric.py").write_text(METRIC)
     return enginesmith.compile(
         gpt2(),
         root / "bundle",
         decoder={"max_length": LENGTH, "batch": 4},
         data=str(root / "test.npz"),
         calibration_data=str(root / "calibration.npz"),
-        metric=f"{root}/metric.py:log_likelihood",
+        metric="perplexity",
         budget="metric=0.05",
         tolerances={
             "int4-weights": {"relative_l2": 1, "max_abs": 1, "cosine": 0, "top1": 0}

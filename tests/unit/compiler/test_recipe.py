@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from enginesmith.compiler.recipe import Recipe, make_recipe, read_recipe, schema
+from enginesmith.compiler.generation.likelihood import log_likelihood
+from enginesmith.compiler.recipe import PERPLEXITY, Recipe, make_recipe, read_recipe, schema
+from enginesmith.compiler.trial import load_metric
 from enginesmith.errors import RecipeError, UnknownNameError
 
 
@@ -149,6 +151,15 @@ def test_an_empty_path_is_refused(tmp_path, name):
     (tmp_path / "recipe.yaml").write_text(f"model: m.onnx\n{name}: ''\n")
     with pytest.raises(RecipeError, match=rf"field '{name}' of the recipe recipe.yaml is empty"):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_perplexity_is_a_metric_and_no_path(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: m.onnx\nmetric: perplexity\n")
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert recipe.metric == make_recipe({"metric": "perplexity"}).metric == PERPLEXITY
+    assert load_metric(recipe) is log_likelihood
+    (tmp_path / "again.yaml").write_text(f"model: m.onnx\nmetric: {PERPLEXITY}\n")
+    assert read_recipe(tmp_path / "again.yaml").metric == PERPLEXITY
 
 
 def test_paths_and_single_items_of_the_python_api():

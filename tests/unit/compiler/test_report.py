@@ -320,6 +320,13 @@ def test_failures_are_told_in_words() -> None:
     assert "accuracy 0.9861 0.9722 to 0.9972 0.9861 360" in text
 
 
+def test_perplexity_is_told_beside_its_metric() -> None:
+    manifest = example()
+    metric = engine_of(manifest, BEST)["validation"]["metric"]
+    metric |= {"name": "log_likelihood", "perplexity": 44.1237, "perplexity_of_reference": 44.12}
+    assert "log_likelihood: perplexity 44.124, reference 44.12" in page(manifest).text
+
+
 def test_engines_that_did_not_run_say_why_and_what_to_do() -> None:
     text = page(example()).text
     assert "tensorrt-fp16 failed the TensorRT worker ended by signal 11 (SIGSEGV) after 38 s" in text

@@ -10,7 +10,13 @@ import pytest
 from rich.console import Console
 
 from enginesmith.compiler.bundle import Bundle
-from enginesmith.compiler.console.console import print_table, show_benchmark, show_bundle, show_diagnosis
+from enginesmith.compiler.console.console import (
+    print_table,
+    show_benchmark,
+    show_bundle,
+    show_diagnosis,
+    show_validations,
+)
 from enginesmith.compiler.manifest import Manifest
 
 example = runpy.run_path(str(Path(__file__).parents[1] / "manifest_example.py"))["example"]
@@ -35,6 +41,15 @@ def test_engines_with_error_times_and_speed_up(shown: Any) -> None:
     assert "tensorrt-rtx-fp16 built - - - - - - 0.8" in lines
     assert any(line.startswith("The speed-up is the median of the rounds' ratios") for line in lines)
     assert lines[-1] == "verdict: PASS report: out/report.html"
+
+
+def test_perplexity_is_told_beside_its_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    validation = example()["engines"][0]["validation"]
+    show_validations([validation])
+    assert "reference 0.9861, 360 samples\n" in capsys.readouterr().out
+    validation["metric"] |= {"perplexity": 44.1237, "perplexity_of_reference": 44.12}
+    show_validations([validation])
+    assert "reference 0.9861, 360 samples; perplexity 44.124, reference 44.120\n" in capsys.readouterr().out
 
 
 def test_a_dropped_engine_is_no_failure(shown: Any) -> None:

@@ -48,12 +48,16 @@ def test_validations_are_cases_and_so_are_budgets(tmp_path: Path) -> None:
     validation = example()["engines"][0]["validation"]
     assert validation is not None
     validation["budget"] = {"text": "metric=0.003", "value": 0.02, "holds": False, "problem": ""}
+    assert validation["metric"] is not None
+    validation["metric"] |= {"perplexity": 44.12, "perplexity_of_reference": 44.1}
     with junit_report(tmp_path / "junit.xml", "validate") as report:
         report(validation_cases([validation]))
     root = check_form(tmp_path / "junit.xml")
     group = "enginesmith.validate.onnxruntime-cpu-fp32"
     assert outcome(root, group, "budget metric=0.003")[:2] == ("failure", "measured 0.02")
-    assert outcome(root, group, "output logits")[0] == "passed"
+    found, _, output = outcome(root, group, "output logits")
+    assert found == "passed"
+    assert "perplexity: 44.12\nperplexity_of_reference: 44.1" in output
     assert next(root.iter("testsuite")).attrib["name"] == "enginesmith validate"
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from enginesmith.compiler.engine import load
-from enginesmith.compiler.generation.likelihood import log_likelihoods, log_probabilities
+from enginesmith.compiler.generation.likelihood import log_likelihood, log_likelihoods, log_probabilities
 from enginesmith.compiler.signature import Signature, TensorSpec
-from enginesmith.errors import DataError, EngineError
+from enginesmith.errors import DataError, EngineError, RecipeError
 
 small = runpy.run_path(str(Path(__file__).parents[3] / "small_decoder.py"))
 TEXTS = [[3, 1, 4, 1, 5], [1, 0], [5, 9, 2, 6, 5, 3, 5, 8], [7, 7, 7], [2, 7, 1, 8]]
@@ -80,3 +80,34 @@ def test_an_engine_without_a_cache_is_refused():
     plain = Signature(inputs=(TensorSpec("image", "float32", (1, 3)),))
     with pytest.raises(EngineError, match="the engine has no cache"):
         log_likelihoods(None, plain, [[1, 2]])  # type: ignore[arg-type]
+
+
+def test_the_metric_of_perplexity_is_the_mean_cross_entropy():
+    logits, following = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32) * 9, np.array([6, 0, 3, 3, 1])
+    found = log_likelihood({"logits": logits}, {"ids": following, "next": following})
+    powers = np.exp(logits.astype(np.float64))
+    assert found == pytest.approx(np.log(powers[np.arange(5), following] / powers.sum(1)))
+    even = log_likelihood({"logits": np.full((2, 7), 1e4, np.float32)}, {"next": np.array([0, 6])})
+    assert np.exp(-even.mean()) == pytest.approx(7)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "message"),
+    [
+        ({"y": (2, 7)}, {"next": [0, 1]}, r"metric perplexity is of a language model\n.*logits of .*\n.*y \(2, 7\)"),
+        ({"logits": (2, 3, 7)}, {"next": [0, 1]}, "is of a language model"),
+        (
+            {"logits": (2, 7)},
+            {"ids": [0, 1]},
+            r"needs the token that follows each\b.*\n.*next .*\n.*: ids\n.*--data",
+        ),
+        ({"logits": (2, 7)}, {"next": [0, 7]}, r"cannot read next in the data\n.*2 whole numbers from 0 to 6"),
+        ({"logits": (2, 7)}, {"next": [-1, 0]}, "cannot read next in the data"),
+        ({"logits": (2, 7)}, {"next": [1]}, "cannot read next in the data"),
+        ({"logits": (2, 7)}, {"next": [0.5, 1]}, r"cannot read next.*\n.*\n.*float64 of shape \(2,\)"),
+    ],
+)
+def test_the_metric_of_perplexity_says_what_it_needs(outputs, inputs, message):
+    made = {name: np.zeros(shape, np.float32) for name, shape in outputs.items()}
+    with pytest.raises(RecipeError, match=message):
+        log_likelihood(made, {name: np.array(values) for name, values in inputs.items()})

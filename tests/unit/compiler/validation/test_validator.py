@@ -17,6 +17,7 @@ import torch
 from polygraphy.comparator import Comparator, RunResults
 
 from enginesmith.compiler.data import open_data
+from enginesmith.compiler.generation.likelihood import log_likelihood
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.compiler.sources import Model
 from enginesmith.compiler.validation.metrics import TOLERANCES
@@ -199,6 +200,17 @@ def test_the_metric_of_the_user_stands_beside_the_references(record: ReferenceOu
     assert found["low"] < found["value"] < found["high"] <= 1
     assert found["reference"] == 1
     assert validate("biased", Biased(), record, precision="fp32", metric=accuracy)["metric"] == found
+
+
+def test_perplexity_stands_beside_the_metric_that_it_is_made_of(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    sample = {"x": generator.random((4, 4), np.float32), "next": np.array([0, 1, 2, 0])}
+    (tmp_path / "record").mkdir()
+    labelled = ReferenceOutputs.record(make_model(Linear()), [sample], tmp_path / "record")
+    found = validate("even", Linear(), labelled, precision="fp32", metric=log_likelihood)["metric"]
+    assert found is not None
+    assert found["perplexity"] == pytest.approx(np.exp(-found["value"]))
+    assert found["perplexity_of_reference"] == pytest.approx(found["perplexity"], rel=1e-5)
 
 
 def test_a_metric_may_give_one_number_a_sample(record: ReferenceOutputs) -> None:
