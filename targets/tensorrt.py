@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .trt.runner import SessionRunner, WorkerRunner
 
 MODULE = "tensorrt"
-REWRITES = ("fuse-transformer:scheme=onnx", "fuse-embeddings")
+_ATTENTION = (10, 14)
+"""The first version whose parser takes ONNX's Attention, of opset 23."""
 OLDEST, NEWEST = (8, 6), (11, 99)
 
 INSTALL = (
@@ -63,7 +64,7 @@ class TensorRT(Target):
         consumes="graph",
         precisions=PRECISIONS,
         devices=("cuda",),
-        opset=(9, 22),
+        opset=(9, 23),
         gpu_to_build=True,
         minimum={"tensorrt": "8.6"},
         sparsity=("2:4",),
@@ -75,8 +76,8 @@ class TensorRT(Target):
         check_options(self.name, self.workspace_gib, self.builder_level, self.aux_streams)
 
     def rewrites(self, precision: str) -> tuple[str, ...]:
-        """ONNX's own operators alone, which the parser takes."""
-        return REWRITES
+        """ONNX's own operators alone, attention among them where the parser of the version found takes it."""
+        return rewrites(precision, attention=_fuses(trt.look(MODULE)))
 
     def tunings(self, precision: str) -> tuple[Tuning, ...]:
         """What the builder may search, and how launches reach the GPU."""
@@ -90,7 +91,10 @@ class TensorRT(Target):
 
     def opset_range(self) -> tuple[int, int] | None:
         """The opsets that the parser of the version found takes."""
-        return (9, 17) if _weakly_typed(trt.look(MODULE)) else self.capabilities.opset
+        found = trt.look(MODULE)
+        if _weakly_typed(found):
+            return 9, 17
+        return self.capabilities.opset if _fuses(found) else (9, 22)
 
     def lowering(self, precision: str) -> tuple[str, ...]:
         """As networks of the version found are typed."""
@@ -165,6 +169,12 @@ def check_options(name: str, workspace_gib: float | None, builder_level: int, au
         raise RecipeError(f"aux_streams of {name} is negative", expected="0 or more", found=aux_streams)
 
 
+def rewrites(precision: str, *, attention: bool) -> tuple[str, ...]:
+    """What both TensorRTs may gain by; their kernels of whole attentions are for half precision."""
+    fused = ("fuse-transformer:scheme=tensorrt",) if attention and precision != "fp32" else ()
+    return ("fuse-transformer:scheme=onnx", *fused, "fuse-embeddings")
+
+
 def _why_not(found: trt.Found, *, to_build: bool = False) -> tuple[str, str]:
     """Why TensorRT cannot be used, and what to do; empty where it can."""
     if found.version is None:
@@ -180,6 +190,11 @@ def _why_not(found: trt.Found, *, to_build: bool = False) -> tuple[str, str]:
 
 def _weakly_typed(found: trt.Found) -> bool:
     return found.version is not None and _numbers(found.version)[0] < STRONGLY_TYPED
+
+
+def _fuses(found: trt.Found) -> bool:
+    """Whether the parser takes attention as one operator; where there is no TensorRT the newest is told of."""
+    return found.version is None or _numbers(found.version)[:2] >= _ATTENTION
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from ..errors import RecipeError, TargetUnavailableError
 from ._tunings import tf32
 from .base import Arrays, Availability, BuildRequest, Capabilities, EngineInfo, Runner, Target, Tuning
 from .profile import Profile
-from .tensorrt import REWRITES, check_options
+from .tensorrt import check_options, rewrites
 from .trt import build as trt
 from .trt.precisions import ALIGNMENT, LOWERINGS, PRECISIONS, refusals
 
@@ -58,7 +58,7 @@ class TensorRTRTX(Target):
         consumes="graph",
         precisions=PRECISIONS,
         devices=("cuda",),
-        opset=(9, 22),
+        opset=(9, 23),
         minimum={"tensorrt-rtx": "1.4"},
         sparsity=("2:4",),
         alignment=ALIGNMENT,
@@ -77,7 +77,7 @@ class TensorRTRTX(Target):
 
     def rewrites(self, precision: str) -> tuple[str, ...]:
         """ONNX's own operators alone, which the parser takes."""
-        return REWRITES
+        return rewrites(precision, attention=True)
 
     def tunings(self, precision: str) -> tuple[Tuning, ...]:
         """As for TensorRT, but for what only that has."""

@@ -1,4 +1,4 @@
-"""Builds the nodes that stand for an attention: com.microsoft's MultiHeadAttention, or Attention with its weights."""
+"""Builds the nodes that stand for an attention: ONNX's Attention, or com.microsoft's, or its MultiHeadAttention."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from .operands import Operand
 from .patterns import rank, size
 from .projections import Packed, packed
 
-Form = Literal["operands", "weights"]
-"""Whether the fused operator takes queries, keys and values, or, where it can, the tensor that they are products of."""
+Form = Literal["onnx", "operands", "weights"]
+"""Whose operator: ONNX's, or of ONNX Runtime the one that takes queries, keys and values, or where it can the one that
+takes the tensor that they are products of."""
+OPSET = 23
+"""The first with an operator of its own for attention."""
 
 
 class Attending:
@@ -31,6 +34,10 @@ class Attending:
 
     def why_not(self, found: Attention) -> str:
         """Why an attention stays as it is; empty where it can be replaced."""
+        if self._form == "onnx" and self._patcher.graph.opset < OPSET:
+            return f"opset {self._patcher.graph.opset} has no Attention; opset {OPSET} is the first"
+        if self._form == "onnx" and found.scale <= 0:
+            return f"its scale is {found.scale:g}, and Attention takes positive ones"
         if outlives(found.softmax.outputs, found.result):
             return "its probabilities, or what comes of them, are used elsewhere"
         for mask in found.masks:
@@ -41,6 +48,10 @@ class Attending:
     def apply(self, patch: Patch, found: Attention) -> None:
         """Puts the fused node in the place of the last node of the attention."""
         bias = self._bias(patch, found)
+        if self._form == "onnx":
+            heads: Attributes = {"q_num_heads": found.heads, "kv_num_heads": found.heads, "scale": found.scale}
+            self._finish(patch, found, "Attention", [*self._operands(patch, found), bias], heads, "")
+            return
         attributes: Attributes = {"num_heads": found.heads, "scale": found.scale}
         together = self._packed(found)
         if together is not None:
@@ -55,13 +66,14 @@ class Attending:
         self._finish(patch, found, "MultiHeadAttention", inputs, attributes)
 
     def _finish(
-        self, patch: Patch, found: Attention, operator: str, inputs: Sequence[ir.Value | None], attributes: Attributes
-    ) -> None:
+        self, patch: Patch, found: Attention, operator: str, inputs: Sequence[ir.Value | None], attributes: Attributes,
+        domain: str = MICROSOFT,
+    ) -> None:  # fmt: skip
         """The fused node, and behind it what the attention has beside that."""
         given = list(inputs)
         while given[-1] is None:
             given.pop()
-        steps: list[tuple[str, Attributes, str]] = [(operator, attributes, MICROSOFT)]
+        steps: list[tuple[str, Attributes, str]] = [(operator, attributes, domain)]
         steps += [("Where", {}, "")] if found.guarded else []
         steps += [("Transpose", {"perm": (1, 0, 2)}, "")] if found.turned else []
         steps += [("Reshape", {}, "")] if found.reshape is not None else []
@@ -101,7 +113,7 @@ class Attending:
         return self._made[mask]
 
     def _packed(self, found: Attention) -> Packed | None:
-        if self._form == "operands":
+        if self._form != "weights":
             return None
         together = packed([found.query.joined, found.key.joined, found.value.joined])
         return None if together is None or outlives(together.made, found.result) else together
@@ -111,7 +123,7 @@ class Attending:
         if key.crossed is not None and key.source is key.crossed:
             key = key._replace(split=self._uncrossed(patch, key.crossed))
         rest = [operand.split for operand in (key, value)]
-        if all(operand.source is operand.split for operand in (key, value)):
+        if self._form != "onnx" and all(operand.source is operand.split for operand in (key, value)):
             return [self._joined(patch, query, found), *(split for split in rest if split is not None)]
         return [self._joined(patch, operand, found) for operand in (query, key, value)]
 

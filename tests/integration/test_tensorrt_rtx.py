@@ -43,6 +43,20 @@ cnn (float[batch,3,16,16] image) => (float[batch,8,16,16] logits)
 }
 """
 
+ATTENTION = """
+<ir_version: 10, opset_import: ["" : 23]>
+g (float[batch,3,16,16] image) => (float[batch,4,192] y)
+<int64[3] rows = {0, 4, 192}>
+{
+  half = Cast<to=10>(image)
+  x = Reshape(half, rows)
+  key = Neg(x)
+  value = Relu(x)
+  attended = Attention<q_num_heads=3, kv_num_heads=3, scale=0.125>(x, key, value)
+  y = Cast<to=1>(attended)
+}
+"""
+
 UNKNOWN = """
 <ir_version: 8, opset_import: ["" : 17]>
 g (float[batch,3,16,16] image) => (float[batch,3,16,16] y) { y = DeformConvNowhere(image) }
@@ -101,6 +115,12 @@ def test_an_engine_is_built_without_a_gpu(request_for):
 def test_the_precision_is_that_of_the_graph(request_for):
     request, _, _ = request_for(CNN_FP16, "fp16")
     info = parse_target("tensorrt-rtx:compute_capabilities=8.9").build(request)
+    assert info.details["layers"]["precisions"]["FP16"] >= 2
+
+
+def test_the_parser_takes_attention_as_one_operator(request_for):
+    request, _, _ = request_for(ATTENTION, "fp16")
+    info = parse_target("tensorrt-rtx").build(request)
     assert info.details["layers"]["precisions"]["FP16"] >= 2
 
 

@@ -88,7 +88,7 @@ def test_what_cannot_be_run_is_not_checked(fill, context):
 
 def test_refuses_unknown_schemes():
     with pytest.raises(RecipeError, match="option 'scheme' of 'fuse-transformer' has an unknown value"):
-        parse_pass("fuse-transformer:scheme=tensorrt")
+        parse_pass("fuse-transformer:scheme=openvino")
 
 
 class Encoder(torch.nn.Module):

@@ -92,11 +92,20 @@ def test_tensorrt_rtx_is_missing(machine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "opset"), [("8.6.0", (9, 17)), ("9.3.0", (9, 17)), ("10.9.0", (9, 22)), (None, (9, 22))]
-)
-def test_the_opset_is_that_of_the_version(machine, version, opset):
+    ("version", "opset", "attention"),
+    [
+        ("8.6.0", (9, 17), False), ("9.3.0", (9, 17), False), ("10.9.0", (9, 22), False),
+        ("10.14.1", (9, 23), True), ("11.1.0", (9, 23), True), (None, (9, 23), True),
+    ],
+)  # fmt: skip
+def test_opsets_and_what_is_fused_are_those_of_the_version(machine, version, opset, attention):
     machine(dataclasses.replace(H100, version=version))
     assert parse_target("tensorrt").opset_range() == opset
+    fused = ("fuse-transformer:scheme=tensorrt",) if attention else ()
+    assert parse_target("tensorrt").rewrites("fp16") == ("fuse-transformer:scheme=onnx", *fused, "fuse-embeddings")
+    for target in ("tensorrt", "tensorrt-rtx"):
+        assert parse_target(target).rewrites("fp32") == ("fuse-transformer:scheme=onnx", "fuse-embeddings")
+    assert "fuse-transformer:scheme=tensorrt" in parse_target("tensorrt-rtx").rewrites("bf16")
 
 
 def info(target, **requires):

@@ -4,9 +4,12 @@ import onnx_ir as ir
 import pytest
 
 from enginesmith.compiler.graph import Graph, probe
+from enginesmith.passes.base import PassResult, Refusal
 from enginesmith.passes.fuse_transformer import FuseTransformer
+from enginesmith.passes.opset import Opset
 
 CPU, CUDA = FuseTransformer(scheme="onnxruntime-cpu"), FuseTransformer(scheme="onnxruntime-cuda")
+ONNX, TENSORRT = FuseTransformer(scheme="onnx"), FuseTransformer(scheme="tensorrt")
 
 ATTENTION = """<ir_version: 8, opset_import: ["": 17]>
 g (float[B,S,8] x, float[B,1,1,S] row, float[B,1,S,S] mask, float[S,S] flat, bool[B,1,S,S] allowed) => (float[B,S,8] y)
@@ -279,3 +282,63 @@ def test_a_product_that_is_split_gives_weights_too(fused):
     )
     assert result.changes == {"attention fused": 1}
     assert graph.operators() == {"com.microsoft::Attention": 1}
+
+
+@pytest.mark.parametrize(
+    ("parts", "scale", "inputs"),
+    [
+        ({}, 0.5, 3),
+        ({"scores": "m = MatMul(q, k)  n = Mul(half, m)  d = Add(flat, n)  s = Add(d, mask)"}, 0.5, 4),
+        ({"scores": "m = MatMul(q, k)  n = Mul(m, half)  s = Add(n, row)"}, 0.5, 4),
+        ({"scores": "m = MatMul(q, k)  s = Where(allowed, m, lowest)", "probabilities": GUARD}, 1.0, 4),
+        ({"scores": ROTATED + "s = MatMul(u, l)", "probabilities": "e = Neg(v)  o = MatMul(p, e)"}, 1.0, 3),
+        ({"scores": "n = Neg(k)  s = MatMul(q, n)"}, 1.0, 3),
+        ({"end": "y = Reshape(t, join)"}, 0.5, 3),
+    ],
+)
+def test_the_operator_of_onnx_takes_joined_heads(fused, parts, scale, inputs):
+    graph, result = fused(TENSORRT, attention(**parts))
+    assert result.changes == {"attention fused": 1}
+    assert not result.refusals
+    assert graph.opset == 23
+    node = node_of(graph, "Attention")
+    assert not node.domain
+    assert [node.attributes[name].value for name in ("q_num_heads", "kv_num_heads")] == [2, 2]
+    assert node.attributes["scale"].value == pytest.approx(scale)
+    assert len(node.inputs) == inputs
+    assert all(len(value.shape) == 3 for value in node.inputs[:3])
+
+
+@pytest.mark.parametrize("scores", ["s = Add(o, mask)", "s = Mul(o, one)"])
+def test_the_operator_of_onnx_with_batch_and_heads_as_one_axis(fused, scores):
+    text = FOLDED.replace("s = Add(o, mask)", scores).replace("float half", "float one = {1}, float half")
+    graph, result = fused(TENSORRT, text)
+    assert result.changes == {"attention fused": 1}
+    assert node_of(graph, "Attention").attributes["scale"].value == pytest.approx(0.5)
+
+
+def test_the_operator_of_onnx_begins_with_an_opset(fill, context):
+    graph = fill(attention())
+    result = ONNX(graph, context(graph))
+    assert not result.modified
+    assert "no attention to fuse: opset 17 has no Attention; opset 23 is the first" in result.refusals[0].reason
+    assert graph.opset == 17
+
+
+def test_the_operator_of_onnx_takes_positive_scales(fill, context):
+    graph = fill(attention().replace("half = {0.5}", "half = {-0.5}"))
+    result = TENSORRT(graph, context(graph))
+    assert not result.modified
+    assert "its scale is -0.5, and Attention takes positive ones" in result.refusals[0].reason
+    assert graph.opset == 17
+
+
+def test_where_the_opset_cannot_be_raised_attention_stays(fill, context, monkeypatch):
+    refusal = PassResult(modified=False, refusals=(Refusal("opset 17 could not be converted to 23: why"),))
+    monkeypatch.setattr(Opset, "apply", lambda *_: refusal)
+    graph = fill(attention())
+    result = TENSORRT(graph, context(graph))
+    assert [refused.reason for refused in result.refusals] == [
+        "opset 17 could not be converted to 23: why",
+        "no attention to fuse: opset 17 has no Attention; opset 23 is the first",
+    ]
