@@ -47,6 +47,7 @@ class TensorRT(Target):
             weights.
         cuda_graph: whether to replay launches as a CUDA graph.
         aux_streams: streams beside the main one; None for TensorRT's choice.
+        device_id: the GPU that the engine runs on, by CUDA's number, of the kind of the first, on which it is built.
     """
 
     workspace_gib: float | None = None
@@ -57,6 +58,7 @@ class TensorRT(Target):
     sparsity: bool | None = None
     cuda_graph: bool = True
     aux_streams: int | None = None
+    device_id: int = 0
 
     name: ClassVar[str] = "tensorrt"
     summary: ClassVar[str] = "TensorRT on an NVIDIA GPU"
@@ -74,6 +76,7 @@ class TensorRT(Target):
 
     def __post_init__(self) -> None:
         check_options(self.name, self.workspace_gib, self.builder_level, self.aux_streams)
+        self.require_at_least(0, "device_id")
 
     def rewrites(self, precision: str) -> tuple[str, ...]:
         """ONNX's own operators alone, attention among them where the parser of the version found takes it."""
@@ -156,7 +159,8 @@ class TensorRT(Target):
         if reason:
             raise TargetUnavailableError(reason, hint=install)
         check_machine(info, self)
-        return open_engine(MODULE, directory / info.entry, info.signature, cuda_graph=self.cuda_graph)
+        plan, graph = directory / info.entry, self.cuda_graph
+        return open_engine(MODULE, plan, info.signature, cuda_graph=graph, device=self.device_id)
 
 
 def check_options(name: str, workspace_gib: float | None, builder_level: int, aux_streams: int | None) -> None:

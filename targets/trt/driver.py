@@ -23,16 +23,20 @@ class Failure(Exception):  # noqa: N818 - it is no error of the program
 
 
 class Driver:
-    """The CUDA driver's library. It comes with every driver, where CUDA's runtime library may be missing."""
+    """The CUDA driver's library. It comes with every driver, where CUDA's runtime library may be missing.
 
-    def __init__(self) -> None:
+    Args:
+        device: which GPU, by CUDA's number.
+    """
+
+    def __init__(self, device: int = 0) -> None:
         try:
             self._library = _library()
         except OSError as error:
             raise Failure("unavailable", f"the NVIDIA driver cannot be loaded: {error}") from error
         self("cuInit", 0)
         self.device = ctypes.c_int()
-        self("cuDeviceGet", ctypes.byref(self.device), 0)
+        self("cuDeviceGet", ctypes.byref(self.device), device)
 
     def __call__(self, function: str, *arguments: Any) -> None:
         """Calls a function of the driver; 64-bit arguments must be wrapped, as ctypes passes integers as 32-bit.

@@ -33,9 +33,15 @@ _RUNNING_S = 600.0
 
 
 def open_engine(
-    module: str, plan: Path, signature: Signature, *, cuda_graph: bool, runtime_cache: Path | None = None
+    module: str,
+    plan: Path,
+    signature: Signature,
+    *,
+    cuda_graph: bool,
+    runtime_cache: Path | None = None,
+    device: int = 0,
 ) -> SessionRunner | WorkerRunner:
-    """Opens a plan.
+    """Opens a plan on a GPU, by CUDA's number.
 
     Raises:
         EngineMismatchError: TensorRT refuses the plan.
@@ -44,9 +50,9 @@ def open_engine(
     cache = None if runtime_cache is None else str(runtime_cache)
     if build.in_process(module):
         with _translated():
-            session = Session(importlib.import_module(module), str(plan), cuda_graph, cache)
+            session = Session(importlib.import_module(module), str(plan), cuda_graph, cache, device)
         return SessionRunner(session, signature)
-    return WorkerRunner(module, plan, signature, cuda_graph=cuda_graph, runtime_cache=cache)
+    return WorkerRunner(module, plan, signature, cuda_graph=cuda_graph, runtime_cache=cache, device=device)
 
 
 @contextlib.contextmanager
@@ -177,7 +183,14 @@ class WorkerRunner:
     """An engine in a worker process; arrays travel as files of a scratch folder."""
 
     def __init__(
-        self, module: str, plan: Path, signature: Signature, *, cuda_graph: bool, runtime_cache: str | None
+        self,
+        module: str,
+        plan: Path,
+        signature: Signature,
+        *,
+        cuda_graph: bool,
+        runtime_cache: str | None,
+        device: int,
     ) -> None:
         self._signature = signature
         self._scratch = tempfile.TemporaryDirectory(prefix="enginesmith-", ignore_cleanup_errors=True)
@@ -193,6 +206,7 @@ class WorkerRunner:
                 scratch=self._scratch.name,
                 cuda_graph=cuda_graph,
                 runtime_cache=runtime_cache,
+                device=device,
             )
         except EnginesmithError:
             self.close()

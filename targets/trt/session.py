@@ -29,22 +29,25 @@ BINDINGS = 4
 
 
 class Session:
-    """An engine on the first GPU. Calls must not overlap.
+    """An engine on a GPU. Calls must not overlap.
 
     Args:
         trt: the module ``tensorrt`` or ``tensorrt_rtx``.
         plan: file of the engine.
         cuda_graph: whether to replay launches as CUDA graphs.
         runtime_cache: file where TensorRT-RTX keeps the kernels that it compiles on first use; None for none.
+        device: which GPU, by CUDA's number.
 
     Raises:
         Failure: "unavailable" without driver or GPU, "mismatch" where the plan is not for this GPU and version.
     """
 
-    def __init__(self, trt: Any, plan: str, cuda_graph: bool = True, runtime_cache: str | None = None) -> None:
+    def __init__(
+        self, trt: Any, plan: str, cuda_graph: bool = True, runtime_cache: str | None = None, device: int = 0
+    ) -> None:
         self.trt = trt
         self.cuda_graph = cuda_graph
-        self.driver = Driver()
+        self.driver = Driver(device)
         self._primary = ctypes.c_void_p()
         self.driver("cuDevicePrimaryCtxRetain", ctypes.byref(self._primary), self.driver.device)
         self._logger = make_logger(trt)

@@ -84,10 +84,10 @@ class Worker:
         self._scratch = scratch
         return build(module=self._module, report=lambda *progress: self.answer("progress", progress), **request)
 
-    def load(self, plan: str, scratch: str, cuda_graph: bool, runtime_cache: str | None) -> dict[str, Any]:
+    def load(self, plan: str, scratch: str, cuda_graph: bool, runtime_cache: str | None, device: int) -> dict[str, Any]:
         """Opens an engine; `scratch` is a folder for arrays."""
         self._scratch = scratch
-        self._session = Session(importlib.import_module(self._module), plan, cuda_graph, runtime_cache)
+        self._session = Session(importlib.import_module(self._module), plan, cuda_graph, runtime_cache, device)
         return {"inputs": self._session.inputs, "outputs": self._session.outputs}
 
     def run(self, files: Mapping[str, str]) -> dict[str, str]:

@@ -96,7 +96,8 @@ def test_each_gpu_stage_has_its_device():
     chosen = parse_target("pipeline:of=onnxruntime-cuda:tf32=true,stages=2,devices=cuda:3+cuda:1")
     assert [(t.device_id, t.tf32) for t in map(chosen.stage_target, (0, 1))] == [(3, True), (1, True)]
     assert chosen.capabilities.devices == ("cuda",)
-    assert parse_target("pipeline:of=tensorrt").stage_target(1) == parse_target("tensorrt")
+    assert parse_target("pipeline:of=tensorrt").stage_target(1) == parse_target("tensorrt:device_id=1")
+    assert parse_target("pipeline:of=tensorrt-rtx").stage_target(1) == parse_target("tensorrt-rtx")
 
 
 def test_profile_has_the_layers_of_all_stages(build):
@@ -128,7 +129,7 @@ def test_lowering_ends_with_the_cut():
         ("stages=3,devices=cpu+cpu", "another number of devices than of stages"),
         ("devices=cuda:0+cuda:1", "stages of onnxruntime-cpu do not run on 'cuda:0'"),
         ("of=onnxruntime-cuda,devices=cpu", "stages of onnxruntime-cuda do not run on 'cpu'"),
-        ("of=tensorrt,devices=cuda:0+cuda:1", "stages of tensorrt do not run on 'cuda:1'"),
+        ("of=tensorrt-rtx,devices=cuda:0+cuda:1", "stages of tensorrt-rtx do not run on 'cuda:1'"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

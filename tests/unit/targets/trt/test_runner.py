@@ -30,6 +30,7 @@ for line in sys.stdin:
     command = request["command"]
     if command == "load":
         scratch = request["scratch"]
+        assert request["device"] == 1
         if "other" in request["plan"]:
             answer(error={"kind": "mismatch", "message": "built by another version"})
             continue
@@ -66,7 +67,7 @@ def open_plan(monkeypatch, tmp_path):
     """Opens a plan of that name through the stand-in."""
     monkeypatch.setattr(build, "in_process", lambda module: False)
     monkeypatch.setattr(build, "command", lambda module: [sys.executable, "-c", STAND_IN])
-    return lambda name="model.plan": open_engine("tensorrt", tmp_path / name, SIGNATURE, cuda_graph=True)
+    return lambda name="model.plan": open_engine("tensorrt", tmp_path / name, SIGNATURE, cuda_graph=True, device=1)
 
 
 def test_arrays_travel_to_the_worker_and_back(open_plan):

@@ -11,10 +11,11 @@ import pytest
 
 from enginesmith.compiler.signature import AxisRange, Signature, TensorSpec
 from enginesmith.errors import DataError, EngineError, EngineMismatchError
+from enginesmith.targets.trt import driver as driver_module
 from enginesmith.targets.trt import runner as runner_module
 from enginesmith.targets.trt import session as session_module
 from enginesmith.targets.trt.binding import convert
-from enginesmith.targets.trt.driver import Failure, allocate
+from enginesmith.targets.trt.driver import Driver, Failure, allocate
 from enginesmith.targets.trt.runner import SessionRunner
 from enginesmith.targets.trt.session import BINDINGS, Session
 
@@ -28,8 +29,8 @@ SIGNATURE = Signature(
 class HostDriver:
     """Does on the host what the driver does on the device, and counts its calls."""
 
-    def __init__(self):
-        self.device, self.calls, self.memory, self.refuse = ctypes.c_int(0), [], {}, {}
+    def __init__(self, device=0):
+        self.device, self.calls, self.memory, self.refuse = ctypes.c_int(device), [], {}, {}
 
     def __call__(self, function, *arguments):
         self.calls.append(function)
@@ -377,6 +378,28 @@ def test_a_tensor_that_cannot_be_fetched_leaves_no_stream(monkeypatch):
     with pytest.raises(DataError, match="input 'x' is not contiguous"):
         runner_module._fetched("x", GpuTensor(np.ones((2, 3)).T))
     assert closed
+
+
+def test_the_gpu_is_the_one_that_was_chosen(monkeypatch, open_session):
+    assert open_session(Engine(), device=1).driver.device.value == 1
+    asked = []
+
+    def get(pointer, number):
+        asked.append(number)
+        return 0 if number < 2 else 101
+
+    library = types.SimpleNamespace(
+        cuInit=lambda flags: 0, cuDeviceGet=get,
+        cuGetErrorString=lambda status, text: setattr(text._obj, "value", b"invalid device ordinal"),
+    )  # fmt: skip
+    monkeypatch.setattr(driver_module, "_library", lambda: library)
+    Driver(1)
+    assert asked == [1]
+    with pytest.raises(
+        Failure, match=r"cuDeviceGet of the NVIDIA driver failed: invalid device ordinal \(101\)"
+    ) as caught:
+        Driver(2)
+    assert caught.value.kind == "unavailable"
 
 
 def test_a_plan_that_tensorrt_refuses(open_session):
