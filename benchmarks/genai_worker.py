@@ -2,13 +2,16 @@
 
 `python genai_worker.py MODEL OUTPUT`: MODEL is a folder of transformers, which is converted to OUTPUT in 4 bits as its
 own builder does by default. Then each line on stdin, a JSON object `{"ids": [...], "count": n}`, is answered by a line
-with the new tokens; n is 0 for the logits that follow.
+with the new tokens; n is 0 for the logits that follow, and -1 for the ln p of each token but the first.
 """
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 
 def main(source: str, output: str) -> None:
@@ -30,6 +33,9 @@ def main(source: str, output: str) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        if asked["count"] < 0:
+            print(json.dumps(likelihoods(model, asked["ids"])), flush=True)
+            continue
         length = len(asked["ids"]) + asked["count"]
         parameters = onnxruntime_genai.GeneratorParams(model)
         parameters.set_search_options(do_sample=False, min_length=length, max_length=max(length, len(asked["ids"]) + 1))
@@ -40,6 +46,21 @@ def main(source: str, output: str) -> None:
             generator.generate_next_token()
             found.append(int(generator.get_next_tokens()[0]))
         print(json.dumps(found or generator.get_logits()[0, -1].tolist()), flush=True)
+
+
+def likelihoods(model, ids):
+    """The ln p of each token after those before it, which are read one by one."""
+    import onnxruntime_genai
+
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(do_sample=False, max_length=len(ids) + 1)
+    generator, found = onnxruntime_genai.Generator(model, parameters), []
+    for token, following in itertools.pairwise(ids):
+        generator.append_tokens([token])
+        logits = generator.get_logits()[0, -1].astype("float64")
+        logits -= logits.max()
+        found.append(float(logits[following] - np.log(np.exp(logits).sum())))
+    return found
 
 
 if __name__ == "__main__":

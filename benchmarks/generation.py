@@ -193,8 +193,23 @@ def engine(
 
 def race(candidates: dict[str, Answer], rounds: int, seed: int, new: int = NEW) -> dict[str, dict[str, float]]:
     """Medians over the rounds, and whether the tokens are those of the first candidate."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     tokens = {name: answer(new) for name, answer in candidates.items()}  # the first call warms up
+    first = next(iter(tokens.values()))
+    return {
+        name: {
+            "token_ms": statistics.median((whole - prompt) / (new - 1) for prompt, whole in pairs),
+            "prompt_ms": statistics.median(prompt for prompt, _ in pairs),
+            "same_tokens": tokens[name] == first,
+        }
+        for name, pairs in timed(candidates, rounds, seed, new).items()
+    }
+
+
+def timed(
+    candidates: dict[str, Answer], rounds: int, seed: int, new: int = NEW
+) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds of an answer of one token and of all, of each round, in which all have their turn."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     order, shuffle = list(candidates), random.Random(seed)
     for _ in range(rounds):
         shuffle.shuffle(order)
@@ -205,15 +220,7 @@ def race(candidates: dict[str, Answer], rounds: int, seed: int, new: int = NEW) 
                 candidates[name](count)
                 pair.append((time.perf_counter() - start) * 1e3)
             times[name].append((pair[0], pair[1]))
-    first = next(iter(tokens.values()))
-    return {
-        name: {
-            "token_ms": statistics.median((whole - prompt) / (new - 1) for prompt, whole in pairs),
-            "prompt_ms": statistics.median(prompt for prompt, _ in pairs),
-            "same_tokens": tokens[name] == first,
-        }
-        for name, pairs in times.items()
-    }
+    return times
 
 
 def parse_options() -> argparse.Namespace:

@@ -94,7 +94,8 @@ class Meter:
     def __init__(self, budget: Budget) -> None:
         if budget.kind == "metric" and budget.metric is None:
             raise RecipeError(
-                "the budget is on the metric, and there is none", hint="give a metric, for instance metric.py:accuracy"
+                "the budget is on the metric, and there is none",
+                hint="give a metric, for instance metric.py:accuracy, or perplexity of a language model",
             )
         self.budget = budget
         self.broken = ""

@@ -39,9 +39,18 @@ from .storage.files import appearing_folder
 from .storage.fingerprint import compile_key, is_repeatable, is_self_contained, local_modules, still_hold
 from .storage.memory import release
 from .text import keep_text
-from .trial import TORCH_BASELINES, benchmark_engines, load, load_budget, load_metric, validate_engines, verdict
+from .trial import (
+    TORCH_BASELINES,
+    benchmark_engines,
+    load,
+    load_budget,
+    load_metric,
+    try_metric,
+    validate_engines,
+    verdict,
+)
 from .validation.reference import ReferenceOutputs
-from .variants import Variant, make_variants, not_lowered, not_written, without_effect
+from .variants import Variant, builds, make_variants, not_lowered, not_written, without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +145,7 @@ def _compile(recipe: Recipe, output: Path, module: torch.nn.Module | None, progr
                 model, data.labelled(), _made(job.scratch / "reference"), max_samples=recipe.max_samples
             )
             stage["detail"] = reference.description
+        try_metric(recipe, reference)
         with stages("capture graph") as stage:
             captured = _capture(job, model, data)
             stage["detail"] = captured.record["exporter"] or "no exporter succeeded"
@@ -263,7 +273,9 @@ def _check_calibration(recipe: Recipe, variants: Sequence[Variant]) -> None:
         if rewrite.calibrates:
             raise _no_data(f"pass {rewrite}", "to see what tensors hold")
     for variant in variants:
-        lowered = any(rewrite.calibrates for rewrite in variant.lowering)
+        by_target = variant.precision in variant.target.capabilities.calibrated
+        by_target = by_target and builds(variant.target, variant.precision)
+        lowered = by_target or any(rewrite.calibrates for rewrite in variant.lowering)
         if lowered or any(rewrite.calibrates for rewrite in variant.steps):
             who = f"precision {variant.precision!r}" if lowered else f"engine {variant.name!r}"
             why = "to see the ranges of activations" if lowered else "to see what its layers read"

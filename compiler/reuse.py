@@ -10,6 +10,7 @@ from ..errors import EngineError
 from ..targets.base import Availability, BuildRequest, EngineInfo, Target
 from .extensions import code_of
 from .storage.cache import code_digest, key
+from .storage.fingerprint import is_repeatable
 from .storage.memory import release
 from .trial import calibration_of
 
@@ -54,6 +55,8 @@ def build_or_reuse(
         calibration=calibration.limited() if calibration else None,
     )
     engine_key = _key(job, target, request, state, calibration)
+    if calibration is not None and not is_repeatable(job.recipe):
+        return target.build(request), False
     if info := _reused(job, target, engine_key, request, state):
         return info, True
 

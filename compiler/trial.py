@@ -213,6 +213,8 @@ def load_metric(recipe: Recipe) -> MetricFunction | None:
         from .generation.likelihood import log_likelihood
 
         return log_likelihood
+    if ":" not in recipe.metric and not recipe.metric.endswith(".py"):
+        raise UnknownNameError("metric", recipe.metric, [PERPLEXITY.strip("<>"), "FILE.py:FUNCTION"])
     from .sources.user_code import check_call, load_symbol, running
 
     metric: MetricFunction = load_symbol(recipe.metric, kind="metric", error=RecipeError)
@@ -225,6 +227,18 @@ def load_metric(recipe: Recipe) -> MetricFunction | None:
             return metric(outputs, inputs)
 
     return guarded
+
+
+def try_metric(recipe: Recipe, reference: ReferenceOutputs) -> None:
+    """Calls the metric on the reference's own outputs of one sample, so that what it lacks shows before anything long.
+
+    Raises:
+        RecipeError: what the metric raises.
+    """
+    metric = load_metric(recipe)
+    sample = next((found for found in reference if not found.probe), None) if metric else None
+    if metric and sample:
+        metric(sample.outputs, {**sample.inputs, **sample.labels})
 
 
 def load_budget(recipe: Recipe) -> Budget | None:

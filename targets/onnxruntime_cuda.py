@@ -161,9 +161,9 @@ class OnnxRuntimeCuda(Target):
         return dataclasses.replace(info, details={**info.details, "cuda_graph": graph})
 
     def runner(self, directory: Path, info: EngineInfo) -> Runner:
-        """Opens the session, with a CUDA graph where the build could capture one."""
-        self._require()
-        return self._open(directory, info, graph=info.details["cuda_graph"]["used"])
+        """Opens the session, with a CUDA graph where the build could capture one and the version here keeps one."""
+        here = dataclasses.replace(info, versions=self._require())
+        return self._open(directory, info, graph=info.details["cuda_graph"]["used"] and not _staged(here))
 
     def profile(self, directory: Path, info: EngineInfo, inputs: Arrays) -> Profile | str:
         """By ONNX Runtime's profiler, in a process whose launches block."""

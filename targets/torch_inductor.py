@@ -296,7 +296,7 @@ class TorchInductor(Target):
         program = torch.export.export(module, inputs, dynamic_shapes=(shapes,), strict=False)
         if request.precision != "fp8":
             return program
-        narrow = program.module()
+        narrow = program.run_decompositions({}).module()  # nothing is decomposed, and nothing changed in place any more
         details["fp8"] = self._in_eight_bits(narrow, request)
         return torch.export.export(narrow, inputs, dynamic_shapes=shapes, strict=False)
 

@@ -101,7 +101,7 @@ def _own(label: str, place: Place, given: Mapping[str, Any], notes: list[str]) -
         return None
     fields = {name: given[name] for name in ("metric", "tolerances", "max_samples") if name in given}
     recipe = read_recipe(place.bundle.path / "recipe.yaml")
-    if "metric" not in fields and recipe.metric and not _file(recipe.metric).is_file():
+    if "metric" not in fields and recipe.metric and not _is_here(recipe.metric):
         fields["metric"] = None
         notes.append(f"{label} was compiled with the metric {recipe.metric!r}, which is not here")
         if recipe.budget and recipe.budget.startswith("metric="):
@@ -147,7 +147,7 @@ def _metric(
         if place.bundle is None:
             continue
         own = read_recipe(place.bundle.path / "recipe.yaml")
-        if own.metric and (own.metric == PERPLEXITY or _file(own.metric).is_file()):
+        if own.metric and _is_here(own.metric):
             metric = load_metric(own)
             return (_name(metric), metric) if metric else None
     return None
@@ -196,8 +196,8 @@ class _Scores:
         )
 
 
-def _file(symbol: str) -> Path:
-    return Path(symbol.rpartition(":")[0] or symbol)
+def _is_here(metric: str) -> bool:
+    return metric == PERPLEXITY or Path(metric.rpartition(":")[0] or metric).is_file()
 
 
 def _name(metric: MetricFunction | None) -> str:

@@ -34,6 +34,8 @@ MetricFunction = Callable[[Arrays, Arrays], Any]
 
 FLOOR_SAMPLES = 8
 RESAMPLES = 1000
+LARGEST_LOG = 709.0
+"""Below the logarithm of the largest float64: a perplexity beyond that is no number."""
 
 
 def validate(
@@ -185,9 +187,9 @@ class _Scores:
             reference=float(np.concatenate(self._reference).mean()),
             samples=int(values.size),
         )
-        if self._metric is log_likelihood:
-            found["perplexity"] = float(np.exp(-found["value"]))
-            found["perplexity_of_reference"] = float(np.exp(-found["reference"]))
+        if self._metric is log_likelihood and max(-found["value"], -found["reference"]) < LARGEST_LOG:
+            found["perplexity"] = math.exp(-found["value"])
+            found["perplexity_of_reference"] = math.exp(-found["reference"])
         return found
 
     def _numbers(self, outputs: Arrays, inputs: Arrays) -> np.ndarray:

@@ -11,6 +11,7 @@ graph. The host takes a token while the device is at the next one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -37,7 +38,7 @@ from ...compiler.states import (
     rates,
     vocabulary,
 )
-from ...errors import DataError
+from ...errors import DataError, EngineError
 from .._caches import Caches
 from .._onnxruntime import to_numpy
 from ..base import Arrays, Bound
@@ -151,6 +152,8 @@ class DecodingRunner(CachesRunner):
 
     def close(self) -> None:
         """As of `DeviceRunner`."""
+        with contextlib.suppress(EngineError):  # closed before, or of a GPU that has failed
+            self.turn(self.stream.synchronize)
         self._calls.clear()
         self._shared.clear()
         self._choosers.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -83,7 +84,8 @@ class DeviceRunner:
             self._thread.shutdown()
         with self._lock:
             if self._session is not None:
-                self._on_device(self.stream.synchronize)  # what runs there may let go of the session's memory
+                with contextlib.suppress(EngineError):  # of a GPU that has failed
+                    self._on_device(self.stream.synchronize)  # what runs there may let go of the session's memory
             self._buffers.clear()
             self._session = None
             self.stream.close()

@@ -37,6 +37,8 @@ class _Read:
     def add(self, x: torch.Tensor) -> None:
         """Adds a tensor (..., k)."""
         rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):
+            return
         largest = float(rows.abs().amax())
         self.largest = max(self.largest, largest if math.isfinite(largest) else math.inf)
         total = rows.sum(0, dtype=torch.float64)
@@ -48,12 +50,12 @@ def quantize(module: torch.fx.GraphModule, samples: Iterable[Sequence[torch.Tens
     """Puts products in FP8 in the place of a module's linear layers, where sizes let it.
 
     Args:
-        module: the module of an exported program, on the device that the samples are on. What it holds in buffers is
-            the same afterwards.
+        module: the module of an exported program that changes no tensor in place, on the device that the samples are
+            on. What it holds in buffers is the same afterwards.
         samples: its inputs, in their order.
 
     Returns:
-        How many layers now compute in FP8.
+        How many layers now compute in FP8. Those that read no row of the samples do not.
 
     Raises:
         ValueError: there is no sample, or a layer reads what is not finite.
@@ -64,11 +66,12 @@ def quantize(module: torch.fx.GraphModule, samples: Iterable[Sequence[torch.Tens
             groups.setdefault(node.args[0], []).append(node)
     reads = _observed(module, groups, samples)
     for number, (x, layers) in enumerate(groups.items()):
-        _replace(module, f"fp8_{number}", x, layers, reads[x])
+        if reads[x].rows:
+            _replace(module, f"fp8_{number}", layers, reads[x])
     module.graph.eliminate_dead_code()
     _forget_unused(module)
     module.recompile()
-    return sum(map(len, groups.values()))
+    return sum(len(layers) for x, layers in groups.items() if reads[x].rows)
 
 
 def _fits(module: torch.fx.GraphModule, layer: torch.fx.Node) -> bool:
@@ -101,23 +104,22 @@ def _observed(
             return made
 
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    number = 0
     with torch.no_grad():
-        for sample in samples:
+        for number, sample in enumerate(samples, start=1):  # noqa: B007, their number
             Observer(module).run(*sample)
         for name, buffer in module.named_buffers():
             buffer.copy_(state[name])
+    if not number:
+        raise ValueError("there are no samples to see the ranges of activations in")
     for node, read in reads.items():
-        if not read.rows:
-            raise ValueError("there are no samples to see the ranges of activations in")
         if read.largest == math.inf:
             raise ValueError(f"what a linear layer reads is not finite: {node.name}")
     return reads
 
 
-def _replace(
-    module: torch.fx.GraphModule, prefix: str, x: torch.fx.Node, layers: Sequence[torch.fx.Node], read: _Read
-) -> None:
-    """Layers that read x become one product in FP8, of which each has its slice."""
+def _replace(module: torch.fx.GraphModule, prefix: str, layers: Sequence[torch.fx.Node], read: _Read) -> None:
+    """Layers that read the same tensor become one product in FP8, of which each has its slice."""
     weights = [_held(module, layer.args[1]) for layer in layers]
     whole = torch.cat(weights)
     scale = (whole.float().abs().amax() / LARGEST).reshape(())
@@ -137,7 +139,7 @@ def _replace(
     graph = module.graph
     with graph.inserting_before(layers[0]):
         arguments = [graph.get_attr(f"{prefix}_{name}") for name in constants]
-        y = graph.call_function(_product(1 / step), (x, *arguments))
+        y = graph.call_function(_product(1 / step), (layers[0].args[0], *arguments))  # a product where that was a layer
         begin = 0
         for layer, weight in zip(layers, weights, strict=True):
             end = begin + len(weight)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError
@@ -73,6 +74,18 @@ class ReplayRunner(CheckedRunner):
             self._captured.clear()
             super().close()
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within it the engine is open, and no other call is made.
+
+        Raises:
+            EngineError: it is closed.
+        """
+        with self._turn:
+            if self._module is None:
+                raise EngineError(f"engine {self._info.name} is closed", hint="load it again")
+            yield
+
     def launch(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """One call without a graph, which no other call may be beside."""
         return super().call(tensors)
@@ -131,12 +144,13 @@ class _ReplayBound(TorchBound):
         self, runner: ReplayRunner, captured: _Captured | None, tensors: Sequence[torch.Tensor], device: str
     ) -> None:
         super().__init__(runner, tensors, device)
-        self._captured = captured
+        self._replays, self._captured = runner, captured
 
     def run(self) -> None:
         """Starts one execution."""
         if self._captured is None:
             super().run()
             return
-        self._captured.replay()
-        self._outputs = self._captured.outputs
+        with self._replays.turn():
+            self._captured.replay()
+            self._outputs = self._captured.outputs

@@ -112,6 +112,9 @@ def test_quantization_refuses_made_up_data_unless_told(enginesmith, model, argum
     assert outcome.code == 2
     assert "precision 'int8' needs calibration data" in outcome.err
     assert "--random-calibration" in outcome.err
+    outcome = enginesmith(*without, "--target", "torch-inductor:device=cuda", "--precision", "fp8")
+    assert outcome.code == 2
+    assert "precision 'fp8' needs calibration data" in outcome.err
     outcome = enginesmith(
         *without, "--precision", "int8", "--random-calibration", "--tolerance", "int8.relative_l2=0.5"
     )

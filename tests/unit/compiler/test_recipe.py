@@ -158,6 +158,8 @@ def test_perplexity_is_a_metric_and_no_path(tmp_path):
     recipe = read_recipe(tmp_path / "recipe.yaml")
     assert recipe.metric == make_recipe({"metric": "perplexity"}).metric == PERPLEXITY
     assert load_metric(recipe) is log_likelihood
+    with pytest.raises(UnknownNameError, match=r"unknown metric 'perplexty'\n.*FILE.py:FUNCTION, perplexity\n.*mean"):
+        load_metric(make_recipe({"metric": "perplexty"}))
     (tmp_path / "again.yaml").write_text(f"model: m.onnx\nmetric: {PERPLEXITY}\n")
     assert read_recipe(tmp_path / "again.yaml").metric == PERPLEXITY
 

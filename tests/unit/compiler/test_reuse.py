@@ -86,6 +86,19 @@ def test_an_engine_is_taken_for_the_same_calibration_only(tmp_path):
     assert built("7", 9, precision="fp32") == (True, "text")
 
 
+def test_an_engine_by_samples_of_a_function_is_built_anew(tmp_path):
+    def built(name, value):
+        code = f"import numpy as np\ndef read():\n    yield {{'x': np.float32([{value}, 0])}}\n"
+        (tmp_path / "data.py").write_text(code)
+        fields = {"precision": "fp8", "calibration_data": f"{tmp_path}/data.py:read"}
+        _, cached, _ = example.build(tmp_path / "cache", tmp_path / name, **fields)
+        return cached, (tmp_path / name / "engine" / "model").read_text()
+
+    assert built("1", 3) == (False, "text for [3.0]")
+    assert built("2", 3) == (False, "text for [3.0]")
+    assert not list(scan(tmp_path / "cache", ["engines"]))
+
+
 def test_an_onnx_engine_of_another_machine_says_what_this_ones_runtime_makes_of_it(tmp_path, monkeypatch):
     graph = Graph.from_proto(onnx.parser.parse_model(NET))
     target = parse_target("onnxruntime-cpu")

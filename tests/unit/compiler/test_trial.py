@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import runpy
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from enginesmith.compiler.recipe import make_recipe
 from enginesmith.compiler.signature import Signature
-from enginesmith.compiler.trial import verdict
+from enginesmith.compiler.trial import try_metric, verdict
+from enginesmith.errors import RecipeError
 
 example = runpy.run_path(str(Path(__file__).with_name("manifest_example.py")))["example"]
 
@@ -63,3 +67,16 @@ def test_a_goal_that_is_missed_makes_the_verdict_negative() -> None:
         "failed",
         ["no batch size keeps a p99 of 5 ms"],
     )
+
+
+def test_a_metric_is_tried_on_the_reference_before_anything_long(tmp_path: Path) -> None:
+    probe = types.SimpleNamespace(probe=True)
+    sample = types.SimpleNamespace(
+        probe=False, outputs={"logits": np.zeros((2, 3))}, inputs={"ids": np.zeros((2, 4))}, labels={}
+    )
+    reference: Any = [probe, sample]
+    with pytest.raises(RecipeError, match="metric perplexity needs the token that follows each prompt"):
+        try_metric(make_recipe({"metric": "perplexity"}), reference)
+    sample.labels["next"] = np.array([0, 2])
+    try_metric(make_recipe({"metric": "perplexity"}), reference)
+    try_metric(make_recipe({}), [])  # type: ignore[arg-type]

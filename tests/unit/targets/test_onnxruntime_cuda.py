@@ -278,6 +278,17 @@ def test_replays_would_read_what_was_overwritten_in_older_versions(built, versio
     assert info.details["cuda_graph"]["reason"] == ("" if used else reason)
 
 
+def test_an_older_version_replays_no_graph_of_a_newer_one(built, monkeypatch):
+    twice = "one = Where(flip, minus, x)  both = Concat<axis = 0>(one, x)  y = Identity(both)"
+    model = MODEL.replace("y = Where(flip, minus, x)", twice)
+    target, directory, info, opened = built(model=model, version="1.30.0")
+    assert info.details["cuda_graph"]["used"]
+    for version, used in (("1.29.0", "0"), ("1.30.0", "1")):
+        monkeypatch.setattr(OnnxRuntimeCuda, "_require", lambda target, version=version: {"onnxruntime": version})
+        target.runner(directory, info).close()
+        assert opened[-1]["enable_cuda_graph"] == used
+
+
 def test_a_capture_that_fails_is_recorded(built, monkeypatch):
     def fail(runner, inputs):
         raise EngineError("capture failed")

@@ -184,6 +184,39 @@ def test_fp8_is_in_linear_layers_by_calibration(
         )
 
 
+class Changing(torch.nn.Module):
+    """Changes what its layers read between them, through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other, self.out = (torch.nn.Linear(*sizes) for sizes in ((16, 16), (16, 16), (16, 4)))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = (x @ y).repeat(1, 4)
+        view = z.view(-1, 16)
+        first = self.one(view)
+        z.mul_(5)
+        return (self.out(first + self.other(view)),)
+
+
+def test_layers_read_what_there_is_when_they_read_it(
+    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Changing().eval().requires_grad_(False)
+
+    def run(_: object, inputs: Any) -> dict[str, np.ndarray]:
+        return {"z": module(*map(torch.from_numpy, inputs.values()))[0].numpy()}
+
+    monkeypatch.setattr(Reference, "run", run)
+    request = make_request(tmp_path, module, precision="fp8")
+    info = parse_target("torch-inductor").build(dataclasses.replace(request, calibration=[request.sample]))
+    assert info.details["fp8"]["layers"] == 2
+    found = compiled["program"].module()(*map(torch.from_numpy, request.sample.values()))[0].numpy()
+    wanted = run(None, request.sample)["z"]
+    assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
 def test_fp8_needs_calibration_data_and_a_gpu_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = make_request(tmp_path, precision="fp8")
     with pytest.raises(RecipeError, match="precision fp8 needs calibration data, to see the ranges of what linear"):

@@ -109,6 +109,12 @@ def test_a_metric_that_is_not_here_any_more_is_left_out_with_a_note(make: Make) 
     assert found["results"]["metric"] is None
 
 
+def test_perplexity_needs_no_file(make: Make) -> None:
+    recipe = {"metric": "perplexity", "budget": "metric=0.01"}
+    with pytest.raises(UsageError, match="metric perplexity is of a language model"):  # and not left out with a note
+        compare(make("a"), make("b", recipe=recipe))
+
+
 def test_a_metric_that_is_given_and_not_there_is_an_error(make: Make) -> None:
     with pytest.raises(UsageError, match=r"absent\.py"):
         compare(make("a"), make("b"), metric="absent.py:accuracy")

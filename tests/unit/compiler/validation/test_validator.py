@@ -213,6 +213,20 @@ def test_perplexity_stands_beside_the_metric_that_it_is_made_of(tmp_path: Path) 
     assert found["perplexity_of_reference"] == pytest.approx(found["perplexity"], rel=1e-5)
 
 
+def test_a_perplexity_beyond_all_numbers_is_left_out(tmp_path: Path) -> None:
+    class Sure(Linear):
+        def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+            return {**super().run(inputs), "logits": np.float32([[0, 3000, 0]] * len(inputs["x"]))}
+
+    sample = {"x": np.ones((4, 4), np.float32), "next": np.array([0, 0, 2, 0])}
+    (tmp_path / "record").mkdir()
+    record = ReferenceOutputs.record(make_model(Linear()), [sample], tmp_path / "record")
+    found = validate("sure", Sure(), record, precision="fp32", metric=log_likelihood)["metric"]
+    assert found is not None
+    assert found["value"] == -3000
+    assert "perplexity" not in found
+
+
 def test_a_metric_may_give_one_number_a_sample(record: ReferenceOutputs) -> None:
     found = validate("twin", Linear(), record, precision="fp32", metric=lambda o, i: float(o["logits"].shape[0]))
     assert found["metric"] is not None

@@ -72,9 +72,35 @@ def test_rounded_weights_do_not_shift_the_mean() -> None:
 
 def test_what_is_larger_than_in_the_samples_is_the_largest(network: Network) -> None:
     x = torch.randn(2, 4, 32)
-    module = exported(network, x)
+    module = exported(torch.nn.Sequential(network.query), x)
     quantize(module, [(x,)])
-    assert module(100 * x).isfinite().all()
+    torch.testing.assert_close(module(100 * x), module((100 * x).clamp(-x.abs().max(), x.abs().max())))
+    again = torch.export.export(module, (x,), strict=False)  # casts of older versions of torch do not saturate
+    assert any(node.target is torch.ops.aten.clamp.default for node in again.graph.nodes)
+
+
+def test_a_layer_may_read_another(network: Network) -> None:
+    x = torch.randn(2, 32)
+    both = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 48)).requires_grad_(False)
+    module = exported(both, x)
+    assert quantize(module, [(x,)]) == 2
+    assert 1e-4 < error(module(x), both(x)) < 0.1
+
+
+def test_a_layer_that_reads_no_row_stays() -> None:
+    class Routed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all, self.some = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.all(x).sum() + self.some(x[x.sum(1) > 0]).sum()
+
+    x = -torch.ones(2, 16)
+    module = exported(Routed().requires_grad_(False), x)
+    assert quantize(module, [(x,)]) == 1
+    module = exported(Routed().requires_grad_(False), x)
+    assert quantize(module, [(x,), (-x,)]) == 2
 
 
 @pytest.mark.parametrize("weights", ["zero", "computed"])

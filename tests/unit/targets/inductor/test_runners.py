@@ -24,7 +24,7 @@ INFO = EngineInfo(
 
 
 class Package:
-    """Doubles, into the memory of the last call of such a size, as a graph does."""
+    """Doubles, into the memory of the last call on such an input, as a graph does."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -37,7 +37,7 @@ class Package:
                 "CUDA error: operation not permitted\nCompile with `TORCH_USE_CUDA_DSA` to enable checks"
             )
         self.calls += 1
-        place = self.places.setdefault(len(x), torch.empty_like(x))
+        place = self.places.setdefault(x.data_ptr(), torch.empty_like(x))
         torch.mul(x, 2, out=place)
         return [place]
 
@@ -95,9 +95,13 @@ def test_bound_inputs_have_a_graph_of_their_own(capturing: list[bool]) -> None:
     bound.run()
     assert bound.outputs()["y"].tolist() == [2, 4]
     runner.run(x_of(7, 8))
+    assert bound.outputs()["y"].tolist() == [2, 4]
     assert len(capturing) - 1 == 2
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="input 'x' has the wrong shape"):
         runner.bind({"x": np.zeros(30, np.float32)})
+    runner.close()
+    with pytest.raises(EngineError, match="engine e is closed"):
+        bound.run()
 
 
 def test_what_cannot_be_captured_is_launched_call_by_call(capturing: list[bool]) -> None:
