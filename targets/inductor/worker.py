@@ -19,7 +19,6 @@ import numpy as np
 from ...errors import EngineError
 from .. import _serve, get_target
 from ..base import EngineInfo, Runner
-from .runners import ReplayRunner
 
 
 def command() -> list[str]:
@@ -99,8 +98,7 @@ class Commands:
 
     def refusal(self) -> dict[str, Any]:
         """{"reason": why the engine's calls are no CUDA graphs}, empty where they are."""
-        runner = self._opened()[0]
-        return {"reason": runner.refusal if isinstance(runner, ReplayRunner) else ""}
+        return {"reason": getattr(self._opened()[0], "refusal", "")}
 
     def close(self) -> dict[str, Any]:
         """Lets go of the engine."""
