@@ -1,9 +1,11 @@
 """Placement for OpenVINO on the CPU: that for TensorRT, with uint8 activations and without the limits of Tensor Cores.
 
-OpenVINO too runs a layer on 8-bit numbers where DequantizeLinear stands before it, writes 8-bit numbers where nothing
-but QuantizeLinear follows, and takes a sum with a quantized skip branch into the convolution before it. Zero points
-cost it nothing. Other than with Q/DQ for ONNX Runtime, results of products stay float where floats are read, which is
-faster in transformers. Attention stays float, one kernel with its softmax.
+OpenVINO too runs a layer on 8-bit numbers where DequantizeLinear stands before it, and writes 8-bit numbers where
+nothing but QuantizeLinear follows. A sum goes into the convolution before it where both of what it adds are quantized,
+and MaxPool is in 8 bits where Q/DQ stands before it. Without these two, as found in the layers that it executes, each
+sum and the pool of ResNet-50 are layers of their own in floats. Other than with Q/DQ for ONNX Runtime, results of
+products stay float where floats are read, which is faster in transformers. Attention stays float, one kernel with its
+softmax.
 """
 
 from __future__ import annotations
@@ -27,6 +29,26 @@ LIMITS = Limits(
 )
 
 
+class _Planner(Planner):
+    """What OpenVINO does not do by itself."""
+
+    def _residuals(self) -> None:
+        super()._residuals()
+        for node in self._summed:
+            self._read(node, 0, 1)
+
+    def _move(self) -> None:
+        """Puts Q/DQ before each MaxPool that nothing but 8-bit layers read."""
+        for value, uses in list(self._uses.items()):
+            node = value.producer()
+            while node is not None and node.op_type == "MaxPool" and not node.domain and len(uses) == len(value.uses()):
+                if (source := node.inputs[0]) is None or source.is_graph_input() or value.is_graph_output():
+                    break
+                del self._uses[value]
+                self._read(node, 0)
+                value, uses, node = source, self._uses[source], source.producer()
+
+
 def plan(graph: Graph, *, per_channel: bool = True, keep: Mapping[ir.Node, str] = MappingProxyType({})) -> Plan:
     """Decides what becomes 8-bit in the main graph; shapes and types must be inferred, constants be initializers.
 
@@ -34,5 +56,5 @@ def plan(graph: Graph, *, per_channel: bool = True, keep: Mapping[ir.Node, str] 
         per_channel: one scale for each output channel of a weight; needs opset 13.
         keep: nodes that stay float, and why.
     """
-    found = Planner(graph, ir.DataType.INT8, keep, LIMITS, attention=False).plan(per_channel=per_channel)
+    found = _Planner(graph, ir.DataType.INT8, keep, LIMITS, attention=False).plan(per_channel=per_channel)
     return dataclasses.replace(found, dtype=ir.DataType.UINT8, symmetric=False)

@@ -95,6 +95,7 @@ class Planner:
         self._residuals()
         self._averages()
         self._concats()
+        self._move()
         weights = [Weight(Use(n, 1), channel_axis(n) if per_channel else None, self._dtype) for n in self._weighted]
         return Plan(
             activations={_name(value): frozenset(uses) for value, uses in self._uses.items()},
@@ -156,6 +157,9 @@ class Planner:
             self._read(node, *range(len(node.inputs)))
             shared = [value for value in (*node.inputs, result) if value in self._uses]
             self._groups.append(frozenset(map(_name, shared)))
+
+    def _move(self) -> None:
+        """Moves no Q/DQ, which TensorRT does by itself."""
 
     def _product(self, node: ir.Node) -> None:
         if node in self._keep:
