@@ -5,7 +5,8 @@ nothing but QuantizeLinear follows. A sum goes into the convolution before it wh
 and MaxPool is in 8 bits where Q/DQ stands before it. Without these two, as found in the layers that it executes, each
 sum and the pool of ResNet-50 are layers of their own in floats. Other than with Q/DQ for ONNX Runtime, results of
 products stay float where floats are read, which is faster in transformers. Attention stays float, one kernel with its
-softmax.
+softmax. What a convolution pads becomes symmetric int8 where it is about as large below zero as above: with a zero
+point the stem of ResNet-50 takes 1.5 times as long.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from ..graph import Graph
-from .plan import Plan
+from .plan import Plan, Use
 from .tensorrt import Planner
 from .tensorrt_limits import Limits, no_product
 
@@ -57,4 +58,10 @@ def plan(graph: Graph, *, per_channel: bool = True, keep: Mapping[ir.Node, str] 
         keep: nodes that stay float, and why.
     """
     found = _Planner(graph, ir.DataType.INT8, keep, LIMITS, attention=False).plan(per_channel=per_channel)
-    return dataclasses.replace(found, dtype=ir.DataType.UINT8, symmetric=False)
+    padded = frozenset(name for name, uses in found.activations.items() if any(map(_pads, uses)))
+    return dataclasses.replace(found, dtype=ir.DataType.UINT8, symmetric=False, padded=padded)
+
+
+def _pads(use: Use) -> bool:
+    """Whether a convolution reads with zeros around."""
+    return use.node is not None and use.node.op_type == "Conv" and any(use.node.attributes.get_ints("pads", [0]))

@@ -79,6 +79,8 @@ class Plan:
         groups: names of activations that take one common range, so that moving data between them is free. Disjoint.
         dtype: of quantized activations.
         symmetric: whether zero is their zero point (128 for uint8).
+        padded: names of activations that convolutions read with padding, and that become symmetric int8 in any case
+            where they reach about as far below zero as above it.
         nodes: nodes that compute in low precision once the engine has fused the graph.
         refusals: nodes that stay float, with the reason.
     """
@@ -89,6 +91,7 @@ class Plan:
     groups: tuple[frozenset[str], ...] = ()
     dtype: ir.DataType = ir.DataType.UINT8
     symmetric: bool = False
+    padded: frozenset[str] = frozenset()
     nodes: frozenset[ir.Node] = frozenset()
     refusals: tuple[Refusal, ...] = ()
 

@@ -68,22 +68,22 @@ def kinds(executed, kind):
 
 def test_convolutions_and_their_residual_sums_are_executed_in_8_bits(lowered):
     executed, noise = lowered("RESNET", "int8")
-    assert kinds(executed, "Convolution") == {"u8": 6}
+    assert kinds(executed, "Convolution") == {"i8": 1, "u8": 5}  # the stem, whose input is about as large below zero
     assert kinds(executed, "Eltwise") == {}
     assert kinds(executed, "Pooling") == {"u8": 1}
     assert kinds(executed, "FullyConnected").keys() <= {"u8", "i8"}
     assert 1e-6 < noise < 1e-2
 
 
-@pytest.mark.parametrize(("scheme", "narrow"), [("openvino", [2, 2, 1]), ("tensorrt", [1, 1, 0])])
+@pytest.mark.parametrize(("scheme", "narrow"), [("openvino", [2, 1, 1]), ("tensorrt", [1, 1, 0])])
 def test_both_of_what_is_summed_and_what_is_pooled_are_in_8_bits(scheme, narrow):
     signature = parse_inputs(INPUTS["RESNET"], ["image:0=1..2..4"])
     samples, graph = networks["Batches"](signature), networks["load"](networks["RESNET"])
     context = Context(signature, samples, Calibration(samples, CalibrationSettings()))
     assert parse_pass(f"quantize-static:scheme={scheme}")(graph, context).modified
     read = [node for node in graph.nodes() if node.op_type in ("Add", "MaxPool")]
-    found = {node.name: sum(value.producer().op_type == "DequantizeLinear" for value in node.inputs) for node in read}
-    assert sorted(found.values(), reverse=True) == narrow
+    found = [sum(value.producer().op_type == "DequantizeLinear" for value in node.inputs) for node in read]
+    assert sorted(found, reverse=True) == narrow
 
 
 def test_products_are_executed_in_8_bits_around_attention_in_one_kernel(lowered):

@@ -52,12 +52,25 @@ def reads(found):
 
 def test_layers_of_few_channels_and_skip_branches_are_quantized_to_uint8_with_zero_points():
     found = plan(graph(BLOCK))
-    assert reads(found) == {"x": ["a:0"], "b": ["c:0", "s:1"]}
+    assert reads(found) == {"x": ["a:0"], "b": ["c:0", "s:1"], "c": ["s:0"]}
+    assert found.padded == {"x"}
     assert (found.dtype, found.symmetric, found.biases) == (ir.DataType.UINT8, False, ())
     assert {(weight.value.name, weight.axis, weight.dtype) for weight in found.weights} == {
         ("w1", 0, ir.DataType.INT8),
         ("w2", 0, ir.DataType.INT8),
     }
+
+
+def test_what_is_pooled_for_8_bit_layers_alone_is_quantized_before():
+    pool = "MaxPool<kernel_shape = [1, 1]>"
+    pooled = BLOCK.replace("b = Relu(a)", f"r = Relu(a)  b = {pool}(r)")
+    assert reads(plan(graph(pooled))) == {"x": ["a:0"], "r": ["b:0"], "c": ["s:0"]}
+    twice = pooled.replace(f"b = {pool}(r)", f"m = {pool}(r)  b = {pool}(m)")
+    assert reads(plan(graph(twice))) == {"x": ["a:0"], "r": ["m:0"], "c": ["s:0"]}
+    read_elsewhere = pooled.replace("s = Add(c, b)", "s = Sub(c, b)")
+    assert reads(plan(graph(read_elsewhere))) == {"x": ["a:0"], "b": ["c:0"]}
+    of_input = BLOCK.replace("a = Conv", f"i = {pool}(x)  a = Conv").replace("(x, w1)", "(i, w1)")
+    assert reads(plan(graph(of_input)))["i"] == ["a:0"]
 
 
 def test_attention_stays_float_and_says_why():
@@ -71,7 +84,7 @@ def test_nodes_that_are_kept_say_why():
     made = graph(BLOCK)
     conv = next(node for node in made.nodes() if node.op_type == "Conv")
     found = plan(made, keep={conv: "kept"})
-    assert reads(found) == {"b": ["c:0", "s:1"]}
+    assert reads(found) == {"b": ["c:0", "s:1"], "c": ["s:0"]}
     assert [r.reason for r in found.refusals] == ["kept"]
 
 

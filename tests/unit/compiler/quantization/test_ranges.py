@@ -52,6 +52,17 @@ def test_a_group_takes_the_widest_of_its_ranges(found):
     assert rows["x"].row()["method"] == "mse"
 
 
+def test_what_is_padded_is_signed_where_it_is_balanced(found):
+    _, planned, statistics = found(NET)
+    plain, _ = activation_ranges(planned, statistics, "auto")
+    signed, table = activation_ranges(dataclasses.replace(planned, padded=frozenset("xr")), statistics, "auto")
+    assert (plain["x"].zero_point.dtype, signed["x"].zero_point.dtype) == (np.uint8, np.int8)
+    assert signed["x"].zero_point == 0
+    assert signed["x"].low <= plain["x"].low
+    assert signed["r"].zero_point.dtype == np.uint8  # of a Relu
+    assert {limit.name: limit.low for limit in table}["x"] == pytest.approx(float(signed["x"].low))
+
+
 def test_little_is_clipped_of_what_batches_reach(found):
     _, planned, statistics = found(NET)
     tail = dataclasses.replace(statistics["x"], average_high=40.0)
