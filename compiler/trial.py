@@ -214,7 +214,7 @@ def load_metric(recipe: Recipe) -> MetricFunction | None:
 
         return log_likelihood
     if ":" not in recipe.metric and not recipe.metric.endswith(".py"):
-        raise UnknownNameError("metric", recipe.metric, [PERPLEXITY.strip("<>"), "FILE.py:FUNCTION"])
+        raise UnknownNameError("metric", Path(recipe.metric).name, [PERPLEXITY.strip("<>"), "FILE.py:FUNCTION"])
     from .sources.user_code import check_call, load_symbol, running
 
     metric: MetricFunction = load_symbol(recipe.metric, kind="metric", error=RecipeError)
