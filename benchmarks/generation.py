@@ -196,12 +196,16 @@ def race(candidates: dict[str, Answer], rounds: int, seed: int, new: int = NEW) 
     tokens = {name: answer(new) for name, answer in candidates.items()}  # the first call warms up
     first = next(iter(tokens.values()))
     return {
-        name: {
-            "token_ms": statistics.median((whole - prompt) / (new - 1) for prompt, whole in pairs),
-            "prompt_ms": statistics.median(prompt for prompt, _ in pairs),
-            "same_tokens": tokens[name] == first,
-        }
+        name: {**medians(pairs, new), "same_tokens": tokens[name] == first}
         for name, pairs in timed(candidates, rounds, seed, new).items()
+    }
+
+
+def medians(pairs: Sequence[tuple[float, float]], new: int = NEW) -> dict[str, float]:
+    """Milliseconds of a token, and of the prompt with the first one, from those of `timed`."""
+    return {
+        "token_ms": statistics.median((whole - prompt) / (new - 1) for prompt, whole in pairs),
+        "prompt_ms": statistics.median(prompt for prompt, _ in pairs),
     }
 
 

@@ -2,10 +2,10 @@
 
 The model has 124M random weights, the prompt 128 tokens, and 64 new ones are found greedily. Both round weights to
 nearest: ours in blocks of 32 with zero points, as by default, and without, and in blocks of 128; theirs, as by default,
-in blocks of 32 without. How far the logits after the
-prompt are from those in fp32 stands beside the times, and as random weights have no perplexity, that of the model of
-samples/text, brought to 4 bits in the same ways, on text that it never saw. Exits with 1 where each of our engines
-takes longer for the whole answer, or has a perplexity above theirs by more than `HIGHER` says.
+in blocks of 32 without. How far the logits after the prompt are from those in fp32 stands beside the times, and as
+random weights have no perplexity, that of the model of samples/text, brought to 4 bits in the same ways, on text that
+it never saw. Exits with 1 where each of our engines takes longer for the whole answer, or has a perplexity above theirs
+by more than `HIGHER` says.
 """
 
 from __future__ import annotations
@@ -92,9 +92,7 @@ def main() -> int:
         perplexities = perplexities_of(options.genai_python, Path(folder))
     found = {}
     for name, pairs in times.items():
-        prompt_ms, answer_ms = (statistics.median(pair[place] for pair in pairs) for place in (0, 1))
-        token_ms = statistics.median((whole - prompt) / (generation.NEW - 1) for prompt, whole in pairs)
-        found[name] = {"token_ms": token_ms, "prompt_ms": prompt_ms, "answer_ms": answer_ms}
+        found[name] = {**generation.medians(pairs), "answer_ms": statistics.median(whole for _, whole in pairs)}
         found[name] |= {"logits_relative_l2": errors[name]} if name in errors else {}
         found[name] |= {"perplexity_of_sample": perplexities[name]}
         print(f"{name:46} " + ", ".join(f"{key} {value:.4g}" for key, value in found[name].items()))

@@ -50,7 +50,7 @@ from .trial import (
     verdict,
 )
 from .validation.reference import ReferenceOutputs
-from .variants import Variant, builds, make_variants, not_lowered, not_written, without_effect
+from .variants import Variant, calibrates, make_variants, not_lowered, not_written, without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -273,9 +273,7 @@ def _check_calibration(recipe: Recipe, variants: Sequence[Variant]) -> None:
         if rewrite.calibrates:
             raise _no_data(f"pass {rewrite}", "to see what tensors hold")
     for variant in variants:
-        by_target = variant.precision in variant.target.capabilities.calibrated
-        by_target = by_target and builds(variant.target, variant.precision)
-        lowered = by_target or any(rewrite.calibrates for rewrite in variant.lowering)
+        lowered = calibrates(variant.target, variant.precision, variant.lowering)
         if lowered or any(rewrite.calibrates for rewrite in variant.steps):
             who = f"precision {variant.precision!r}" if lowered else f"engine {variant.name!r}"
             why = "to see the ranges of activations" if lowered else "to see what its layers read"

@@ -54,9 +54,9 @@ def build_or_reuse(
         timeout_s=job.recipe.timeout_s,
         calibration=calibration.limited() if calibration else None,
     )
-    engine_key = _key(job, target, request, state, calibration)
     if calibration is not None and not is_repeatable(job.recipe):
         return target.build(request), False
+    engine_key = _key(job, target, request, state, calibration)
     if info := _reused(job, target, engine_key, request, state):
         return info, True
 

@@ -139,6 +139,12 @@ def lowering_of(recipe: Recipe, target: Target, precision: str) -> tuple[Pass, .
     return tuple(_chosen(text, recipe) for text in target.lowering(precision))
 
 
+def calibrates(target: Target, precision: str, lowering: Sequence[Pass]) -> bool:
+    """Whether bringing a model to a precision needs calibration data, in passes or in the target itself."""
+    own = precision in target.capabilities.calibrated and builds(target, precision)
+    return own or any(rewrite.calibrates for rewrite in lowering)
+
+
 def builds(target: Target, precision: str) -> bool:
     """Whether a target builds engines of a precision here."""
     return precision in target.capabilities.precisions and precision not in target.refusals()

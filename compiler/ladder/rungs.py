@@ -26,7 +26,7 @@ from ...targets.base import Effort, Target, Tuning
 from ..manifest import LadderStep
 from ..options import split
 from ..recipe import Recipe
-from ..variants import FUSING, Variant, aligned, attending, builds, lowering_of, pruned, sparse
+from ..variants import FUSING, Variant, aligned, attending, builds, calibrates, lowering_of, pruned, sparse
 
 EFFORTS: tuple[Effort, ...] = ("quick", "default", "thorough")
 
@@ -146,8 +146,7 @@ def _lowered(situation: Situation, name: str, precisions: Sequence[str]) -> Rung
         if precision == incumbent.precision or not builds(incumbent.target, precision):
             continue
         lowering = lowering_of(recipe, incumbent.target, precision)
-        calibrates = precision in incumbent.target.capabilities.calibrated
-        if (calibrates or any(rewrite.calibrates for rewrite in lowering)) and not has_data(recipe):
+        if calibrates(incumbent.target, precision, lowering) and not has_data(recipe):
             left_out[precision] = NO_DATA
             continue
         words = incumbent.name.removeprefix(f"{incumbent.target.name}-{incumbent.precision}")

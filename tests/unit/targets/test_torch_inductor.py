@@ -154,15 +154,21 @@ class Encoder(torch.nn.Module):
         return (self.out(self.mix(torch.relu(self.widen(x @ y)))),)
 
 
-def test_fp8_is_in_linear_layers_by_calibration(
-    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = Encoder().eval().requires_grad_(False)
+def as_reference(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """The module, which the reference runs from now on."""
+    module = module.eval().requires_grad_(False)
 
     def run(_: object, inputs: Any) -> dict[str, np.ndarray]:
         return {"z": module(*map(torch.from_numpy, inputs.values()))[0].numpy()}
 
     monkeypatch.setattr(Reference, "run", run)
+    return module
+
+
+def test_fp8_is_in_linear_layers_by_calibration(
+    compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = as_reference(Encoder(), monkeypatch)
     logged: list[str] = []
     request = make_request(tmp_path, module, logged.append, "fp8")
     generator = np.random.default_rng(0)
@@ -203,17 +209,12 @@ class Changing(torch.nn.Module):
 def test_layers_read_what_there_is_when_they_read_it(
     compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = Changing().eval().requires_grad_(False)
-
-    def run(_: object, inputs: Any) -> dict[str, np.ndarray]:
-        return {"z": module(*map(torch.from_numpy, inputs.values()))[0].numpy()}
-
-    monkeypatch.setattr(Reference, "run", run)
+    module = as_reference(Changing(), monkeypatch)
     request = make_request(tmp_path, module, precision="fp8")
     info = parse_target("torch-inductor").build(dataclasses.replace(request, calibration=[request.sample]))
     assert info.details["fp8"]["layers"] == 2
     found = compiled["program"].module()(*map(torch.from_numpy, request.sample.values()))[0].numpy()
-    wanted = run(None, request.sample)["z"]
+    wanted = request.model.reference.run(request.sample)["z"]
     assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
 
 
